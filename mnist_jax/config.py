@@ -1,0 +1,248 @@
+"""What a run is: its settings, their checks, the command line made of them, and what two of them differ in.
+
+No JAX here: `--help` and a usage error come at once.
+"""
+
+import dataclasses
+import json
+import os
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import tyro
+
+DatasetName = Literal["auto", "mnist", "fashion_mnist", "kmnist", "digits"]
+ModelName = Literal["cnn", "original", "original-dropout", "original-normalized", "original-power"]
+
+
+class ConfigError(ValueError):
+    """A setting is out of range, a config file cannot be used, or a flag contradicts the run."""
+
+
+class Recipe(NamedTuple):
+    """How a model is trained unless the user says otherwise."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+
+
+CNN = Recipe(epochs=3, batch_size=128, learning_rate=4e-3)
+ORIGINAL = Recipe(epochs=10, batch_size=50, learning_rate=1e-4)
+DIGITS_EPOCHS_FACTOR = 10  # The built-in digits are so few that an epoch of them is soon over.
+
+
+def _optional(metavar: str, default: str) -> Any:
+    """Describe a flag whose default is worked out later."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
+
+
+def _of_recipe(metavar: str, field: str) -> Any:
+    """Describe a flag whose default depends on the model."""
+    cnn, original = getattr(CNN, field), getattr(ORIGINAL, field)
+    return _optional(metavar, f"{cnn} for cnn, {original} for the others")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Train a digit classifier. Stop it at any moment; the same command carries on exactly where it was.
+
+    In a directory that holds a run, the settings of that run are the defaults of all flags.
+    """
+
+    workdir: Annotated[Path | None, _optional("DIR", "runs/<dataset>")] = None
+    """Directory of the run: checkpoints, metrics, events. A run that is there is carried on."""
+    dataset: DatasetName = "auto"
+    """Images to learn. auto is MNIST where it is on disk or can be downloaded, the built-in digits elsewhere."""
+    data_dir: Annotated[Path | None, _optional("DIR", "where TensorFlow Datasets keeps its data")] = None
+    """Folder that holds the four official .gz files of the data set."""
+    model: ModelName = "cnn"
+    """Network to train."""
+    epochs: Annotated[int, _of_recipe("PASSES", "epochs")] = CNN.epochs
+    """Length of the training, in passes over the training images; ten times that on the built-in digits."""
+    steps: Annotated[int | None, _optional("STEPS", "as many as --epochs makes")] = None
+    """Length of the training, in updates; wins over --epochs."""
+    batch_size: Annotated[int, _of_recipe("IMAGES", "batch_size")] = CNN.batch_size
+    """Images an update learns from, over all devices together."""
+    learning_rate: Annotated[float, _of_recipe("RATE", "learning_rate")] = CNN.learning_rate
+    """Learning rate of Adam. The cnn's rises to it and falls again over the run; the others' is constant."""
+    seed: int = 0
+    """Seed of the weights, of the order of the images and of dropout."""
+    log_every_steps: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 100
+    """Updates that one training line of metrics.jsonl sums up."""
+    eval_every_steps: Annotated[int | None, _optional("STEPS", "one epoch")] = None
+    """Updates between evaluations on the test images; the end is always evaluated."""
+    checkpoint_every_s: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 30.0
+    """Seconds between checkpoints: the most that a crash can cost."""
+    checkpoint_every_steps: Annotated[int | None, _optional("STEPS", "only the seconds count")] = None
+    """Updates between checkpoints, besides those that the seconds ask for."""
+    keep: Annotated[int, tyro.conf.arg(metavar="N")] = 3
+    """Number of newest checkpoints to keep; the best one is kept besides."""
+    preempted_exit_code: Annotated[int, tyro.conf.arg(metavar="CODE")] = 0
+    """Exit code after a signal stopped the run and all is saved. 75, say, tells a scheduler to start it again."""
+    fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Start anew. A run that is in the directory is moved aside, not deleted."""
+
+    def __post_init__(self) -> None:
+        """Check each field by itself."""
+        for name, least, most in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise ConfigError(f"{name}={value} is out of range; use a value from {least} to {most}")
+        for name in ("learning_rate", "checkpoint_every_s"):
+            value = getattr(self, name)
+            if not 0 < value < float("inf"):
+                raise ConfigError(f"{name}={value} is out of range; use a finite value above 0")
+
+    @classmethod
+    def of_recipe(cls, model: ModelName, dataset: DatasetName) -> "Config":
+        """Return the defaults for a model and a data set."""
+        recipe = CNN if model == "cnn" else ORIGINAL
+        factor = DIGITS_EPOCHS_FACTOR if dataset == "digits" else 1
+        return cls(model=model, dataset=dataset, **recipe._replace(epochs=factor * recipe.epochs)._asdict())
+
+    @property
+    def schedule(self) -> Literal["one-cycle", "constant"]:
+        """The course of the learning rate; "one-cycle" depends on the number of steps."""
+        return "one-cycle" if self.model == "cnn" else "constant"
+
+    def steps_per_epoch(self, train_size: int) -> int:
+        """Return the number of whole batches in `train_size` images; the next order deals the others in again.
+
+        Raises:
+            ConfigError: a batch would hold more images than there are.
+        """
+        if self.batch_size > train_size:
+            raise ConfigError(f"batch_size={self.batch_size}, but there are {train_size} training images; use fewer")
+        return train_size // self.batch_size
+
+    def total_steps(self, train_size: int) -> int:
+        """Return the number of updates of the whole training on `train_size` images."""
+        return self.epochs * self.steps_per_epoch(train_size) if self.steps is None else self.steps
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings that belong to the run, as JSON values. Where it lies and `--fresh` do not."""
+        return {
+            name: os.path.abspath(value) if isinstance(value, Path) else value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in _NOT_OF_THE_RUN
+        }
+
+
+_MANY = 2**31 - 1
+_RANGES = (
+    ("epochs", 1, _MANY),
+    ("steps", 1, _MANY),
+    ("batch_size", 1, _MANY),
+    ("seed", 0, 2**32 - 1),
+    ("log_every_steps", 1, _MANY),
+    ("eval_every_steps", 1, _MANY),
+    ("checkpoint_every_steps", 1, _MANY),
+    ("keep", 1, _MANY),
+    ("preempted_exit_code", 0, 255),
+)
+_NOT_OF_THE_RUN = ("workdir", "fresh")
+
+
+def parse(args: Sequence[str], default: Config | None = None) -> Config:
+    """Return the config that command-line arguments ask for.
+
+    Args:
+        args: the arguments, without the program's name.
+        default: what holds where they are silent: the settings of a run that is carried on. Without it, it is the
+            recipe of the model and the data set that the arguments name.
+
+    Raises:
+        SystemExit: an unknown flag or a value out of range, after a message (code 2); or `--help` (code 0).
+    """
+    if default is None:
+        named = parse(args, Config())
+        default = Config.of_recipe(named.model, named.dataset)
+    return tyro.cli(Config, prog="python -m mnist_jax.train", args=args, default=default)
+
+
+def save(config: Config, path: Path) -> None:
+    """Write the settings of a run to a JSON file, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(config.to_json(), indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def load(path: Path) -> Config:
+    """Read the settings of a run that `save` wrote.
+
+    Raises:
+        ConfigError: the file is not JSON, or a field is unknown, missing, of a wrong type or out of range.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error}); restore it, or start anew with --fresh") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds no table of settings; restore it, or start anew with --fresh")
+    types = typing.get_type_hints(Config)
+    for name in types:
+        if name not in values and name not in _NOT_OF_THE_RUN:
+            raise ConfigError(f"{path} lacks {name}; restore it, or start anew with --fresh")
+    for name, value in values.items():
+        if name not in types or name in _NOT_OF_THE_RUN:
+            raise ConfigError(f"{path} has a setting {name!r} that is not known here; another version wrote it?")
+        if not _fits(value, types[name]):
+            raise ConfigError(
+                f"{path}: {name}={value!r} should be {types[name]}; restore it, or start anew with --fresh"
+            )
+    if values["data_dir"] is not None:
+        values["data_dir"] = Path(values["data_dir"])
+    return Config(**values)
+
+
+def _fits(value: object, kind: Any) -> bool:
+    """Tell whether a JSON value is one of a field's type."""
+    if typing.get_origin(kind) is Literal:
+        return value in typing.get_args(kind)
+    options = typing.get_args(kind) or (kind,)
+    wanted = {str if option is Path else option for option in options}
+    return type(value) in wanted or (float in wanted and type(value) is int)
+
+
+class Difference(NamedTuple):
+    """A setting in which what is asked contradicts the run."""
+
+    field: str
+    run: Any
+    asked: Any
+
+
+def contradictions(run: Config, asked: Config) -> Iterator[Difference]:
+    """Yield the settings that would change the mathematics of a run that has begun.
+
+    Cadence and housekeeping may change freely. So may the number of steps, unless the learning rate depends on it.
+    """
+    fields = ["model", "batch_size", "learning_rate", "seed"]
+    if asked.dataset != "auto":
+        fields.append("dataset")
+    if run.schedule == "one-cycle":
+        fields += ["steps", "epochs"]
+    elif asked.steps is not None:
+        fields.append("epochs")  # `steps` wins over it: asking for other epochs would be ignored without a word.
+    for name in fields:
+        before, now = getattr(run, name), getattr(asked, name)
+        if before != now:
+            yield Difference(name, before, now)
+
+
+def describe_contradictions(workdir: Path, differences: Sequence[Difference]) -> str:
+    """Return a table of contradictions and the ways out, for the user."""
+    rows = [("field", "run", "asked"), *((row.field, str(row.run), str(row.asked)) for row in differences)]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    table = "\n".join(
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
+    )
+    return (
+        f"{workdir} holds a run with other settings, and these would change its mathematics:\n{table}\n"
+        "Leave the flags out to carry that run on, use another --workdir for a second run,\n"
+        "or add --fresh to move the old run aside and start anew."
+    )

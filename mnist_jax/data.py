@@ -1,0 +1,261 @@
+"""The images: where they come from, and that they are the right ones.
+
+MNIST and its two sisters come through TensorFlow Datasets, used as a registry (addresses, sizes, SHA-256, label
+names) and as a verified downloader; TensorFlow itself is not needed. `digits` comes with scikit-learn.
+"""
+
+import gzip
+import hashlib
+import os
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import NamedTuple
+
+import numpy as np
+
+from mnist_jax.config import DatasetName
+
+FILES = {
+    "train_images": "train-images-idx3-ubyte.gz",
+    "train_labels": "train-labels-idx1-ubyte.gz",
+    "test_images": "t10k-images-idx3-ubyte.gz",
+    "test_labels": "t10k-labels-idx1-ubyte.gz",
+}
+PROBE_TIMEOUT_S = 3.0
+
+
+class DataError(Exception):
+    """A file of a data set is missing, damaged or not what it should be; the message names it and the way out."""
+
+
+class Unreachable(DataError):
+    """A file is not on disk, and cannot be downloaded now."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Labelled grey images in memory.
+
+    `*_images`: [N, 28, 28, 1] uint8, ink 255 on ground 0. `*_labels`: [N] int32 in [0, 10).
+    """
+
+    name: str
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    class_names: tuple[str, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """The SHA-256 of all pixels and labels: two data sets with the same one train alike."""
+        digest = hashlib.sha256()
+        for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+            digest.update(f"{array.shape} {array.dtype}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+
+def resolve(name: DatasetName, data_dir: Path | None, *, say: Callable[[str], None]) -> DatasetName:
+    """Return the name of the data set that "auto" stands for on this machine; any other name as it is.
+
+    Args:
+        name: the data set's name, or "auto".
+        data_dir: the folder of the four files, if the user named one; then "auto" is MNIST.
+        say: takes the notice that the built-in digits stand in for MNIST, and why.
+    """
+    if name != "auto":
+        return name
+    if data_dir is not None:
+        return "mnist"
+    try:
+        _locate("mnist", say=say)
+    except Unreachable as error:
+        say(
+            f"notice: training on the built-in digits (1,797 images) instead of MNIST (70,000): {error}. "
+            "To train on MNIST, come back with a network, or give --data-dir the folder that holds its four files."
+        )
+        return "digits"
+    return "mnist"
+
+
+def load(name: str, data_dir: Path | None = None, *, say: Callable[[str], None]) -> Dataset:
+    """Return a data set, each of its files checked against its registered SHA-256.
+
+    Args:
+        name: "mnist", "fashion_mnist", "kmnist" or "digits".
+        data_dir: a folder that holds the four files; by default they are where TensorFlow Datasets keeps its
+            downloads, and are downloaded if they are not there.
+        say: takes a line when a download begins.
+
+    Raises:
+        DataError: a file is missing, truncated, damaged, another one, or cannot be downloaded.
+    """
+    if name == "digits":
+        return _digits()
+    if data_dir is not None:
+        paths = {part: data_dir / file for part, file in FILES.items()}
+        way_out = f"put the original file there, or leave --data-dir out to have {name} downloaded"
+    else:
+        paths = _locate(name, say=say)
+        way_out = "delete it, and the next start downloads it again"
+    sources = _sources(name)
+    arrays = {part: _parse_idx(_read_verified(path, sources[part], way_out)) for part, path in paths.items()}
+    return Dataset(
+        name=name,
+        train_images=arrays["train_images"][..., np.newaxis],
+        train_labels=arrays["train_labels"].astype(np.int32),
+        test_images=arrays["test_images"][..., np.newaxis],
+        test_labels=arrays["test_labels"].astype(np.int32),
+        class_names=_class_names(name),
+    )
+
+
+class Source(NamedTuple):
+    """What the registry knows of a file: its address, its size in bytes, its SHA-256."""
+
+    url: str
+    size: int
+    sha256: str
+
+
+def _sources(name: str) -> dict[str, Source]:
+    """Return where each part of a data set comes from, as TensorFlow Datasets has it registered."""
+    import tensorflow_datasets as tfds  # 0.3 s that the built-in digits need not wait for
+
+    sources = {
+        info.filename: Source(url, int(info.size), info.checksum) for url, info in tfds.builder(name).url_infos.items()
+    }
+    return {part: sources[file] for part, file in FILES.items()}
+
+
+def _class_names(name: str) -> tuple[str, ...]:
+    import tensorflow_datasets as tfds
+
+    return tuple(tfds.builder(name).info.features["label"].names)
+
+
+def _downloads() -> Path:
+    """Return the folder in which TensorFlow Datasets keeps what it downloads."""
+    return Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser() / "downloads"
+
+
+def _locate(name: str, *, say: Callable[[str], None]) -> dict[str, Path]:
+    """Return the paths of the four files in TensorFlow Datasets' folder, downloaded first where they are not there.
+
+    Its downloader writes beside the final name and renames when size and SHA-256 are right, so half a file is never
+    taken for a whole one.
+
+    Raises:
+        Unreachable: a file is not there, and its server does not answer or breaks off.
+        DataError: a server sent a file with another SHA-256.
+    """
+    from tensorflow_datasets import download as tfds_download
+    from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
+    from tensorflow_datasets.core.download.resource import get_dl_fname, is_locally_cached
+
+    sources = _sources(name)
+    downloads = _downloads()
+    missing = {
+        part: source
+        for part, source in sources.items()
+        if not any(
+            is_locally_cached(folder / get_dl_fname(source.url, source.sha256))
+            for folder in (downloads, downloads / name)
+        )
+    }
+    if missing:
+        # With no network the downloader itself tries again for more than three minutes.
+        _probe(next(iter(missing.values())).url)
+        megabytes = sum(source.size for source in missing.values()) / 1e6
+        say(f"downloading {name}: {len(missing)} files, {megabytes:.1f} MB, into {downloads}")
+    try:
+        manager = tfds_download.DownloadManager(
+            download_dir=downloads,
+            dataset_name=name,
+            url_infos={
+                source.url: tfds_download.checksums.UrlInfo(
+                    size=source.size, checksum=source.sha256, filename=FILES[part]
+                )
+                for part, source in sources.items()
+            },
+        )
+        paths = manager.download({part: source.url for part, source in sources.items()})
+    except NonMatchingChecksumError as error:
+        raise DataError(f"the server of {name} sent a file that is not the registered one: {error}") from error
+    except Exception as error:
+        raise Unreachable(f"the download of {name} broke off ({error})") from error
+    return {part: Path(path) for part, path in paths.items()}
+
+
+def _probe(url: str) -> None:
+    """Raise Unreachable unless the server of `url` answers within PROBE_TIMEOUT_S."""
+    future: Future[None] = Future()
+
+    def ask() -> None:
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PROBE_TIMEOUT_S):
+                future.set_result(None)
+        except Exception as error:
+            future.set_exception(error)
+
+    # In a thread, because looking up a name has no time limit of its own.
+    Thread(target=ask, daemon=True, name="probe").start()
+    if not wait([future], timeout=PROBE_TIMEOUT_S).done:
+        raise Unreachable(f"{url} does not answer within {PROBE_TIMEOUT_S:.0f} s")
+    error = future.exception()
+    if error is not None:
+        raise Unreachable(f"{url} cannot be reached ({error})") from error
+
+
+def _read_verified(path: Path, source: Source, way_out: str) -> bytes:
+    """Return the bytes of a file whose size and SHA-256 are the registered ones."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): {way_out}") from error
+    if len(content) != source.size:
+        raise DataError(f"{path} has {len(content):,} bytes instead of {source.size:,}: {way_out}")
+    found = hashlib.sha256(content).hexdigest()
+    if found != source.sha256:
+        raise DataError(
+            f"{path} is damaged or another file: its SHA-256 is {found} instead of {source.sha256}: {way_out}"
+        )
+    return content
+
+
+def _parse_idx(content: bytes) -> np.ndarray:
+    """Return the array in a gzipped IDX file of bytes: two zeros, type 8, rank, big-endian sizes, elements.
+
+    The format is described on the page of the MNIST database of Y. LeCun, C. Cortes and C. J. C. Burges.
+    """
+    raw = gzip.decompress(content)
+    rank = raw[3]
+    shape = np.frombuffer(raw, ">i4", count=rank, offset=4)
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape)
+
+
+def _digits() -> Dataset:
+    """Return the 1,797 handwritten 8×8 digits of scikit-learn (E. Alpaydin, C. Kaynak), every fifth one for the test.
+
+    Each pixel becomes 3×3 of them, with a margin of 2: 28×28.
+    """
+    from sklearn.datasets import load_digits  # a second of import, only for whom it serves
+
+    bunch = load_digits()
+    pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
+    images = np.pad(np.kron(pixels, np.ones((1, 3, 3), np.uint8)), ((0, 0), (2, 2), (2, 2)))[..., np.newaxis]
+    labels = bunch.target.astype(np.int32)
+    is_test = np.arange(len(labels)) % 5 == 4
+    return Dataset(
+        name="digits",
+        train_images=images[~is_test],
+        train_labels=labels[~is_test],
+        test_images=images[is_test],
+        test_labels=labels[is_test],
+        class_names=tuple(str(digit) for digit in range(10)),
+    )

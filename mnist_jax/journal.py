@@ -1,0 +1,144 @@
+"""What a run leaves for people: metrics.jsonl, events.jsonl, TensorBoard scalars, and the lines on the terminal.
+
+`metrics.jsonl` is part of the run's result: its bytes depend on the config alone, however often the run was cut.
+`events.jsonl` is the history: what happened when. It only grows.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.control import Control
+from rich.segment import ControlType
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+
+class Journal:
+    """The files of one run that people and their tools read."""
+
+    def __init__(self, workdir: Path) -> None:
+        """Open the files in `workdir`, which exists. Nothing of `metrics.jsonl` is used before `rewind`."""
+        self._metrics_path = workdir / "metrics.jsonl"
+        self._metrics = self._metrics_path.open("ab")
+        self._events = (workdir / "events.jsonl").open("a")
+        self._tensorboard = EventFileWriter(str(workdir / "tensorboard"))
+        self._records: list[dict[str, Any]] = []
+
+    def event(self, event: str, *, step: int, **details: Any) -> None:
+        """Add a line to the history."""
+        self._events.write(json.dumps({"time": time.time(), "event": event, "step": step, **details}) + "\n")
+        self._events.flush()
+
+    def rewind(self, step: int) -> None:
+        """Cut `metrics.jsonl` back to what was known at `step`, so that no line is there twice."""
+        self._records = []
+        end = 0
+        for record, end_of_line in _read_records(self._metrics_path):
+            if record["step"] > step:
+                break
+            self._records.append(record)
+            end = end_of_line
+        self._metrics.truncate(end)
+        # TensorBoard forgets the scalars from this step on when it meets this mark.
+        start = Event(wall_time=time.time(), step=step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._tensorboard.add_event(start)
+
+    def record(self, step: int, split: str, *, loss: float, accuracy: float, learning_rate: float) -> None:
+        """Add a line to `metrics.jsonl`, and its scalars to TensorBoard."""
+        values = {"loss": loss, "accuracy": accuracy, "learning_rate": learning_rate}
+        record = {"step": step, "split": split, **values}
+        self._records.append(record)
+        self._metrics.write(json.dumps(record).encode() + b"\n")
+        self._metrics.flush()
+        scalars = [Summary.Value(tag=f"{name}/{split}", simple_value=value) for name, value in values.items()]
+        self._tensorboard.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
+
+    def accuracy_at(self, step: int) -> float | None:
+        """Return the test accuracy recorded at a step, or None."""
+        return next((r["accuracy"] for r in self._records if r["split"] == "test" and r["step"] == step), None)
+
+    def best(self) -> dict[str, Any] | None:
+        """Return the record of the best test accuracy, the first of equals, or None."""
+        return max((r for r in self._records if r["split"] == "test"), key=lambda r: r["accuracy"], default=None)
+
+    def sync(self) -> None:
+        """Bring all lines to the disk. A checkpoint must not be there before the lines that lead to it."""
+        os.fsync(self._metrics.fileno())
+        self._tensorboard.flush()
+
+    def close(self) -> None:
+        """Write what is still held back, and close the files."""
+        self._metrics.close()
+        self._events.close()
+        self._tensorboard.close()
+
+
+def _read_records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield the whole lines of a metrics file, each with the offset of its end, up to the first that is torn."""
+    end = 0
+    with path.open("rb") as lines:
+        for line in lines:
+            end += len(line)
+            try:
+                record = json.loads(line)
+                if not line.endswith(b"\n") or not isinstance(record["step"], int):
+                    return
+            except (ValueError, TypeError, KeyError):
+                return
+            yield record, end
+
+
+class Terminal:
+    """The lines that a person sees: one live line on a terminal, one plain line an interval elsewhere."""
+
+    def __init__(self) -> None:
+        """Write to standard output."""
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._live_line_shown = False
+        self._next_refresh_s = 0.0
+
+    @property
+    def is_live(self) -> bool:
+        """Whether somebody watches."""
+        return self._console.is_terminal
+
+    def say(self, text: str) -> None:
+        """Write a line that stays."""
+        self._clear()
+        self._write(text)
+
+    def warn(self, text: str) -> None:
+        """Write a line that stays, on standard error."""
+        self._clear()
+        print(text, file=sys.stderr, flush=True)
+
+    def progress(self, text: str) -> None:
+        """Write over the live line, at most ten times a second; nothing where nobody watches."""
+        now = time.monotonic()
+        if self.is_live and now >= self._next_refresh_s:
+            self._next_refresh_s = now + 0.1
+            self._clear()
+            self._live_line_shown = True
+            self._write(text[: self._console.width - 1], end="")
+
+    def interval(self, text: str) -> None:
+        """Write the line of an interval where nobody watches; the live line says it where somebody does."""
+        if not self.is_live:
+            self._write(text)
+
+    def _clear(self) -> None:
+        # No cursor is hidden and no thread draws: a second Ctrl-C may end the process between any two lines.
+        if self._live_line_shown:
+            self._live_line_shown = False
+            self._console.control(Control((ControlType.ERASE_IN_LINE, 2), ControlType.CARRIAGE_RETURN))
+
+    def _write(self, text: str, end: str = "\n") -> None:
+        self._console.print(text, end=end, markup=False)
+        self._console.file.flush()

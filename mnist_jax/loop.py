@@ -1,0 +1,420 @@
+"""The loop: where the pure functions, the checkpoints, the journal and the signals meet."""
+
+import time
+from collections import deque
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from mnist_jax import config as configs
+from mnist_jax import data, distributed
+from mnist_jax.checkpoint import (
+    CheckpointStore,
+    InvalidState,
+    Mismatch,
+    NoReadableCheckpoint,
+    Restored,
+    SaveFailed,
+)
+from mnist_jax.config import Config, ConfigError
+from mnist_jax.data import DataError, Dataset
+from mnist_jax.journal import Journal, Terminal
+from mnist_jax.preemption import Stopped, StopSignal
+from mnist_jax.programs import Programs, Source
+from mnist_jax.steps import TrainData
+from mnist_jax.train_state import MetricSums, TrainState
+
+CALL_S = 0.04  # What a call should take. Two may be in flight, so a signal is seen within twice that.
+RETRY_SAVE_S = 5.0
+
+
+class Diverged(Exception):
+    """The loss or the state is not finite any more."""
+
+
+class Outcome(NamedTuple):
+    """How a run ended: the last line on standard output, and the fields of the last event."""
+
+    word: str
+    fields: dict[str, Any]
+
+    def __str__(self) -> str:
+        """Return the line."""
+        return " ".join([self.word, *(f"{name}={value}" for name, value in self.fields.items())])
+
+
+EXIT_CODES: dict[type[Exception], int] = {
+    Diverged: 1,
+    ConfigError: 2,
+    DataError: 2,
+    Mismatch: 2,
+    NoReadableCheckpoint: 65,
+    SaveFailed: 74,
+}
+
+
+def run(config: Config, workdir: Path, stop: StopSignal) -> int:
+    """Train in `workdir` to the end or to a signal, tell how it went, and return the exit code."""
+    distributed.prefer_determinism()
+    distributed.keep_compiled_programs()
+    workdir.mkdir(parents=True, exist_ok=True)
+    journal, terminal = Journal(workdir), Terminal()
+    store = CheckpointStore(workdir / "checkpoints", keep=config.keep)
+    try:
+        outcome = train(config, workdir, stop, store, journal, terminal)
+        code = config.preempted_exit_code if outcome.word == "stopped" else 0
+        journal.event("exit", outcome=outcome.word, code=code, **outcome.fields)
+        terminal.say(str(outcome))
+    except tuple(EXIT_CODES) as error:
+        code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+        journal.event("exit", outcome="failed", code=code, step=store.newest_step, error=str(error))
+        terminal.warn(f"error: {error}")
+    finally:
+        store.close()
+        journal.close()
+    return code
+
+
+def train(
+    config: Config, workdir: Path, stop: StopSignal, store: CheckpointStore, journal: Journal, terminal: Terminal
+) -> Outcome:
+    """Carry a run on from its newest good checkpoint, or begin it, until its end or until a signal stops it.
+
+    Raises:
+        ConfigError: the config does not fit the devices, or the data is not what the run began with.
+        DataError, Mismatch, NoReadableCheckpoint: what the run begins with is not there or not good.
+        Diverged: the loss is not finite; that state is not saved.
+        SaveFailed: the last save failed.
+    """
+    environment = describe_environment()
+    journal.event("start", step=store.newest_step, config=config.to_json(), **environment)
+    try:
+        journal.event("phase", step=store.newest_step, phase="data")
+        dataset = stop.run(lambda: data.load(config.dataset, config.data_dir, say=terminal.say))
+        source = make_source(config, dataset)
+        restored = restore(source, dataset, environment, store, journal, terminal)
+        configs.save(config, workdir / "config.json")
+        step = restored.step if restored else 0
+        journal.rewind(step)
+        if step >= source.total_steps and journal.accuracy_at(step) is not None:
+            terminal.say(f"{workdir} is finished: --fresh starts it anew, --workdir DIR begins another run")
+            return finished(step, journal, store)
+        journal.event("phase", step=step, phase="compile")
+        programs = stop.run(source.compile)
+    except Stopped:
+        return stopped(store.newest_step, stop, journal, store)
+    training = Training(source, programs, dataset, restored, stop, store, journal, terminal, environment)
+    journal.event("phase", step=step, phase="train")
+    training.evaluate_if_due()  # The last stop may have cut this very evaluation short.
+    while not training.is_over and stop.received is None:
+        training.advance()
+        training.evaluate_if_due()
+        training.save_if_due()
+        training.report_saves()
+    return training.end()
+
+
+def make_source(config: Config, dataset: Dataset) -> Source:
+    """Return what the programs are made from, the config checked against the data and the devices.
+
+    Raises:
+        ConfigError: the batch does not fit.
+    """
+    train_size = len(dataset.train_labels)
+    mesh = distributed.data_mesh()
+    try:
+        distributed.check_batch_divides(config.batch_size, mesh)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return Source(config, config.total_steps(train_size), train_size, len(dataset.test_labels), mesh)
+
+
+def restore(
+    source: Source,
+    dataset: Dataset,
+    environment: dict[str, Any],
+    store: CheckpointStore,
+    journal: Journal,
+    terminal: Terminal,
+) -> Restored | None:
+    """Return the newest good checkpoint of the run, having said from where and how exactly it is carried on.
+
+    Raises:
+        ConfigError: the run began with other data.
+    """
+    restored = store.restore(like=source.abstract_state())
+    if restored is None:
+        return None
+    about = restored.manifest["about"]
+    for reason in restored.set_aside:
+        journal.event("quarantine", step=restored.step, reason=reason)
+        terminal.warn(f"warning: a checkpoint is not good and was moved to {store.directory / 'quarantine'}: {reason}")
+    if about["data"] != describe_data(dataset):
+        raise ConfigError(f"the run began with other data: {about['data']}, and this is {describe_data(dataset)}")
+    changed = [
+        f"{part} {name} {before} -> {environment[part].get(name)}"
+        for part in ("software", "devices")
+        for name, before in about[part].items()
+        if before != environment[part].get(name)
+    ]
+    journal.event("resume", step=restored.step, exact=not changed, changed=changed, saved_because=about["reason"])
+    manner = f"numerically equivalent, not bit for bit, for this changed: {'; '.join(changed)}" if changed else "exact"
+    terminal.say(
+        f"resumed from step {restored.step} of {source.total_steps} (saved because: {about['reason']}): {manner}"
+    )
+    return restored
+
+
+def finished(step: int, journal: Journal, store: CheckpointStore) -> Outcome:
+    """Return the outcome of a run that is at its end."""
+    return Outcome(
+        "finished", {"step": step, "test_accuracy": journal.accuracy_at(step), "state_sha256": store.sha256(step)}
+    )
+
+
+def stopped(step: int, stop: StopSignal, journal: Journal, store: CheckpointStore) -> Outcome:
+    """Return the outcome of a run that a signal stopped, and that is saved; "none" where there is nothing to save."""
+    assert stop.received is not None
+    journal.event("signal", step=step, signal=stop.received.name)
+    sha256 = store.sha256(step) if store.steps else "none"
+    return Outcome("stopped", {"step": step, "signal": stop.received.name, "state_sha256": sha256})
+
+
+def describe_environment() -> dict[str, Any]:
+    """Return the software and the devices that the bits of a run depend on, as JSON values."""
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
+    return {
+        "software": {package: version(package) for package in packages},
+        "devices": distributed.describe_devices(),
+    }
+
+
+def describe_data(dataset: Dataset) -> dict[str, Any]:
+    """Return what a data set is, as JSON values."""
+    sizes = {"train_images": len(dataset.train_labels), "test_images": len(dataset.test_labels)}
+    return {"name": dataset.name, **sizes, "sha256": dataset.fingerprint}
+
+
+class Training:
+    """A run at work: its state on the device, and the step that the calls in flight lead to."""
+
+    def __init__(
+        self,
+        source: Source,
+        programs: Programs,
+        dataset: Dataset,
+        restored: Restored | None,
+        stop: StopSignal,
+        store: CheckpointStore,
+        journal: Journal,
+        terminal: Terminal,
+        environment: dict[str, Any],
+    ) -> None:
+        """Put the data on the device; from then on an update needs nothing of the host but the word to begin."""
+        self.config, self.total_steps = source.config, source.total_steps
+        self.steps_per_epoch = self.config.steps_per_epoch(source.train_size)
+        self.eval_every_steps = self.config.eval_every_steps or self.steps_per_epoch
+        self.programs, self.stop, self.store, self.journal, self.terminal = programs, stop, store, journal, terminal
+        self.about = {"config": self.config.to_json(), "data": describe_data(dataset), **environment}
+        self._everywhere = distributed.replicated(source.mesh)
+        self._images, self._labels, self._test_images, self._test_labels = (
+            jax.device_put(array, self._everywhere)
+            for array in (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels)
+        )
+        self._epoch, self._order = -1, self._labels
+        self.state: TrainState = restored.tree if restored else programs.create()
+        self.step = restored.step if restored else 0
+        self._pace = Pace(CALL_S)
+        self._interval: tuple[int, MetricSums] | None = None
+        self._next_save_s = time.monotonic() + self.config.checkpoint_every_s
+        self._pin_best()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all updates are made."""
+        return self.step >= self.total_steps
+
+    def advance(self) -> None:
+        """Dispatch one call of updates, and journal the interval that the call before it ended."""
+        n = min(self._pace.steps_per_call, self._next_boundary() - self.step)
+        epoch = self.step // self.steps_per_epoch
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self.programs.epoch_order(np.int32(epoch))
+        epoch_data = TrainData(self._images, self._labels, self._order)
+        self.state, sums = self.programs.train_steps(self.state, epoch_data, np.int32(n))
+        self.step += n
+        self._pace.dispatched(n, sums)
+        self._journal_interval()
+        if self.step % self.config.log_every_steps == 0:
+            self._interval = self.step, sums
+            self.state = self.state.replace(metrics=jax.device_put(MetricSums.zeros(), self._everywhere))
+
+    def _next_boundary(self) -> int:
+        """Return the step at which a call has to end at the latest: something is due there, or the order changes."""
+        cadences = (
+            self.steps_per_epoch,
+            self.eval_every_steps,
+            self.config.log_every_steps,
+            self.config.checkpoint_every_steps or self.total_steps,
+        )
+        return min(self.total_steps, *(self.step - self.step % every + every for every in cadences))
+
+    def _journal_interval(self) -> None:
+        """Write the metrics of the interval that ended, if one did. They are on their way from the device."""
+        if self._interval is None:
+            return
+        (step, sums), self._interval = self._interval, None
+        loss, accuracy = _averages(sums)
+        if not np.isfinite(loss):
+            raise self._diverged(f"the loss of the updates up to step {step} is {loss}")
+        self.journal.record(step, "train", loss=loss, accuracy=accuracy, learning_rate=self._learning_rate(step))
+        self.terminal.interval(self._describe(step, loss, accuracy))
+
+    def evaluate_if_due(self) -> None:
+        """Evaluate where it is time to and was not done; a signal cuts it short, and the next start does it again."""
+        due = self.is_over or (self.step > 0 and self.step % self.eval_every_steps == 0)
+        if not due or self.journal.accuracy_at(self.step) is not None:
+            return
+        self._journal_interval()
+        self.journal.event("phase", step=self.step, phase="evaluate")
+        sums = self._evaluate()
+        if sums is None:
+            return
+        loss, accuracy = _averages(sums)
+        self.journal.record(
+            self.step, "test", loss=loss, accuracy=accuracy, learning_rate=self._learning_rate(self.step)
+        )
+        self.journal.event("evaluation", step=self.step, loss=loss, accuracy=accuracy)
+        self.terminal.say(f"step {self.step}: test loss {loss:.4f}, test accuracy {accuracy:.4f}")
+        self._pin_best()
+        if self.store.pinned == self.step:
+            self.save("best test accuracy so far")
+
+    def _evaluate(self) -> MetricSums | None:
+        """Return the metric sums over all test images, or None as soon as a signal asks to stop."""
+        calls: list[MetricSums] = []
+        for first in range(0, len(self._test_labels), self.programs.eval_call_images):
+            calls.append(
+                self.programs.evaluate(self.state.params, self._test_images, self._test_labels, np.int32(first))
+            )
+            jax.block_until_ready(calls[-2:][0])
+            if self.stop.received is not None:
+                return None
+        return jax.tree.map(lambda *parts: np.sum(np.asarray(parts)), *calls)
+
+    def save_if_due(self) -> None:
+        """Save where the steps, the clock or a signal say so."""
+        every_steps = self.config.checkpoint_every_steps
+        if self.stop.take_save_request():
+            self.save("signal SIGUSR2")
+        elif every_steps is not None and self.step % every_steps == 0:
+            self.save("steps")
+        elif time.monotonic() >= self._next_save_s and not self.store.is_saving:
+            self.save("time")
+
+    def save(self, reason: str) -> None:
+        """Begin to save the state."""
+        about = self._prepare_save(reason)
+        self.store.save(self.step, self.state, about=about, valid=self.programs.is_finite(self.state))
+        self._next_save_s = time.monotonic() + self.config.checkpoint_every_s
+
+    def _prepare_save(self, reason: str) -> dict[str, Any]:
+        """Bring the journal up to this step, for a checkpoint must not be there before the lines that lead to it."""
+        self._journal_interval()
+        self.journal.sync()
+        accuracy = self.journal.accuracy_at(self.step)
+        return {**self.about, "reason": reason, "time": time.time(), "test_accuracy": accuracy}
+
+    def report_saves(self) -> None:
+        """Tell how the saves went that ended."""
+        for result in self.store.results():
+            if isinstance(result, InvalidState):
+                raise self._diverged("the state has values that are not finite")
+            if isinstance(result, SaveFailed):
+                self._next_save_s = time.monotonic() + min(RETRY_SAVE_S, self.config.checkpoint_every_s)
+                self.journal.event("save_failed", step=result.step, error=str(result))
+                self.terminal.warn(f"warning: {result}. Training goes on, and it is tried again.")
+            else:
+                reason = result.manifest["about"]["reason"]
+                self.journal.event(
+                    "save", step=result.step, reason=reason, seconds=result.seconds, sha256=result.sha256
+                )
+
+    def end(self) -> Outcome:
+        """Save the state, unless it is saved already, and return the outcome.
+
+        Raises:
+            SaveFailed: it could not be saved.
+        """
+        is_finished = self.is_over and self.journal.accuracy_at(self.step) is not None
+        reason = "end"
+        if not is_finished:
+            assert self.stop.received is not None
+            reason = f"signal {self.stop.received.name}"
+            self.terminal.say(f"{self.stop.received.name}: saving step {self.step} and leaving")
+        about = self._prepare_save(reason)
+        try:
+            self.store.save_and_wait(self.step, self.state, about=about, valid=self.programs.is_finite(self.state))
+        finally:
+            self.report_saves()
+        if is_finished:
+            return finished(self.step, self.journal, self.store)
+        return stopped(self.step, self.stop, self.journal, self.store)
+
+    def _pin_best(self) -> None:
+        best = self.journal.best()
+        self.store.pinned = best["step"] if best else None
+
+    def _learning_rate(self, step: int) -> float:
+        """Return the learning rate of the update that led to a step, in the shortest digits that mean it."""
+        return float(str(np.float32(self.programs.learning_rate(np.int32(step - 1)))))
+
+    def _describe(self, step: int, loss: float, accuracy: float) -> str:
+        """Return the line that tells where the training is."""
+        images_per_s = self.config.batch_size / self._pace.seconds_per_step
+        seconds_left = (self.total_steps - step) * self._pace.seconds_per_step
+        return (
+            f"step {step}/{self.total_steps}  epoch {step / self.steps_per_epoch:.2f}  loss {loss:.4f}  "
+            f"accuracy {accuracy:.4f}  {images_per_s:,.0f} images/s  {seconds_left:.0f} s left  "
+            f"checkpoint {self.store.newest_step if self.store.steps else 'none'}"
+        )
+
+    def _diverged(self, what: str) -> Diverged:
+        return Diverged(
+            f"{what}. Nothing of that was saved; the newest checkpoint is of step {self.store.newest_step}, "
+            "and a rerun would come to the same point. Start anew with --fresh and a lower --learning-rate."
+        )
+
+
+def _averages(sums: MetricSums) -> tuple[float, float]:
+    """Return mean loss and accuracy of metric sums, in the shortest digits that mean the float32."""
+    loss = np.float32(sums.loss) / np.float32(sums.images)
+    return float(str(loss)), int(sums.correct) / int(sums.images)
+
+
+class Pace:
+    """Keep two calls in flight at most, and choose how many steps one makes so that it takes `call_s`."""
+
+    def __init__(self, call_s: float) -> None:
+        """Begin with calls of one step."""
+        self.steps_per_call = 1
+        self.seconds_per_step = call_s
+        self._call_s = call_s
+        self._in_flight: deque[tuple[int, Any, float]] = deque()
+        self._last_end_s = 0.0
+
+    def dispatched(self, n: int, result: Any) -> None:
+        """Take note of a call of `n` steps, and wait until the one before it is done."""
+        self._in_flight.append((n, result, time.monotonic()))
+        if len(self._in_flight) == 1:
+            return
+        n, result, dispatched_s = self._in_flight.popleft()
+        jax.block_until_ready(result)
+        end_s = time.monotonic()
+        self.seconds_per_step = (end_s - max(dispatched_s, self._last_end_s)) / n
+        self._last_end_s = end_s
+        fitting = max(1, int(self._call_s / self.seconds_per_step))
+        self.steps_per_call = min(2 * self.steps_per_call, fitting)

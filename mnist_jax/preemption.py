@@ -1,0 +1,100 @@
+"""Being asked to stop: signals that only set a flag, and work that is left at once when the flag is set.
+
+This file stands alone; lift it into your own project.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from types import FrameType, TracebackType
+from typing import Any, Self, TypeVar
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGABRT, signal.SIGHUP, signal.SIGUSR1)
+SAVE_SIGNALS = (signal.SIGUSR2,)
+
+T = TypeVar("T")
+
+
+class Stopped(Exception):
+    """The work in hand was left because a signal asked to stop."""
+
+
+class StopSignal:
+    """Listen for signals that ask to stop, while the `with` block runs.
+
+    The first stop signal sets `received`, and that is all: look at it between steps, save, and leave. The second one
+    ends the process at once with exit code 128+n. A save signal sets a flag of its own. A handler can come between
+    any two instructions, in the middle of a save or with a lock held, so it does no more than that.
+
+    The handlers that were there before are put back at the end of the block. Python delivers signals to its main
+    thread, so enter the block there, and after anything that installs handlers of its own (`jax.distributed` does).
+
+        with StopSignal() as stop:
+            while step < total_steps and not stop.received:
+                state = train_step(state)
+    """
+
+    def __init__(
+        self,
+        stop_signals: Sequence[signal.Signals] = STOP_SIGNALS,
+        save_signals: Sequence[signal.Signals] = SAVE_SIGNALS,
+    ) -> None:
+        """Choose the signals; nothing is installed before the `with` block."""
+        self.received: signal.Signals | None = None
+        self._save_requested = False
+        self._handlers = {**dict.fromkeys(stop_signals, self._stop), **dict.fromkeys(save_signals, self._save)}
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        """Install the handlers."""
+        for number, handler in self._handlers.items():
+            self._previous[number] = signal.signal(number, handler)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Put the handlers back that were there before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def _stop(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is not None:
+            os._exit(128 + number)
+        self.received = signal.Signals(number)
+
+    def _save(self, _number: int, _frame: FrameType | None) -> None:
+        self._save_requested = True
+
+    def take_save_request(self) -> bool:
+        """Tell whether a save signal came since the last call."""
+        requested, self._save_requested = self._save_requested, False
+        return requested
+
+    def run(self, work: Callable[[], T], *, look_every_s: float = 0.05) -> T:
+        """Return `work()`, or leave it running and raise `Stopped` as soon as a stop signal comes.
+
+        For work that is long and does not look at the flag: a download, a compilation. It runs in a thread of its
+        own, because Python calls no handler while the main thread is inside a C++ function. When it is left it goes
+        on in the background, so the caller should end the process soon, and with `os._exit`: the interpreter's own
+        end would pull the ground from under that thread.
+
+        Raises:
+            Stopped: a stop signal came before the work was done.
+        """
+        future: Future[T] = Future()
+
+        def run_in_thread() -> None:
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run_in_thread, daemon=True, name=f"interruptible {work}").start()
+        while True:
+            if self.received is not None:
+                raise Stopped
+            if wait([future], timeout=look_every_s).done:
+                return future.result()

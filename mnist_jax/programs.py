@@ -1,0 +1,108 @@
+"""The pure functions of `steps.py`, compiled for the devices at hand."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import ShapeDtypeStruct
+from jax.sharding import Mesh
+
+from mnist_jax import distributed, steps, train_state
+from mnist_jax.config import Config
+from mnist_jax.model import MODELS
+from mnist_jax.steps import TrainData
+from mnist_jax.train_state import MetricSums, TrainState
+
+# The images of one call of the evaluation, about as many as train in one call: so long it takes to see a signal.
+EVAL_CALL_IMAGES = 500
+
+
+class Programs(NamedTuple):
+    """What a run computes, each function with its config built in. State and data lie whole on every device."""
+
+    create: Callable[[], TrainState]
+    train_steps: Callable[[TrainState, TrainData, Any], tuple[TrainState, MetricSums]]  # donates the state
+    epoch_order: Callable[[Any], jax.Array]  # epoch -> [N] int32
+    evaluate: Callable[[Any, jax.Array, jax.Array, Any], MetricSums]  # params, images, labels, index of the first one
+    eval_call_images: int
+    learning_rate: Callable[[Any], jax.Array]  # number of updates made -> [] float32
+    is_finite: Callable[[TrainState], jax.Array]
+
+
+class Source(NamedTuple):
+    """What the programs are made from."""
+
+    config: Config
+    total_steps: int
+    train_size: int
+    test_size: int
+    mesh: Mesh
+
+    def abstract_state(self) -> TrainState:
+        """Return the shapes, types and shardings of the train state."""
+        everywhere = distributed.replicated(self.mesh)
+        state = jax.eval_shape(self._create)
+        return jax.tree.map(lambda leaf: ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), state)
+
+    def compile(self) -> Programs:
+        """Compile all programs: seconds where they are new, and much less where JAX's cache on disk has them."""
+        config, mesh = self.config, self.mesh
+        state = self.abstract_state()
+        number = _integers()
+        on_batch = {"model": self._model, "batch_sharding": distributed.split_over_batch(mesh)}
+        eval_call_images = -(-EVAL_CALL_IMAGES // mesh.size) * mesh.size
+        return Programs(
+            create=self._compile(self._create),
+            train_steps=self._compile(
+                partial(steps.train_steps, optimizer=self._optimizer, batch_size=config.batch_size, **on_batch),
+                state,
+                TrainData(_images(self.train_size), _integers(self.train_size), _integers(self.train_size)),
+                number,
+                donate_argnums=0,
+            ),
+            epoch_order=self._compile(partial(_epoch_order, config.seed, self.train_size), number),
+            evaluate=self._compile(
+                partial(steps.evaluate, size=eval_call_images, **on_batch),
+                state.params,
+                _images(self.test_size),
+                _integers(self.test_size),
+                number,
+            ),
+            eval_call_images=eval_call_images,
+            learning_rate=self._compile(self._schedule, number),
+            is_finite=self._compile(steps.is_finite, state),
+        )
+
+    @property
+    def _model(self) -> Any:
+        return MODELS[self.config.model]
+
+    @property
+    def _schedule(self) -> Any:
+        return train_state.make_schedule(self.config, self.total_steps)
+
+    @property
+    def _optimizer(self) -> Any:
+        return train_state.make_optimizer(self._schedule)
+
+    def _create(self) -> TrainState:
+        return train_state.create(self.config, self._model, self._optimizer)
+
+    def _compile(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        everywhere = distributed.replicated(self.mesh)
+        jitted = jax.jit(function, in_shardings=everywhere, out_shardings=everywhere, **options)
+        return jitted.lower(*arguments).compile()
+
+
+def _images(size: int) -> Any:
+    return ShapeDtypeStruct((size, 28, 28, 1), jnp.uint8)
+
+
+def _integers(*shape: int) -> Any:
+    return ShapeDtypeStruct(shape, jnp.int32)
+
+
+def _epoch_order(seed: int, size: int, epoch: jax.Array) -> jax.Array:
+    return steps.epoch_order(seed, epoch, size)

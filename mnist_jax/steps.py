@@ -1,0 +1,139 @@
+"""The mathematics of the training: pure functions of arrays. No file, no clock, no signal."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Sharding
+
+from mnist_jax.model import Classifier
+from mnist_jax.train_state import MetricSums, TrainState, streams
+
+
+class TrainData(NamedTuple):
+    """The training images on the device, and the order in which this epoch shows them."""
+
+    images: jax.Array  # [N, 28, 28, 1] uint8
+    labels: jax.Array  # [N] int32 in [0, 10)
+    order: jax.Array  # [N] int32, a permutation
+
+
+def epoch_order(seed: int | jax.Array, epoch: int | jax.Array, size: int) -> jax.Array:
+    """Return the order of the images in an epoch: a permutation of range(size), a function of (seed, epoch) alone."""
+    *_, key = streams(seed)
+    return jax.random.permutation(jax.random.fold_in(key, epoch), jnp.arange(size, dtype=jnp.int32))
+
+
+def train_steps(
+    state: TrainState,
+    data: TrainData,
+    n: int | jax.Array,
+    *,
+    model: Classifier,
+    optimizer: optax.GradientTransformation,
+    batch_size: int,
+    batch_sharding: Sharding,
+) -> tuple[TrainState, MetricSums]:
+    """Make `n` updates, all in the epoch whose order `data` holds.
+
+    `n` is a run-time value: whatever the number of steps in a call, it is the same program, and so the same bits.
+
+    Args:
+        state: the state to begin from; its buffers may be donated.
+        data: the training images, of which an update gathers its batch on the device.
+        n: [] int32, number of updates.
+        model: the network.
+        optimizer: what was given to `train_state.create`.
+        batch_size: images an update learns from.
+        batch_sharding: how a batch lies on the devices.
+
+    Returns:
+        The state after `n` updates, and a copy of its metric sums that stays when the state is donated.
+    """
+
+    def body(_: jax.Array, state: TrainState) -> TrainState:
+        return _train_step(state, data, model, optimizer, batch_size, batch_sharding)
+
+    state = jax.lax.fori_loop(0, n, body, state)
+    return state, state.metrics
+
+
+def _train_step(
+    state: TrainState,
+    data: TrainData,
+    model: Classifier,
+    optimizer: optax.GradientTransformation,
+    batch_size: int,
+    batch_sharding: Sharding,
+) -> TrainState:
+    """Make one update: the step alone says which images, which random numbers, and which learning rate."""
+    steps_per_epoch = data.order.size // batch_size
+    first = state.step % steps_per_epoch * batch_size
+    rows = jax.lax.dynamic_slice_in_dim(data.order, first, batch_size)
+    rows = jax.lax.with_sharding_constraint(rows, batch_sharding)
+    images, labels = data.images[rows], data.labels[rows]
+    rngs = {"dropout": jax.random.fold_in(state.rng, state.step)}
+
+    def mean_loss(params: Any) -> tuple[jax.Array, jax.Array]:
+        logits: Any = model.apply({"params": params}, images, train=True, rngs=rngs)
+        return cross_entropy(logits, labels).mean(), logits
+
+    (loss, logits), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    metrics = MetricSums(
+        loss=state.metrics.loss + loss * batch_size,
+        correct=state.metrics.correct + count_correct(logits, labels),
+        images=state.metrics.images + batch_size,
+    )
+    params = optax.apply_updates(state.params, updates)
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state, metrics=metrics)
+
+
+def evaluate(
+    params: Any,
+    images: jax.Array,
+    labels: jax.Array,
+    first: int | jax.Array,
+    *,
+    model: Classifier,
+    batch_sharding: Sharding,
+    size: int,
+) -> MetricSums:
+    """Return the metric sums over images `first` to `first + size`, or to the last one where there are fewer.
+
+    Args:
+        params: the network's parameters.
+        images: [N, 28, 28, 1] uint8.
+        labels: [N] int32 in [0, 10).
+        first: [] int32, index of the first image.
+        model: the network.
+        batch_sharding: how the images of a call lie on the devices.
+        size: images a call looks at; a constant, so that the last and smaller part needs no program of its own.
+    """
+    rows = jax.lax.with_sharding_constraint(first + jnp.arange(size), batch_sharding)
+    there = rows < labels.size
+    rows = jnp.minimum(rows, labels.size - 1)
+    logits: Any = model.apply({"params": params}, images[rows], train=False)
+    losses = cross_entropy(logits, labels[rows])
+    return MetricSums(
+        loss=jnp.sum(losses, where=there),
+        correct=jnp.sum(jnp.argmax(logits, axis=-1) == labels[rows], where=there, dtype=jnp.int32),
+        images=jnp.sum(there, dtype=jnp.int32),
+    )
+
+
+def is_finite(state: TrainState) -> jax.Array:
+    """Tell whether all floating-point numbers of a state are finite. [] bool."""
+    leaves = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Return the cross-entropy of each image, in nats. logits: [N, 10], labels: [N] -> [N]."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+def count_correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Return how many images have the right class as their likeliest one. [] int32."""
+    return jnp.sum(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.int32)
