@@ -237,15 +237,13 @@ class CheckpointStore:
                 args=ocp.args.Composite(state=ocp.args.PyTreeSave(leaves), manifest=ocp.args.JsonSave(manifest)),
                 force=True,
             )
-            self._digests = dict.fromkeys(self._manager.all_steps()) | {
-                kept: digest for kept, digest in self._digests.items() if digest
-            }
+            known = {**self._digests, step: manifest["sha256"]}
+            self._digests = {kept: known[kept] for kept in self._manager.all_steps()}
         except Exception as error:
             failure = error if isinstance(error, SaveFailed) else SaveFailed(step, f"{type(error).__name__}: {error}")
             self._last_failure = failure
             self._results.put(failure)
         else:
-            self._digests[step] = manifest["sha256"]
             self._results.put(Saved(step, manifest["sha256"], manifest, time.monotonic() - started))
 
     def _read_manifest(self, step: int) -> dict[str, Any]:

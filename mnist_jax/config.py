@@ -30,7 +30,7 @@ class Recipe(NamedTuple):
     learning_rate: float
 
 
-CNN = Recipe(epochs=3, batch_size=128, learning_rate=4e-3)
+CNN = Recipe(epochs=3, batch_size=64, learning_rate=7e-3)
 ORIGINAL = Recipe(epochs=10, batch_size=50, learning_rate=1e-4)
 DIGITS_EPOCHS_FACTOR = 10  # The built-in digits are so few that an epoch of them is soon over.
 
@@ -175,12 +175,21 @@ def load(path: Path) -> Config:
     """Read the settings of a run that `save` wrote.
 
     Raises:
-        ConfigError: the file is not JSON, or a field is unknown, missing, of a wrong type or out of range.
+        ConfigError: the file is not JSON, or its values are none of ours.
     """
     try:
         values = json.loads(path.read_text())
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON ({error}); restore it, or start anew with --fresh") from error
+    return from_json(values, path)
+
+
+def from_json(values: Any, path: Path) -> Config:
+    """Return the settings in JSON values, as `Config.to_json` made them; `path` says where they come from.
+
+    Raises:
+        ConfigError: a field is unknown, missing, of a wrong type or out of range.
+    """
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no table of settings; restore it, or start anew with --fresh")
     types = typing.get_type_hints(Config)
@@ -194,9 +203,11 @@ def load(path: Path) -> Config:
             raise ConfigError(
                 f"{path}: {name}={value!r} should be {types[name]}; restore it, or start anew with --fresh"
             )
-    if values["data_dir"] is not None:
-        values["data_dir"] = Path(values["data_dir"])
-    return Config(**values)
+    data_dir = values["data_dir"] and Path(values["data_dir"])
+    try:
+        return Config(**{**values, "data_dir": data_dir})
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def _fits(value: object, kind: Any) -> bool:

@@ -4,6 +4,7 @@
 `events.jsonl` is the history: what happened when. It only grows.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -27,13 +28,16 @@ class Journal:
         """Open the files in `workdir`, which exists. Nothing of `metrics.jsonl` is used before `rewind`."""
         self._metrics_path = workdir / "metrics.jsonl"
         self._metrics = self._metrics_path.open("ab")
-        self._events = (workdir / "events.jsonl").open("a")
+        self._events = (workdir / "events.jsonl").open("ab")
+        if not _ends_with_a_whole_line(workdir / "events.jsonl"):
+            self._events.write(b"\n")  # What a kill tore stays by itself, and does not spoil the next line.
         self._tensorboard = EventFileWriter(str(workdir / "tensorboard"))
         self._records: list[dict[str, Any]] = []
 
     def event(self, event: str, *, step: int, **details: Any) -> None:
         """Add a line to the history."""
-        self._events.write(json.dumps({"time": time.time(), "event": event, "step": step, **details}) + "\n")
+        record = {"time": time.time(), "event": event, "step": step, **details}
+        self._events.write(json.dumps(record).encode() + b"\n")
         self._events.flush()
 
     def rewind(self, step: int) -> None:
@@ -80,6 +84,13 @@ class Journal:
         self._tensorboard.close()
 
 
+def _ends_with_a_whole_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        return file.read() in (b"", b"\n")
+
+
 def _read_records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     """Yield the whole lines of a metrics file, each with the offset of its end, up to the first that is torn."""
     end = 0
@@ -96,11 +107,15 @@ def _read_records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
 
 
 class Terminal:
-    """The lines that a person sees: one live line on a terminal, one plain line an interval elsewhere."""
+    """The lines that a person sees: one live line on a terminal, one plain line an interval elsewhere.
+
+    No cursor is hidden and no thread draws, for a second Ctrl-C may end the process anywhere. Where nobody reads any
+    more (a pipe that was closed, a terminal that is gone) nothing is written, and the training goes on.
+    """
 
     def __init__(self) -> None:
         """Write to standard output."""
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = _Console(highlight=False, soft_wrap=True)
         self._live_line_shown = False
         self._next_refresh_s = 0.0
 
@@ -108,6 +123,11 @@ class Terminal:
     def is_live(self) -> bool:
         """Whether somebody watches."""
         return self._console.is_terminal
+
+    @property
+    def is_refresh_due(self) -> bool:
+        """Whether somebody watches, and the live line is a tenth of a second old."""
+        return self.is_live and time.monotonic() >= self._next_refresh_s
 
     def say(self, text: str) -> None:
         """Write a line that stays."""
@@ -117,16 +137,15 @@ class Terminal:
     def warn(self, text: str) -> None:
         """Write a line that stays, on standard error."""
         self._clear()
-        print(text, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
 
     def progress(self, text: str) -> None:
-        """Write over the live line, at most ten times a second; nothing where nobody watches."""
-        now = time.monotonic()
-        if self.is_live and now >= self._next_refresh_s:
-            self._next_refresh_s = now + 0.1
-            self._clear()
-            self._live_line_shown = True
-            self._write(text[: self._console.width - 1], end="")
+        """Write the live line anew."""
+        self._next_refresh_s = time.monotonic() + 0.1
+        self._clear()
+        self._live_line_shown = True
+        self._write(text[: self._console.width - 1], end="")
 
     def interval(self, text: str) -> None:
         """Write the line of an interval where nobody watches; the live line says it where somebody does."""
@@ -134,11 +153,27 @@ class Terminal:
             self._write(text)
 
     def _clear(self) -> None:
-        # No cursor is hidden and no thread draws: a second Ctrl-C may end the process between any two lines.
         if self._live_line_shown:
             self._live_line_shown = False
-            self._console.control(Control((ControlType.ERASE_IN_LINE, 2), ControlType.CARRIAGE_RETURN))
+            with self._gone_is_well():
+                self._console.control(Control((ControlType.ERASE_IN_LINE, 2), ControlType.CARRIAGE_RETURN))
 
     def _write(self, text: str, end: str = "\n") -> None:
-        self._console.print(text, end=end, markup=False)
-        self._console.file.flush()
+        with self._gone_is_well():
+            self._console.print(text, end=end, markup=False)
+            self._console.file.flush()
+
+    @contextlib.contextmanager
+    def _gone_is_well(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self._console.quiet = True
+            # What is still buffered goes there, when the process ends, and not into another error.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave the error to `Terminal`; rich would end the process."""
+        raise

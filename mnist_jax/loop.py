@@ -4,7 +4,7 @@ import time
 from collections import deque
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -26,6 +26,8 @@ from mnist_jax.preemption import Stopped, StopSignal
 from mnist_jax.programs import Programs, Source
 from mnist_jax.steps import TrainData
 from mnist_jax.train_state import MetricSums, TrainState
+
+T = TypeVar("T")
 
 CALL_S = 0.04  # What a call should take. Two may be in flight, so a signal is seen within twice that.
 RETRY_SAVE_S = 5.0
@@ -143,12 +145,16 @@ def restore(
     """Return the newest good checkpoint of the run, having said from where and how exactly it is carried on.
 
     Raises:
-        ConfigError: the run began with other data.
+        ConfigError: the run began with other data, or with other settings than a config that was changed since.
     """
     restored = store.restore(like=source.abstract_state())
     if restored is None:
         return None
     about = restored.manifest["about"]
+    began_as = configs.from_json(about["config"], store.directory)
+    differences = list(configs.contradictions(began_as, source.config))
+    if differences:
+        raise ConfigError(configs.describe_contradictions(store.directory, differences))
     for reason in restored.set_aside:
         journal.event("quarantine", step=restored.step, reason=reason)
         terminal.warn(f"warning: a checkpoint is not good and was moved to {store.directory / 'quarantine'}: {reason}")
@@ -227,7 +233,7 @@ class Training:
         self._epoch, self._order = -1, self._labels
         self.state: TrainState = restored.tree if restored else programs.create()
         self.step = restored.step if restored else 0
-        self._pace = Pace(CALL_S)
+        self._pace: Pace[MetricSums] = Pace(CALL_S)
         self._interval: tuple[int, MetricSums] | None = None
         self._next_save_s = time.monotonic() + self.config.checkpoint_every_s
         self._pin_best()
@@ -246,7 +252,9 @@ class Training:
         epoch_data = TrainData(self._images, self._labels, self._order)
         self.state, sums = self.programs.train_steps(self.state, epoch_data, np.int32(n))
         self.step += n
-        self._pace.dispatched(n, sums)
+        done = self._pace.dispatched(n, sums)
+        if done is not None and self.terminal.is_refresh_due:
+            self.terminal.progress(self._describe(self.step - n, *_averages(done)))
         self._journal_interval()
         if self.step % self.config.log_every_steps == 0:
             self._interval = self.step, sums
@@ -373,13 +381,13 @@ class Training:
         return float(str(np.float32(self.programs.learning_rate(np.int32(step - 1)))))
 
     def _describe(self, step: int, loss: float, accuracy: float) -> str:
-        """Return the line that tells where the training is."""
+        """Return the line that tells where the training is, of at most 79 characters in a run of ordinary size."""
         images_per_s = self.config.batch_size / self._pace.seconds_per_step
         seconds_left = (self.total_steps - step) * self._pace.seconds_per_step
         return (
-            f"step {step}/{self.total_steps}  epoch {step / self.steps_per_epoch:.2f}  loss {loss:.4f}  "
-            f"accuracy {accuracy:.4f}  {images_per_s:,.0f} images/s  {seconds_left:.0f} s left  "
-            f"checkpoint {self.store.newest_step if self.store.steps else 'none'}"
+            f"step {step}/{self.total_steps} epoch {step / self.steps_per_epoch:.2f} loss {loss:.4f} "
+            f"acc {accuracy:.4f} {images_per_s:,.0f} img/s {_duration(seconds_left)} left "
+            f"saved {self.store.newest_step if self.store.steps else 'none'}"
         )
 
     def _diverged(self, what: str) -> Diverged:
@@ -395,7 +403,16 @@ def _averages(sums: MetricSums) -> tuple[float, float]:
     return float(str(loss)), int(sums.correct) / int(sums.images)
 
 
-class Pace:
+def _duration(seconds: float) -> str:
+    """Return a length of time in its two largest units: 12s, 3m05s, 2h07m."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+
+
+class Pace(Generic[T]):
     """Keep two calls in flight at most, and choose how many steps one makes so that it takes `call_s`."""
 
     def __init__(self, call_s: float) -> None:
@@ -403,18 +420,20 @@ class Pace:
         self.steps_per_call = 1
         self.seconds_per_step = call_s
         self._call_s = call_s
-        self._in_flight: deque[tuple[int, Any, float]] = deque()
+        self._in_flight: deque[tuple[int, T, float]] = deque()
         self._last_end_s = 0.0
 
-    def dispatched(self, n: int, result: Any) -> None:
-        """Take note of a call of `n` steps, and wait until the one before it is done."""
+    def dispatched(self, n: int, result: T) -> T | None:
+        """Take note of a call of `n` steps, wait until the one before it is done, and return what that one gave."""
         self._in_flight.append((n, result, time.monotonic()))
         if len(self._in_flight) == 1:
-            return
+            return None
         n, result, dispatched_s = self._in_flight.popleft()
         jax.block_until_ready(result)
         end_s = time.monotonic()
-        self.seconds_per_step = (end_s - max(dispatched_s, self._last_end_s)) / n
+        took_s = (end_s - max(dispatched_s, self._last_end_s)) / n
         self._last_end_s = end_s
-        fitting = max(1, int(self._call_s / self.seconds_per_step))
+        self.seconds_per_step += 0.3 * (took_s - self.seconds_per_step)
+        fitting = max(1, round(self._call_s / self.seconds_per_step))
         self.steps_per_call = min(2 * self.steps_per_call, fitting)
+        return result

@@ -32,7 +32,7 @@ class Classifier(nn.Module):
             the batch's are estimates of: the answer for an image must not hang on the images next to it.
     """
 
-    features: tuple[int, int] = (8, 16)
+    features: tuple[int, int] = (8, 32)
     kernel_sizes: tuple[int, int] = (5, 3)
     hidden: int = 128
     activation: Callable[[Array], Array] = nn.relu

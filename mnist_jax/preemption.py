@@ -84,6 +84,8 @@ class StopSignal:
         Raises:
             Stopped: a stop signal came before the work was done.
         """
+        if self.received is not None:
+            raise Stopped
         future: Future[T] = Future()
 
         def run_in_thread() -> None:
@@ -93,8 +95,7 @@ class StopSignal:
                 future.set_exception(error)
 
         threading.Thread(target=run_in_thread, daemon=True, name=f"interruptible {work}").start()
-        while True:
+        while not wait([future], timeout=look_every_s).done:
             if self.received is not None:
                 raise Stopped
-            if wait([future], timeout=look_every_s).done:
-                return future.result()
+        return future.result()

@@ -59,7 +59,7 @@ def find_run(args: Sequence[str], asked: Config, stop: StopSignal) -> tuple[Conf
     name = stop.run(lambda: data.resolve(asked.dataset, asked.data_dir, say=_notice))
     config = configs.parse(args, Config.of_recipe(asked.model, name))
     workdir = asked.workdir or RUNS / name
-    if asked.fresh and workdir.exists():
+    if asked.fresh and (workdir / "events.jsonl").exists():
         aside = next(
             path for n in range(1, 10**6) if not (path := workdir.with_name(f"{workdir.name}.old-{n}")).exists()
         )

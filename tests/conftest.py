@@ -1,0 +1,58 @@
+"""What the tests share: the real data they run on, a folder of compiled programs, and an uninterrupted run."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from runs import Run
+
+
+@pytest.fixture(scope="session")
+def mnist_dir() -> Path:
+    """The folder with the four official MNIST files, which `MNIST_DIR` names; without it these tests are skipped."""
+    if "MNIST_DIR" not in os.environ:
+        pytest.skip("MNIST_DIR names no folder with the four official MNIST files")
+    return Path(os.environ["MNIST_DIR"]).absolute()
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory) -> dict[str, str]:
+    """An environment with an empty home and warm compiled programs, in which there is no network."""
+    home = tmp_path_factory.mktemp("home")
+    nowhere = "http://127.0.0.1:9"  # the discard port, closed
+    return {"HOME": str(home), "XDG_CACHE_HOME": str(home), "http_proxy": nowhere, "https_proxy": nowhere}
+
+
+@dataclass
+class Reference:
+    """A small training, and how it ends when nothing disturbs it."""
+
+    args: tuple[str, ...]
+    sha256: str
+    metrics: bytes
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory, environment) -> Reference:
+    """A training on real MNIST (on the built-in digits where MNIST is not there) that nothing disturbed."""
+    if "MNIST_DIR" in os.environ:
+        data = ("--data-dir", str(Path(os.environ["MNIST_DIR"]).absolute()), "--steps", "400")
+    else:
+        data = ("--dataset", "digits", "--steps", "400")
+    args = (*data, "--log-every-steps", "30", "--eval-every-steps", "150", "--checkpoint-every-s", "0.5")
+    run = Run(tmp_path_factory.mktemp("reference") / "run", environment)
+    ended = run.finish(*args)
+    assert ended.code == 0, ended.err
+    return Reference(args, ended.fields["state_sha256"], run.metrics())
+
+
+@pytest.fixture
+def new_run(tmp_path, environment) -> Callable[..., Run]:
+    """Make a run in a directory of its own."""
+
+    def make(name: str = "run", **variables: str) -> Run:
+        return Run(tmp_path / name, {**environment, **variables})
+
+    return make

@@ -1,0 +1,104 @@
+"""Runs of the command as a user starts them: real processes, real signals, the files that they leave."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+DEADLINE_S = 120
+
+
+@dataclass
+class Run:
+    """A run directory, and the environment of the processes that work in it."""
+
+    workdir: Path
+    environment: dict[str, str] = field(default_factory=dict)
+    _starts: int = 0  # how often it was started before the latest start
+
+    def start(self, *args: str, **options: Any) -> subprocess.Popen[str]:
+        """Start the command in this directory."""
+        self._starts = len(self.events("start"))
+        return subprocess.Popen(
+            [sys.executable, "-m", "mnist_jax.train", "--workdir", str(self.workdir), *args],
+            env={**os.environ, **self.environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            **options,
+        )
+
+    def finish(self, *args: str) -> "Ended":
+        """Run the command to its end."""
+        return end(self.start(*args))
+
+    def events(self, event: str | None = None) -> list[dict[str, Any]]:
+        """Return the history, or the events of one kind."""
+        path = self.workdir / "events.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [record for record in map(json.loads, lines) if event in (None, record["event"])]
+
+    def metrics(self) -> bytes:
+        """Return the bytes of `metrics.jsonl`."""
+        return (self.workdir / "metrics.jsonl").read_bytes()
+
+    def steps(self) -> list[int]:
+        """Return the steps of the checkpoints."""
+        return sorted(int(path.name) for path in (self.workdir / "checkpoints").iterdir() if path.name.isdigit())
+
+    def wait_for(self, is_so: Callable[[], bool], process: subprocess.Popen[str]) -> bool:
+        """Wait until something is so, and tell whether it was before the process ended."""
+        deadline = time.monotonic() + DEADLINE_S
+        while not is_so():
+            if process.poll() is not None:
+                return False
+            assert time.monotonic() < deadline, "it did not come about in time"
+            time.sleep(0.002)
+        return True
+
+    def wait_for_phase(self, phase: str, process: subprocess.Popen[str]) -> bool:
+        """Wait until the latest start has come to a phase, and tell whether it did before it ended."""
+
+        def has_come() -> bool:
+            events = self.events()
+            starts = [index for index, record in enumerate(events) if record["event"] == "start"]
+            return len(starts) > self._starts and any(e.get("phase") == phase for e in events[starts[-1] :])
+
+        return self.wait_for(has_come, process)
+
+
+@dataclass
+class Ended:
+    """A process that has ended: its exit code and its words."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def last_line(self) -> str:
+        """The last line on standard output."""
+        return self.out.splitlines()[-1]
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """The fields of the last line."""
+        return dict(pair.split("=") for pair in self.last_line.split()[1:])
+
+
+def end(process: subprocess.Popen[str], timeout_s: float = DEADLINE_S) -> Ended:
+    """Wait for the end of a process."""
+    out, err = process.communicate(timeout=timeout_s)
+    return Ended(process.returncode, out, err)
+
+
+def stop(process: subprocess.Popen[str], number: signal.Signals) -> Ended:
+    """Send a signal to a process, and wait for its end."""
+    process.send_signal(number)
+    return end(process)

@@ -1,0 +1,109 @@
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mnist_jax
+
+SOURCE = Path(mnist_jax.__file__).parent
+MODULES = sorted(path.stem for path in SOURCE.glob("*.py") if path.stem != "__init__")
+
+# The house, from the ground up: each module, and those below it that it may import.
+ROOMS = {
+    "config": set(),
+    "data": {"config"},
+    "model": set(),
+    "train_state": {"config", "model"},
+    "steps": {"train_state", "model"},
+    "checkpoint": set(),
+    "preemption": set(),
+    "distributed": set(),
+    "journal": set(),
+    "programs": {"config", "model", "train_state", "steps", "distributed"},
+    "loop": {
+        *("config", "data", "train_state", "steps", "programs"),
+        *("checkpoint", "preemption", "distributed", "journal"),
+    },
+    "train": {"config", "data", "preemption", "loop"},
+}
+
+OWNERS = {
+    "flax": {"model", "train_state"},
+    "orbax": {"checkpoint"},
+    "rich": {"journal"},
+    "signal": {"preemption"},
+    "sklearn": {"data"},
+    "tensorboard": {"journal"},
+    "tensorflow_datasets": {"data"},
+    "tyro": {"config"},
+}
+
+
+def tree(module: str) -> ast.Module:
+    return ast.parse((SOURCE / f"{module}.py").read_text())
+
+
+def imports(module: str) -> set[str]:
+    """Return the dotted names that a module imports anywhere, those of the names that it takes from modules too."""
+    names: set[str] = set()
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{module}.py imports relatively; this test would not see it"
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def imports_of_ours(module: str) -> set[str]:
+    parts = [name.split(".") for name in imports(module)]
+    return {part[1] for part in parts if part[0] == "mnist_jax" and len(part) > 1}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_each_module_imports_only_those_that_the_house_lets_it(module):
+    assert module in ROOMS, "give it a place in the house"
+    assert imports_of_ours(module) <= ROOMS[module]
+
+
+def test_imports_go_one_way():
+    floors = list(ROOMS)
+    for module, below in ROOMS.items():
+        assert below <= set(floors[: floors.index(module)])
+
+
+@pytest.mark.parametrize("module", ["checkpoint", "preemption", "distributed"])
+def test_what_people_lift_into_their_own_projects_stands_alone(module):
+    assert not imports_of_ours(module)
+    assert "mnist" not in imports(module)
+
+
+@pytest.mark.parametrize("package", OWNERS)
+def test_each_package_has_one_owner(package):
+    users = {module for module in MODULES if package in {name.split(".")[0] for name in imports(module)}}
+    assert users == OWNERS[package]
+
+
+def test_steps_touch_no_file_no_clock_and_no_signal():
+    third = {name.split(".")[0] for name in imports("steps")}
+    assert third == {"typing", "jax", "optax", "mnist_jax"}
+    assert not {
+        name for name in imports("steps") if name.startswith(("jax.experimental", "jax.debug", "jax.monitoring"))
+    }
+    names = {node.id for node in ast.walk(tree("steps")) if isinstance(node, ast.Name)}
+    assert not names & {"open", "print", "input", "exec", "eval", "__import__"}
+
+
+@pytest.mark.parametrize("module", ["config", "train"])
+def test_a_usage_error_does_not_wait_for_jax(module):
+    script = f"import sys, mnist_jax.{module}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert "mnist_jax" in loaded
+    assert not {"jax", "jaxlib", "flax", "optax", "orbax", "tensorflow_datasets", "sklearn"} & set(loaded)
+
+
+def test_train_reads_as_a_table_of_contents():
+    (train,) = [node for node in tree("loop").body if isinstance(node, ast.FunctionDef) and node.name == "train"]
+    assert train.end_lineno - train.lineno + 1 < 60

@@ -1,0 +1,555 @@
+"""Settings: the command line, the file of a run, and what may not change in a run that has begun."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mnist_jax import config as configs
+from mnist_jax import data, train
+from mnist_jax.config import Config, ConfigError, Difference
+from mnist_jax.preemption import StopSignal
+
+MODELS = typing.get_args(configs.ModelName)
+DATASETS = typing.get_args(configs.DatasetName)
+MANY = 2**31 - 1
+
+# Every field is in one of these groups: what a run computes, how long it is, and all that may change freely.
+MATHEMATICS = ("model", "batch_size", "learning_rate", "seed", "dataset")
+LENGTH = ("epochs", "steps")
+FREE = (
+    "workdir",
+    "data_dir",
+    "log_every_steps",
+    "eval_every_steps",
+    "checkpoint_every_s",
+    "checkpoint_every_steps",
+    "keep",
+    "preempted_exit_code",
+    "fresh",
+)
+FIELDS = tuple(field.name for field in dataclasses.fields(Config))
+
+COUNTS = st.integers(1, MANY)
+SECONDS_AND_RATES = st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False)
+FILE_NAMES = st.binary(min_size=1, max_size=20).filter(lambda name: not set(name) & set(b"\0/")).map(os.fsdecode)
+VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "workdir": st.none() | FILE_NAMES.map(Path),
+    "dataset": st.sampled_from(DATASETS),
+    "data_dir": st.none() | FILE_NAMES.map(Path),
+    "model": st.sampled_from(MODELS),
+    "epochs": COUNTS,
+    "steps": st.none() | COUNTS,
+    "batch_size": COUNTS,
+    "learning_rate": SECONDS_AND_RATES,
+    "seed": st.integers(0, 2**32 - 1),
+    "log_every_steps": COUNTS,
+    "eval_every_steps": st.none() | COUNTS,
+    "checkpoint_every_s": SECONDS_AND_RATES,
+    "checkpoint_every_steps": st.none() | COUNTS,
+    "keep": COUNTS,
+    "preempted_exit_code": st.integers(0, 255),
+    "fresh": st.booleans(),
+}
+CONFIGS = st.builds(Config, **VALUES)
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    ("args", "recipe", "epochs_factor"),
+    [
+        ([], configs.CNN, 1),
+        (["--model", "cnn", "--dataset", "mnist"], configs.CNN, 1),
+        (["--dataset", "kmnist"], configs.CNN, 1),
+        (["--dataset", "digits"], configs.CNN, 10),
+        (["--model", "original"], configs.ORIGINAL, 1),
+        (["--model", "original-dropout", "--dataset", "fashion_mnist"], configs.ORIGINAL, 1),
+        (["--model", "original-power", "--dataset", "digits"], configs.ORIGINAL, 10),
+        (["--dataset", "digits", "--model", "original-normalized"], configs.ORIGINAL, 10),
+    ],
+)
+def test_the_defaults_are_the_recipe_of_the_model_and_the_data(
+    args: list[str], recipe: configs.Recipe, epochs_factor: int
+) -> None:
+    config = configs.parse(args)
+    assert config.epochs == epochs_factor * recipe.epochs
+    assert (config.batch_size, config.learning_rate) == (recipe.batch_size, recipe.learning_rate)
+    assert config.steps is None
+
+
+def test_a_flag_wins_over_the_recipe() -> None:
+    config = configs.parse(["--model", "original", "--epochs", "7", "--batch-size", "64", "--learning-rate", "0.5"])
+    assert (config.model, config.epochs, config.batch_size, config.learning_rate) == ("original", 7, 64, 0.5)
+
+
+@settings(deadline=None, max_examples=25)  # an example costs two passes of tyro, 40 ms
+@given(run=CONFIGS)
+def test_without_flags_the_settings_of_the_run_hold(run: Config) -> None:
+    assert configs.parse([], run) == run
+
+
+@settings(deadline=None, max_examples=25)
+@given(run=CONFIGS, seed=VALUES["seed"])
+def test_a_flag_changes_its_field_of_the_run_and_no_other(run: Config, seed: int) -> None:
+    assert configs.parse(["--seed", str(seed)], run) == dataclasses.replace(run, seed=seed)
+
+
+WITH_RANGE = {
+    "epochs": (1, MANY),
+    "steps": (1, MANY),
+    "batch_size": (1, MANY),
+    "seed": (0, 2**32 - 1),
+    "log_every_steps": (1, MANY),
+    "eval_every_steps": (1, MANY),
+    "checkpoint_every_steps": (1, MANY),
+    "keep": (1, MANY),
+    "preempted_exit_code": (0, 255),
+}
+POSITIVE = ("learning_rate", "checkpoint_every_s")
+
+
+def test_every_number_has_a_range() -> None:
+    types = typing.get_type_hints(Config)
+    numbers = {name for name in FIELDS if {int, float} & {types[name], *typing.get_args(types[name])}}
+    assert numbers == {*WITH_RANGE, *POSITIVE}
+
+
+@pytest.mark.parametrize(("field", "least", "most"), [(field, *limits) for field, limits in WITH_RANGE.items()])
+def test_a_number_out_of_its_range_is_a_usage_error_that_names_field_value_and_range(
+    field: str, least: int, most: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for value in (least, most):
+        assert getattr(configs.parse([flag(field), str(value)]), field) == value
+    for value in (least - 1, most + 1):
+        message = usage_error([flag(field), str(value)], capsys)
+        assert f"{field}={value} " in message
+        assert f"from {least} to {most}" in message
+
+
+@pytest.mark.parametrize("field", POSITIVE)
+@pytest.mark.parametrize("value", ["0", "-0.5", "inf", "nan"])
+def test_a_rate_or_time_that_is_not_positive_and_finite_is_a_usage_error(
+    field: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = usage_error([flag(field), value], capsys)
+    assert f"{field}={float(value)} " in message
+    assert "finite value above 0" in message
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--learning-rte", "0.1"], ["--learning-rte"]),
+        (["5"], ["5"]),
+        (["--epochs", "1.5"], ["--epochs", "1.5"]),
+        (["--model", "resnet"], ["--model", "resnet", *MODELS]),
+        (["--dataset", "imagenet"], ["--dataset", "imagenet", *DATASETS]),
+        (["--steps"], ["--steps"]),
+    ],
+)
+def test_what_cannot_be_understood_is_a_usage_error_that_names_it(
+    args: list[str], named: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = usage_error(args, capsys)
+    for word in named:
+        assert word in message
+
+
+def test_help_shows_every_field_with_a_sentence_and_a_default() -> None:
+    sections = help_sections()
+    assert {flag(field) for field in FIELDS} == sections.keys()
+    for name, text in sections.items():
+        assert re.search(r"[A-Z][\w'-]*( [^.]+){2,}\.", text), f"{name} has no sentence"
+        assert re.search(r"\(default: [^)]+\)", text), f"{name} has no default"
+    assert f"(default: {configs.CNN.epochs} for cnn, {configs.ORIGINAL.epochs} for the others)" in sections["--epochs"]
+
+
+def test_help_and_usage_errors_come_without_the_slow_imports() -> None:
+    program = (
+        "import sys; from mnist_jax import train\n"
+        "try: train.main(sys.argv[1:])\n"
+        "except SystemExit as end: print('code', end.code)\n"
+        "print('slow', sorted({'jax', 'flax', 'optax', 'orbax', 'sklearn', 'tensorflow_datasets'} & {*sys.modules}))"
+    )
+    for args, code in ((["--help"], 0), (["--epochs", "0"], 2)):
+        ended = subprocess.run([sys.executable, "-c", program, *args], capture_output=True, text=True, check=True)
+        assert ended.stdout.splitlines()[-2:] == [f"code {code}", "slow []"]
+
+
+# The file of a run
+
+
+@settings(deadline=None)
+@given(config=CONFIGS)
+def test_a_run_is_loaded_as_it_was_saved(config: Config, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.getbasetemp() / "config.json"
+    configs.save(config, path)
+    # Where a run lies and that it began afresh are not its settings; the folder of its data does not hang on where
+    # the command was given.
+    data_dir = None if config.data_dir is None else Path(os.path.abspath(config.data_dir))
+    assert configs.load(path) == dataclasses.replace(config, workdir=None, fresh=False, data_dir=data_dir)
+
+
+def test_saving_leaves_nothing_beside_the_file(tmp_path: Path) -> None:
+    configs.save(Config(), tmp_path / "config.json")
+    configs.save(Config(seed=1), tmp_path / "config.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_save_that_fails_leaves_the_old_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "config.json"
+    configs.save(Config(seed=1), path)
+
+    def full_disk(self: Path, text: str) -> None:
+        self.write_bytes(text.encode()[: len(text) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        configs.save(Config(seed=2), path)
+    assert configs.load(path).seed == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"seed": 0', b"\xff\xfe\x00", b"\0" * 100, b"seed = 0"])
+def test_a_config_file_that_is_not_json_is_named(content: bytes, tmp_path: Path) -> None:
+    refused(tmp_path, content, "not JSON", "--fresh")
+
+
+@pytest.mark.parametrize("content", [b"[]", b"3", b"null", b'"seed"'])
+def test_a_config_file_that_holds_no_table_is_named(content: bytes, tmp_path: Path) -> None:
+    refused(tmp_path, content, "no table", "--fresh")
+
+
+def test_a_config_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.mkdir()
+    with pytest.raises(ConfigError, match=re.escape(str(path))):
+        configs.load(path)
+
+
+@pytest.mark.parametrize("field", [*Config().to_json()])
+def test_a_setting_that_the_config_file_lacks_is_named(field: str, tmp_path: Path) -> None:
+    values = Config().to_json()
+    del values[field]
+    refused(tmp_path, json.dumps(values).encode(), f"lacks {field}", "--fresh")
+
+
+@pytest.mark.parametrize("field", ["momentum", "workdir", "fresh"])
+def test_a_setting_that_is_not_known_is_named(field: str, tmp_path: Path) -> None:
+    refused(tmp_path, json.dumps({**Config().to_json(), field: None}).encode(), repr(field))
+
+
+WRONG_TYPES = {
+    "dataset": ["imagenet", "", None, 1],
+    "data_dir": [1, True, ["data"]],
+    "model": ["resnet", None, 1, ["cnn"]],
+    "epochs": ["3", 3.0, None, True],
+    "steps": ["3", 3.0, True],
+    "batch_size": ["3", 3.0, None, True],
+    "learning_rate": ["0.1", None, True, [0.1]],
+    "seed": ["0", 0.0, None, False],
+    "log_every_steps": ["3", 3.0, None],
+    "eval_every_steps": ["3", 3.0, True],
+    "checkpoint_every_s": ["30", None, True],
+    "checkpoint_every_steps": ["3", 3.0, True],
+    "keep": ["3", 3.0, None],
+    "preempted_exit_code": ["75", 75.0, None, True],
+}
+
+
+def test_the_wrong_types_are_tried_on_every_setting() -> None:
+    assert WRONG_TYPES.keys() == Config().to_json().keys()
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field in WRONG_TYPES for value in WRONG_TYPES[field]])
+def test_a_setting_of_a_wrong_type_is_named(field: str, value: object, tmp_path: Path) -> None:
+    message = refused(tmp_path, json.dumps({**Config().to_json(), field: value}).encode(), field, repr(value))
+    assert "<class" not in message
+    assert "typing." not in message
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *((field, limits[0] - 1) for field, limits in WITH_RANGE.items()),
+        *((field, limits[1] + 1) for field, limits in WITH_RANGE.items()),
+        *((field, value) for field in POSITIVE for value in (0, -1.0, math.inf, math.nan)),
+    ],
+)
+def test_a_setting_out_of_its_range_is_named_and_so_is_the_file(field: str, value: float, tmp_path: Path) -> None:
+    refused(tmp_path, json.dumps({**Config().to_json(), field: value}).encode(), f"{field}={value}", "range")
+
+
+# What may not change in a run that has begun
+
+
+def test_every_field_is_mathematics_or_length_or_free() -> None:
+    assert sorted([*MATHEMATICS, *LENGTH, *FREE]) == sorted(FIELDS)
+
+
+@given(config=CONFIGS)
+def test_a_config_never_contradicts_itself(config: Config) -> None:
+    assert list(configs.contradictions(config, config)) == []
+
+
+@given(run=CONFIGS, values=st.data(), field=st.sampled_from(MATHEMATICS))
+def test_a_changed_field_of_the_mathematics_is_reported_with_both_values(
+    run: Config, values: st.DataObject, field: str
+) -> None:
+    old = getattr(run, field)
+    new = values.draw(VALUES[field].filter(lambda value: value not in (old, "auto")))
+    found = list(configs.contradictions(run, dataclasses.replace(run, **{field: new})))
+    assert Difference(field, old, new) in found
+    # Another model may have another schedule, but the number of steps is what it was.
+    assert {difference.field for difference in found} == {field}
+
+
+@given(run=CONFIGS, asked=CONFIGS)
+def test_cadence_and_housekeeping_may_change_freely(run: Config, asked: Config) -> None:
+    changed = dataclasses.replace(run, **{field: getattr(asked, field) for field in FREE})
+    assert list(configs.contradictions(run, changed)) == []
+
+
+@given(run=CONFIGS, asked=CONFIGS)
+def test_auto_never_contradicts(run: Config, asked: Config) -> None:
+    asked = dataclasses.replace(asked, dataset="auto")
+    assert "dataset" not in {difference.field for difference in configs.contradictions(run, asked)}
+
+
+@given(run=CONFIGS.filter(lambda run: run.model == "cnn"), epochs=VALUES["epochs"], steps=VALUES["steps"])
+def test_the_length_contradicts_where_the_learning_rate_depends_on_it(
+    run: Config, epochs: int, steps: int | None
+) -> None:
+    asked = dataclasses.replace(run, epochs=epochs, steps=steps)
+    expected = {name for name in LENGTH if getattr(run, name) != getattr(asked, name)}
+    assert {difference.field for difference in configs.contradictions(run, asked)} == expected
+
+
+@given(run=CONFIGS.filter(lambda run: run.model != "cnn"), epochs=VALUES["epochs"], steps=VALUES["steps"])
+def test_the_length_may_change_where_the_learning_rate_is_constant(run: Config, epochs: int, steps: int | None) -> None:
+    asked = dataclasses.replace(run, epochs=epochs, steps=steps)
+    # But other epochs that the steps win over would be ignored without a word.
+    ignored = steps is not None and epochs != run.epochs
+    assert list(configs.contradictions(run, asked)) == ([Difference("epochs", run.epochs, epochs)] if ignored else [])
+
+
+def test_contradictions_are_told_as_an_aligned_table_and_with_the_ways_out() -> None:
+    differences = [Difference("learning_rate", 0.004, 0.1), Difference("steps", None, 100000)]
+    assert configs.describe_contradictions(Path("runs/mnist"), differences) == (
+        "runs/mnist holds a run with other settings, and these would change its mathematics:\n"
+        "  field          run    asked \n"
+        "  learning_rate  0.004  0.1   \n"
+        "  steps          None   100000\n"
+        "Leave the flags out to carry that run on, use another --workdir for a second run,\n"
+        "or add --fresh to move the old run aside and start anew."
+    )
+
+
+# How long a run is
+
+
+@given(size=st.integers(1, 10**9), batch_size=st.integers(1, 10**9))
+def test_an_epoch_is_as_many_whole_batches_as_there_are(size: int, batch_size: int) -> None:
+    config = Config(batch_size=batch_size)
+    if batch_size <= size:
+        steps = config.steps_per_epoch(size)
+        assert steps * batch_size <= size < (steps + 1) * batch_size
+    else:
+        with pytest.raises(ConfigError, match=f"batch_size={batch_size}, but there are {size} training images"):
+            config.steps_per_epoch(size)
+
+
+def test_the_length_is_the_epochs_unless_steps_are_given() -> None:
+    assert Config(batch_size=128, epochs=3).total_steps(60_000) == 3 * 468
+    assert Config(batch_size=128, epochs=3, steps=7).total_steps(60_000) == 7
+    assert Config(batch_size=1438, epochs=3).total_steps(1438) == 3
+
+
+@pytest.mark.parametrize("steps", [None, 10])
+def test_no_run_has_a_batch_larger_than_the_data(steps: int | None) -> None:
+    with pytest.raises(ConfigError, match="batch_size=1439, but there are 1438 training images; use fewer"):
+        Config(batch_size=1439, steps=steps).total_steps(1438)
+
+
+# Which run is meant
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory, in which the network is not asked for anything."""
+    monkeypatch.chdir(tmp_path)
+
+    def resolve(name: str, data_dir: Path | None, *, say: object) -> str:
+        assert name != "auto", "asked the network which data set there is"
+        return name
+
+    monkeypatch.setattr(data, "resolve", resolve)
+    return tmp_path
+
+
+def test_a_new_run_has_the_recipe_of_its_data_and_a_directory_of_its_name(here: Path) -> None:
+    config, workdir = find_run("--dataset", "digits", "--model", "original")
+    assert workdir == Path("runs/digits")
+    assert (config.dataset, config.model, config.epochs, config.batch_size) == ("digits", "original", 100, 50)
+    assert list(here.iterdir()) == []  # Nothing is made before the run begins.
+
+
+def test_auto_becomes_the_data_that_there_is_and_its_recipe(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "resolve", lambda name, data_dir, *, say: "digits")
+    config, workdir = find_run()
+    assert (config.dataset, workdir) == ("digits", Path("runs/digits"))
+    assert config.epochs == 10 * configs.CNN.epochs
+
+
+def test_the_settings_of_the_run_in_the_directory_are_the_defaults(here: Path) -> None:
+    run = make_run("one", Config(dataset="digits", model="original", batch_size=7, seed=5, keep=9))
+    config, workdir = find_run("--workdir", "one", "--keep", "2")
+    assert workdir == Path("one")
+    assert config == dataclasses.replace(run, workdir=Path("one"), keep=2)
+
+
+def test_a_flag_that_contradicts_the_run_is_refused_and_named(here: Path) -> None:
+    make_run("one", Config(dataset="digits", seed=5))
+    before = contents(here)
+    with pytest.raises(ConfigError, match=r"one holds a run .*\n.*\n  seed +5 +6") as refusal:
+        find_run("--workdir", "one", "--seed", "6")
+    assert "--fresh" in str(refusal.value)
+    assert contents(here) == before
+
+
+def test_without_flags_the_run_that_is_there_is_carried_on(here: Path) -> None:
+    make_run("runs/digits", Config(dataset="digits", seed=5))
+    config, workdir = find_run()
+    assert (workdir, config.dataset, config.seed) == (Path("runs/digits"), "digits", 5)
+
+
+@pytest.mark.parametrize("last", ["mnist", "digits"])
+def test_without_flags_the_run_last_at_work_is_carried_on(last: str, here: Path) -> None:
+    for name in ("mnist", "digits"):
+        make_run(f"runs/{name}", Config(dataset=name))
+        os.utime(f"runs/{name}/config.json", (1000, 1000 + (name == last)))
+    config, workdir = find_run()
+    assert (workdir, config.dataset) == (Path("runs") / last, last)
+
+
+def test_a_folder_of_mnist_files_is_no_matter_of_the_run_on_digits(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run("runs/digits", Config(dataset="digits"))
+    monkeypatch.setattr(data, "resolve", lambda name, data_dir, *, say: "mnist")
+    config, workdir = find_run("--data-dir", "files")
+    assert (workdir, config.dataset) == (Path("runs/mnist"), "mnist")
+
+
+def test_fresh_moves_the_old_run_aside_and_deletes_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run("runs/digits", Config(dataset="digits", seed=5))
+    Path("runs/digits/checkpoints").mkdir()
+    Path("runs/digits/checkpoints/7").write_bytes(b"seven")
+    before = contents(Path("runs/digits"))
+    config, workdir = find_run("--dataset", "digits", "--fresh", "--seed", "6")
+    assert (workdir.absolute(), config.seed) == (here / "runs" / "digits", 6)
+    assert not workdir.exists()
+    assert contents(Path("runs/digits.old-1")) == before
+    assert "runs/digits.old-1" in capsys.readouterr().out
+
+    make_run("runs/digits", config)
+    find_run("--dataset", "digits", "--fresh")
+    assert contents(Path("runs/digits.old-1")) == before
+    assert configs.load(Path("runs/digits.old-2/config.json")).seed == 6
+
+
+def test_fresh_takes_none_of_the_old_settings(here: Path) -> None:
+    make_run("one", Config(dataset="digits", seed=5, batch_size=7, keep=9))
+    config, _ = find_run("--workdir", "one", "--dataset", "digits", "--fresh")
+    assert config == configs.parse(["--workdir", "one", "--dataset", "digits", "--fresh"])
+
+
+def test_fresh_gets_past_settings_that_cannot_be_read(here: Path) -> None:
+    make_run("one", Config(dataset="digits"))
+    Path("one/config.json").write_text("{")
+    with pytest.raises(ConfigError, match="--fresh"):
+        find_run("--workdir", "one")
+    find_run("--workdir", "one", "--dataset", "digits", "--fresh")
+    assert Path("one.old-1/config.json").read_text() == "{"
+
+
+def test_fresh_without_an_old_run_is_a_new_run(here: Path) -> None:
+    _, workdir = find_run("--workdir", "one", "--dataset", "digits", "--fresh")
+    assert workdir == Path("one")
+    assert list(here.iterdir()) == []
+
+
+def test_fresh_in_the_working_directory_itself_begins_in_its_old_place(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run("one", Config(dataset="digits", seed=5))
+    monkeypatch.chdir("one")
+    _, workdir = find_run("--workdir", ".", "--dataset", "digits", "--fresh")
+    workdir.mkdir(exist_ok=True)
+    assert contents(here / "one") == {}
+    assert configs.load(here / "one.old-1" / "config.json").seed == 5
+
+
+# The tools of these tests
+
+
+def flag(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def usage_error(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the message of a usage error, without its frame and its line breaks."""
+    with pytest.raises(SystemExit) as end:
+        configs.parse(args)
+    assert end.value.code == 2
+    written = capsys.readouterr()
+    assert written.out == ""
+    return unframed(written.err)
+
+
+def help_sections() -> dict[str, str]:
+    """Return what `--help` says about each flag."""
+    command = [sys.executable, "-m", "mnist_jax.train", "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    parts = re.split(r"^│ (--[a-z-]+)", text, flags=re.MULTILINE)
+    return {name: unframed(part) for name, part in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def unframed(text: str) -> str:
+    return " ".join(re.sub(r"[─│╭╮╰╯]", " ", text).split())
+
+
+def refused(tmp_path: Path, content: bytes, *named: str) -> str:
+    """Return the message with which a config file of this content is refused, its path and `named` being in it."""
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as refusal:
+        configs.load(path)
+    for word in (str(path), *named):
+        assert word in str(refusal.value)
+    assert path.read_bytes() == content
+    return str(refusal.value)
+
+
+def find_run(*args: str) -> tuple[Config, Path]:
+    return train.find_run(args, configs.parse(args), StopSignal())
+
+
+def make_run(directory: str, config: Config) -> Config:
+    Path(directory).mkdir(parents=True)
+    configs.save(config, Path(directory) / "config.json")
+    return config
+
+
+def contents(directory: Path) -> dict[Path, bytes]:
+    return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}

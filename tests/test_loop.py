@@ -1,0 +1,243 @@
+"""The loop in this process, where its parts can be made to fail."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mnist_jax import loop
+from mnist_jax.checkpoint import CheckpointStore
+from mnist_jax.config import Config
+from mnist_jax.journal import Journal, Terminal
+from mnist_jax.loop import Pace
+from mnist_jax.preemption import StopSignal
+
+
+def config(**settings) -> Config:
+    settings = {"dataset": "digits", "steps": 40, "log_every_steps": 10, "checkpoint_every_steps": 10, **settings}
+    return Config(**settings)
+
+
+def events(workdir: Path, event: str) -> list[dict]:
+    records = map(json.loads, (workdir / "events.jsonl").read_text().splitlines())
+    return [record for record in records if record["event"] == event]
+
+
+def fail_to_save(monkeypatch, *, steps) -> None:
+    """Have the disk be full whenever one of these steps is saved."""
+    write = CheckpointStore._write
+
+    def write_or_fail(self, step, tree, about, valid):
+        if step in steps:
+            self._manager = FullDisk(self._manager)
+        try:
+            write(self, step, tree, about, valid)
+        finally:
+            self._manager = getattr(self._manager, "manager", self._manager)
+
+    monkeypatch.setattr(CheckpointStore, "_write", write_or_fail)
+
+
+class FullDisk:
+    def __init__(self, manager):
+        self.manager = manager
+
+    def save(self, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    def __getattr__(self, name):
+        return getattr(self.manager, name)
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch, environment):
+    """Keep compiled programs in the tests' own cache, and XLA_FLAGS, which a run adds to, from the other tests."""
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
+    monkeypatch.setenv("XDG_CACHE_HOME", environment["XDG_CACHE_HOME"])
+
+
+def test_a_failed_background_save_is_told_and_training_goes_on_and_the_next_save_is_tried(tmp_path, monkeypatch, capfd):
+    with StopSignal() as stop:
+        assert loop.run(config(), tmp_path / "undisturbed", stop) == 0
+        fail_to_save(monkeypatch, steps={10, 20})
+        assert loop.run(config(), tmp_path / "run", stop) == 0
+    assert [event["step"] for event in events(tmp_path / "run", "save_failed")] == [10, 20]
+    assert "No space left on device" in events(tmp_path / "run", "save_failed")[0]["error"]
+    assert {event["step"] for event in events(tmp_path / "run", "save")} >= {30, 40}
+    assert "warning: the checkpoint of step 10 could not be saved" in capfd.readouterr().err
+    ends = [events(tmp_path / name, "exit")[-1] for name in ("undisturbed", "run")]
+    assert ends[0]["state_sha256"] == ends[1]["state_sha256"]
+    metrics = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("undisturbed", "run")]
+    assert metrics[0] == metrics[1]
+
+
+def test_a_save_that_time_asked_for_and_that_failed_is_tried_again_soon(tmp_path, monkeypatch):
+    failed = []
+    write = CheckpointStore._write
+
+    def fail_twice(self, step, tree, about, valid):
+        if len(failed) < 2:
+            failed.append(step)
+            self._manager = FullDisk(self._manager)
+        write(self, step, tree, about, valid)
+        self._manager = getattr(self._manager, "manager", self._manager)
+
+    monkeypatch.setattr(CheckpointStore, "_write", fail_twice)
+    monkeypatch.setattr(loop, "RETRY_SAVE_S", 0.01)
+    settings = {"checkpoint_every_steps": None, "checkpoint_every_s": 0.05, "eval_every_steps": 400, "steps": 400}
+    with StopSignal() as stop:
+        assert loop.run(config(**settings), tmp_path, stop) == 0
+    assert [event["step"] for event in events(tmp_path, "save_failed")] == failed
+    first_saved = events(tmp_path, "save")[0]
+    assert first_saved["reason"] == "time"
+    assert failed[0] < failed[1] < first_saved["step"] < 400
+
+
+def test_a_final_save_that_fails_has_code_74_and_the_older_checkpoint_is_named_and_whole(tmp_path, monkeypatch, capfd):
+    with StopSignal() as stop, monkeypatch.context() as patch:
+        fail_to_save(patch, steps={40})
+        assert loop.run(config(), tmp_path, stop) == 74
+        assert "the checkpoint of step 40 could not be saved" in capfd.readouterr().err
+        assert events(tmp_path, "exit")[-1]["code"] == 74
+        assert events(tmp_path, "exit")[-1]["step"] == 30
+    with StopSignal() as stop:
+        assert loop.run(config(), tmp_path, stop) == 0
+    assert events(tmp_path, "resume")[-1]["step"] == 30
+
+
+def test_a_config_that_was_changed_behind_the_checkpoints_is_refused(tmp_path, capfd):
+    with StopSignal() as stop:
+        assert loop.run(config(steps=10), tmp_path, stop) == 0
+        assert loop.run(config(steps=10, seed=1, learning_rate=0.5), tmp_path, stop) == 2
+    err = capfd.readouterr().err
+    assert "seed           0      1" in err
+    assert "learning_rate  0.007  0.5" in err
+
+
+def test_other_data_than_the_run_began_with_is_refused(tmp_path, monkeypatch, capfd):
+    with StopSignal() as stop:
+        assert loop.run(config(steps=10), tmp_path, stop) == 0
+        load = loop.data.load
+
+        def load_with_a_changed_pixel(*args, **kwargs):
+            dataset = load(*args, **kwargs)
+            dataset.train_images[5, 14, 14] ^= 1
+            return dataset
+
+        monkeypatch.setattr(loop.data, "load", load_with_a_changed_pixel)
+        assert loop.run(config(steps=10), tmp_path, stop) == 2
+    assert "other data" in capfd.readouterr().err
+
+
+def test_the_order_of_what_happens_to_a_run_that_is_stopped_and_carried_on(tmp_path, monkeypatch):
+    """Record what is dispatched, journalled, evaluated and saved, and compare it whole."""
+    happened = []
+    spy(monkeypatch, Journal, "record", lambda step, split, **_: happened.append(f"line {split} {step}"))
+    spy(monkeypatch, Journal, "sync", lambda: happened.append("sync"))
+    spy(
+        monkeypatch,
+        CheckpointStore,
+        "save",
+        lambda step, *_, about, **__: happened.append(f"save {step} {about['reason']}"),
+    )
+
+    def stop_after_25(self):
+        if self.step == 25 and not os.path.exists(tmp_path / "stopped"):
+            (tmp_path / "stopped").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    spy(monkeypatch, loop.Training, "save_if_due", stop_after_25, with_self=True)
+    # A call may not pass step 25.
+    settings = {"steps": 40, "log_every_steps": 5, "eval_every_steps": 20, "checkpoint_every_steps": None}
+    for _ in range(2):
+        with StopSignal() as stop:
+            assert loop.run(config(**settings), tmp_path / "run", stop) == 0
+    assert happened == [
+        "line train 5",
+        "line train 10",
+        "line train 15",
+        "line train 20",
+        "line test 20",
+        "sync",
+        "save 20 best test accuracy so far",
+        "line train 25",
+        "sync",
+        "save 25 signal SIGTERM",
+        "line train 30",
+        "line train 35",
+        "line train 40",
+        "line test 40",
+        "sync",
+        "save 40 best test accuracy so far",
+        "sync",
+        "save 40 end",
+    ]
+
+
+def spy(monkeypatch, owner, name, look, *, with_self=False) -> None:
+    original = getattr(owner, name)
+
+    def looked_at(self, *args, **kwargs):
+        look(self) if with_self else look(*args, **kwargs)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(owner, name, looked_at)
+
+
+def test_at_most_two_calls_are_in_flight_and_each_is_waited_for_once(monkeypatch):
+    waited = []
+    monkeypatch.setattr(jax, "block_until_ready", waited.append)
+    pace = Pace(call_s=0.04)
+    assert [pace.dispatched(1, name) for name in "abcd"] == [None, "a", "b", "c"]
+    assert waited == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(("seconds_per_step", "steps_per_call"), [(0.5, 1), (0.01, 4), (1e-5, 4000)])
+def test_a_call_makes_as_many_steps_as_fit_into_its_time(monkeypatch, seconds_per_step, steps_per_call):
+    now = 0.0
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now)
+    monkeypatch.setattr(jax, "block_until_ready", lambda result: None)
+    pace = Pace(call_s=0.04)
+    for _ in range(60):
+        n = pace.steps_per_call
+        pace.dispatched(n, None)
+        now += n * seconds_per_step
+    assert pace.steps_per_call == pytest.approx(steps_per_call, rel=0.05)
+
+
+def test_training_fetches_nothing_from_the_device_but_at_the_end_of_an_interval(tmp_path, monkeypatch):
+    """Between two lines of the log no value comes back to the host: no step waits for it."""
+    fetched = []
+    averages = loop._averages
+
+    def count(sums):
+        fetched.append(1)
+        with jax.transfer_guard_device_to_host("allow"):
+            return averages(sums)
+
+    monkeypatch.setattr(loop, "_averages", count)
+    settings = {"steps": 60, "log_every_steps": 30, "eval_every_steps": 60, "checkpoint_every_steps": None}
+    with StopSignal() as stop:
+        assert loop.run(config(**settings), tmp_path, stop) == 0
+    assert len(fetched) == 3  # two lines of training and one of the test
+    assert np.isfinite(events(tmp_path, "evaluation")[0]["loss"])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0s"), (12.4, "12s"), (59.6, "1m00s"), (185, "3m05s"), (7620, "2h07m"), (90000, "25h00m")]
+)
+def test_a_length_of_time_is_told_in_its_two_largest_units(seconds, text):
+    assert loop._duration(seconds) == text
+
+
+def test_the_live_line_of_the_default_run_fits_a_terminal_of_80_columns(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(Terminal, "interval", lambda self, text: lines.append(text))
+    with StopSignal() as stop:
+        loop.run(config(), tmp_path, stop)
+    assert len(lines) == 4
+    assert max(map(len, lines)) < 80

@@ -1,0 +1,133 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from mnist_jax.preemption import SAVE_SIGNALS, STOP_SIGNALS, Stopped, StopSignal
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_each_stop_signal_sets_the_flag_and_nothing_else(number):
+    with StopSignal() as stop:
+        assert stop.received is None
+        os.kill(os.getpid(), number)
+        assert stop.received is number
+        assert not stop.take_save_request()
+
+
+@pytest.mark.parametrize("number", SAVE_SIGNALS)
+def test_a_save_signal_is_a_request_that_is_taken_once_and_does_not_stop(number):
+    with StopSignal() as stop:
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+        assert stop.received is None
+        assert stop.take_save_request()
+        assert not stop.take_save_request()
+
+
+def test_the_handlers_that_were_there_before_are_put_back():
+    def mine(number, frame):
+        raise AssertionError
+
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        with pytest.raises(KeyError), StopSignal():
+            assert signal.getsignal(signal.SIGTERM) is not mine
+            raise KeyError
+        assert signal.getsignal(signal.SIGTERM) is mine
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_second_stop_signal_ends_the_process_at_once_with_128_plus_its_number(second):
+    program = """
+import sys, time
+from mnist_jax.preemption import StopSignal
+with StopSignal() as stop:
+    print("ready", flush=True)
+    try:
+        while True:
+            time.sleep(0.01)
+            if stop.received: print("first", flush=True); time.sleep(60)
+    finally:
+        print("unwound", flush=True)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == "first\n"
+        process.send_signal(second)
+        assert process.wait(timeout=30) == 128 + second
+        assert process.stdout.read() == ""
+
+
+def test_a_handler_that_comes_while_locks_are_held_deadlocks_nothing():
+    lock = threading.Lock()
+    with StopSignal() as stop, lock:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received is signal.SIGTERM
+
+
+def test_run_returns_what_the_work_returns_and_raises_what_it_raises():
+    with StopSignal() as stop:
+        assert stop.run(lambda: 7) == 7
+        with pytest.raises(ZeroDivisionError):
+            stop.run(lambda: 1 / 0)
+
+
+def test_run_is_left_while_the_work_still_goes_on():
+    work_may_end, ended = threading.Event(), threading.Event()
+
+    def work():
+        work_may_end.wait(60)
+        ended.set()
+
+    def send_signal():
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    with StopSignal() as stop:
+        threading.Thread(target=send_signal).start()
+        with pytest.raises(Stopped):
+            stop.run(work)
+        assert stop.received is signal.SIGUSR1
+        assert not ended.is_set()
+    work_may_end.set()
+    assert ended.wait(60)
+
+
+def test_run_does_not_begin_when_a_stop_signal_came_before():
+    begun = []
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stopped):
+            stop.run(lambda: begun.append(1))
+    assert begun == []
+
+
+def test_run_in_a_call_of_c_that_python_cannot_interrupt_is_left_as_well():
+    # hashlib lets the GIL go and returns to no bytecode for a second or so, as a compilation does.
+    program = """
+import hashlib, sys, time
+from mnist_jax.preemption import Stopped, StopSignal
+with StopSignal() as stop:
+    print("ready", flush=True)
+    try:
+        stop.run(lambda: hashlib.pbkdf2_hmac("sha256", b"", b"", 200_000_000))
+    except Stopped:
+        print("left", flush=True)
+        import os
+        os._exit(3)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 3
+        assert process.stdout.read() == "left\n"

@@ -1,0 +1,316 @@
+import json
+import os
+import pty
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from runs import Ended, Run, end, stop
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mnist_jax.preemption import STOP_SIGNALS
+
+PHASES = ("data", "compile", "train", "evaluate")
+
+
+def assert_ended_like(reference, run: Run, ended: Ended) -> None:
+    assert ended.code == 0, ended.err
+    assert ended.last_line.startswith("finished ")
+    assert ended.fields["state_sha256"] == reference.sha256
+    assert run.metrics() == reference.metrics
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_run_stopped_again_and_again_ends_bit_for_bit_like_an_uninterrupted_one(reference, new_run, number):
+    run, moments = new_run(), random.Random(number.name)
+    args, stops = reference.args, 0
+    while stops < 4:
+        process = run.start(*args)
+        args = ()  # From now on the bare command, as soon as there is something to carry on.
+        run.wait_for_phase(moments.choice(PHASES[1:3]), process)
+        time.sleep(moments.uniform(0, 0.5))
+        ended = stop(process, number)
+        assert ended.code == 0, ended.err
+        if ended.last_line.startswith("finished"):
+            break
+        stops += 1
+        assert ended.fields["signal"] == number.name
+        last = run.events()[-1]
+        assert last["event"] == "exit"
+        assert {name: str(last[name]) for name in ended.fields} == ended.fields
+    assert stops >= 2
+    assert_ended_like(reference, run, run.finish())
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_signal_in_any_phase_stops_the_run_and_loses_nothing(reference, new_run, phase):
+    # An empty cache makes the compilation last for seconds: it is left, not waited for.
+    run = new_run(XDG_CACHE_HOME=str(new_run("cache").workdir)) if phase == "compile" else new_run()
+    process = run.start(*reference.args)
+    assert run.wait_for_phase(phase, process)
+    if phase == "compile":
+        time.sleep(0.5)
+    sent_s = time.monotonic()
+    ended = stop(process, signal.SIGTERM)
+    took_s = time.monotonic() - sent_s
+    assert ended.code == 0, ended.err
+    assert ended.last_line.startswith("stopped ")
+    if phase in ("data", "compile"):
+        assert ended.fields == {"step": "0", "signal": "SIGTERM", "state_sha256": "none"}
+        assert "train" not in [event.get("phase") for event in run.events()]
+    if phase == "evaluate":
+        assert ended.fields["step"] == "150"
+        assert run.events("evaluation") == []
+        assert run.steps()[-1] == 150
+    assert took_s < 30  # Generous, for the machine may be busy: it was the compilation that was not waited for.
+    assert_ended_like(reference, run, run.finish(*(reference.args if phase == "data" else ())))
+
+
+def test_a_run_killed_at_arbitrary_moments_ends_bit_for_bit_like_an_uninterrupted_one(reference, new_run):
+    run, moments = new_run(), random.Random("kill")
+    args = (*reference.args, "--checkpoint-every-steps", "25")
+    for _ in range(5):
+        process = run.start(*args)
+        run.wait_for_phase("train", process)
+        time.sleep(moments.uniform(0, 0.6))
+        process.kill()
+        assert end(process).code in (-signal.SIGKILL, 0)
+    assert len(run.events("start")) == 5
+    assert_ended_like(reference, run, run.finish())
+
+
+def test_a_run_killed_in_the_middle_of_saves_ends_bit_for_bit_like_an_uninterrupted_one(reference, new_run):
+    run, moments = new_run(), random.Random("kill in save")
+    checkpoints = run.workdir / "checkpoints"
+    args = (*reference.args, "--checkpoint-every-steps", "20")
+    torn = 0
+    for _ in range(8):
+        before = unfinished_saves(checkpoints)
+        process = run.start(*args)
+        run.wait_for_phase("train", process)
+        time.sleep(moments.uniform(0, 0.3))
+        run.wait_for(lambda before=before: bool(unfinished_saves(checkpoints) - before), process)
+        process.kill()
+        end(process)
+        torn += bool(unfinished_saves(checkpoints) - before)
+    assert torn >= 2, "no kill came while a save was under way"
+    assert_ended_like(reference, run, run.finish())
+
+
+def unfinished_saves(checkpoints) -> set[str]:
+    names = [path.name for path in checkpoints.iterdir()] if checkpoints.exists() else []
+    return {name for name in names if "orbax-checkpoint-tmp" in name}
+
+
+def test_ctrl_c_twice_in_a_terminal_leaves_at_once_with_130_and_the_rerun_resumes(reference, new_run):
+    run = new_run()
+    command = [sys.executable, "-m", "mnist_jax.train", "--workdir", str(run.workdir), *reference.args]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execve(command[0], command, {**os.environ, **run.environment, "TERM": "xterm"})
+    output = b""
+    while b" saved " not in output:  # the live line
+        output += os.read(terminal, 4096)
+    code = None
+    while code is None:
+        os.write(terminal, b"\x03")
+        time.sleep(0.01)
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            code = os.waitstatus_to_exitcode(status)
+    os.close(terminal)
+    assert code == 130
+    assert b"Traceback" not in output
+    assert b"\x1b[?25l" not in output  # A cursor that is hidden would stay so.
+    assert run.events()[-1]["event"] != "exit"
+    assert_ended_like(reference, run, run.finish(*reference.args))
+
+
+def test_sigusr2_saves_and_training_goes_on(reference, new_run):
+    run = new_run()
+    process = run.start(*reference.args, "--checkpoint-every-s", "1000")
+    assert run.wait_for_phase("train", process)
+    process.send_signal(signal.SIGUSR2)
+    assert_ended_like(reference, run, end(process))
+    assert run.events("save")[0]["reason"] == "signal SIGUSR2"
+    assert 0 <= run.events("save")[0]["step"] < 150
+
+
+def test_a_stop_has_the_exit_code_that_was_asked_for_and_the_end_has_0(reference, new_run):
+    run = new_run()
+    process = run.start(*reference.args, "--preempted-exit-code", "75")
+    assert run.wait_for_phase("train", process)
+    assert stop(process, signal.SIGTERM).code == 75
+    assert run.events()[-1]["code"] == 75
+    assert_ended_like(reference, run, run.finish())
+
+
+def test_stopped_where_a_checkpoint_is_no_second_one_is_written(reference, new_run):
+    run = new_run()
+    run.finish(*reference.args, "--keep", "100")
+    saves = run.events("save")
+    assert len({save["step"] for save in saves}) == len(saves)
+    assert run.steps()[-1] == 400
+
+
+def test_a_finished_run_says_so_and_trains_nothing(reference, new_run):
+    run = new_run()
+    first = run.finish(*reference.args)
+    began = len(run.events())
+    again = run.finish()
+    assert again.code == 0
+    assert "is finished" in again.out
+    assert again.last_line == first.last_line
+    assert {"train", "compile"}.isdisjoint(event.get("phase") for event in run.events()[began:])
+    assert run.metrics() == reference.metrics
+
+
+def test_a_flag_that_contradicts_the_run_is_refused_with_a_table_and_changes_nothing(reference, new_run):
+    run = new_run()
+    process = run.start(*reference.args)
+    run.wait_for_phase("train", process)
+    stop(process, signal.SIGTERM)
+    config = (run.workdir / "config.json").read_bytes()
+    refused = run.finish("--seed", "5", "--batch-size", "32")
+    assert refused.code == 2
+    assert refused.out == ""
+    assert "seed        0    5" in refused.err
+    assert "batch_size  64   32" in refused.err
+    assert "--fresh" in refused.err
+    assert (run.workdir / "config.json").read_bytes() == config
+    # Cadence and housekeeping are free, and kept for the next start.
+    ended = run.finish("--keep", "2", "--checkpoint-every-s", "7")
+    assert_ended_like(reference, run, ended)
+    assert json.loads((run.workdir / "config.json").read_text())["checkpoint_every_s"] == 7
+
+
+def test_fresh_moves_the_old_run_aside_and_begins_anew(reference, new_run):
+    run = new_run()
+    run.finish(*reference.args)
+    ended = run.finish(*reference.args, "--fresh", "--seed", "1")
+    assert ended.code == 0
+    assert ended.fields["state_sha256"] != reference.sha256
+    old = Run(run.workdir.with_name("run.old-1"))
+    assert old.metrics() == reference.metrics
+    assert old.steps()[-1] == 400
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(new_run):
+    run = new_run()
+    args = ("--dataset", "digits", "--learning-rate", "1e30", "--steps", "60", "--checkpoint-every-steps", "3")
+    ended = run.finish(*args)
+    assert ended.code == 1
+    assert "error: the " in ended.err
+    assert "--learning-rate" in ended.err
+    assert "Traceback" not in ended.err
+    assert run.events()[-1]["outcome"] == "failed"
+    assert all(json.loads(line)["loss"] < float("inf") for line in run.metrics().splitlines())
+    assert [save["step"] for save in run.events("save")] == run.steps()
+    assert run.finish().code == 1  # It says the same again, and has not begun anew.
+    assert run.events("resume") or not run.steps()
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_several_devices_train_and_resume_a_run_saved_on_one_as_numerically_equivalent(new_run, devices):
+    several = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    args = ("--dataset", "digits", "--steps", "60", "--log-every-steps", "20")
+    plain, alone = new_run("one"), new_run("several", **several)
+    whole = plain.finish(*args)
+    assert alone.finish(*args).code == 0
+    accuracy = float(whole.fields["test_accuracy"])
+    assert float(alone.events()[-1]["test_accuracy"]) == pytest.approx(accuracy, abs=0.05)
+
+    moved = new_run("moved")
+    process = moved.start(*args, "--steps", "5000", "--checkpoint-every-s", "0.2")
+    assert moved.wait_for_phase("train", process)
+    stopped = stop(process, signal.SIGTERM)
+    moved.environment |= several
+    process = moved.start()
+    assert moved.wait_for_phase("train", process)
+    again = stop(process, signal.SIGTERM)
+    [resume] = moved.events("resume")
+    assert resume["step"] == int(stopped.fields["step"])
+    assert resume["exact"] is False
+    assert f"devices count 1 -> {devices}" in resume["changed"]
+    assert "numerically equivalent" in again.out
+    process = moved.start()
+    assert moved.wait_for_phase("train", process)
+    stop(process, signal.SIGTERM)
+    assert moved.events("resume")[-1]["exact"] is True
+
+
+def test_a_batch_that_does_not_divide_over_the_devices_is_refused_with_a_way_out(new_run):
+    run = new_run(XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    ended = run.finish("--dataset", "digits", "--batch-size", "100")
+    assert ended.code == 2
+    assert "batch_size=100 does not divide over 8 devices; use 96 or 104" in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_data_that_cannot_be_used_is_an_error_that_a_better_call_mends(new_run, tmp_path):
+    run = new_run()
+    ended = run.finish("--data-dir", str(tmp_path))
+    assert ended.code == 2
+    assert "train-images-idx3-ubyte.gz" in ended.err
+    assert "Traceback" not in ended.err
+    assert run.finish("--dataset", "digits", "--steps", "3").code == 0
+
+
+def test_another_model_in_the_checkpoint_is_refused_by_the_name_of_a_leaf(new_run):
+    run = new_run()
+    run.finish("--dataset", "digits", "--steps", "3")
+    path = run.workdir / "config.json"
+    path.write_text(path.read_text().replace('"cnn"', '"original"'))
+    ended = run.finish()
+    assert ended.code == 2
+    assert "leaf opt_state.0.mu.conv1.bias should be [16] float32 and is [8] float32" in ended.err
+
+
+def test_scalars_in_tensorboard_are_single_valued_after_stops_and_kills(reference, new_run):
+    run = new_run()
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+        process = run.start(*reference.args, "--checkpoint-every-steps", "40")
+        run.wait_for_phase("train", process)
+        time.sleep(0.3)
+        stop(process, number)
+    run.finish()
+    accumulator = EventAccumulator(str(run.workdir / "tensorboard")).Reload()
+    records = [json.loads(line) for line in reference.metrics.splitlines()]
+    for split in ("train", "test"):
+        for name in ("loss", "accuracy", "learning_rate"):
+            shown = [(scalar.step, scalar.value) for scalar in accumulator.Scalars(f"{name}/{split}")]
+            expected = [(record["step"], pytest.approx(record[name])) for record in records if record["split"] == split]
+            assert shown == expected
+
+
+def test_the_bare_command_carries_on_the_run_that_was_begun_elsewhere_it_begins_with_the_digits(environment, tmp_path):
+    def command(*args: str) -> Ended:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mnist_jax.train", *args],
+            cwd=tmp_path,
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        return end(process)
+
+    first = command("--steps", "4")
+    assert first.code == 0
+    assert first.err.count("notice: ") == 1
+    assert "built-in digits" in first.err
+    assert (tmp_path / "runs" / "digits" / "config.json").exists()
+    assert command().last_line == first.last_line
+
+
+def test_standard_output_that_is_closed_does_not_stop_the_training(reference, new_run):
+    run = new_run()
+    process = run.start(*reference.args)
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0
+    assert run.metrics() == reference.metrics
+    assert run.events()[-1]["outcome"] == "finished"
+    process.stderr.close()
