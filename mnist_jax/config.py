@@ -120,8 +120,16 @@ class Config:
         return train_size // self.batch_size
 
     def total_steps(self, train_size: int) -> int:
-        """Return the number of updates of the whole training on `train_size` images."""
-        return self.epochs * self.steps_per_epoch(train_size) if self.steps is None else self.steps
+        """Return the number of updates of the whole training on `train_size` images.
+
+        Raises:
+            ConfigError: a batch would hold more images than there are, or the steps are too many to count.
+        """
+        steps_per_epoch = self.steps_per_epoch(train_size)
+        total = self.epochs * steps_per_epoch if self.steps is None else self.steps
+        if total > _MANY:
+            raise ConfigError(f"epochs={self.epochs} makes {total} steps, and {_MANY} is the most; use fewer")
+        return total
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings that belong to the run, as JSON values. Where it lies and `--fresh` do not."""
@@ -175,10 +183,14 @@ def load(path: Path) -> Config:
     """Read the settings of a run that `save` wrote.
 
     Raises:
-        ConfigError: the file is not JSON, or its values are none of ours.
+        ConfigError: the file cannot be read, is not JSON, or its values are none of ours.
     """
     try:
         values = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error.strerror}); restore it, or start anew with --fresh"
+        ) from error
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON ({error}); restore it, or start anew with --fresh") from error
     return from_json(values, path)
@@ -200,9 +212,8 @@ def from_json(values: Any, path: Path) -> Config:
         if name not in types or name in _NOT_OF_THE_RUN:
             raise ConfigError(f"{path} has a setting {name!r} that is not known here; another version wrote it?")
         if not _fits(value, types[name]):
-            raise ConfigError(
-                f"{path}: {name}={value!r} should be {types[name]}; restore it, or start anew with --fresh"
-            )
+            wanted = _in_words(types[name])
+            raise ConfigError(f"{path}: {name}={value!r} should be {wanted}; restore it, or start anew with --fresh")
     data_dir = values["data_dir"] and Path(values["data_dir"])
     try:
         return Config(**{**values, "data_dir": data_dir})
@@ -217,6 +228,14 @@ def _fits(value: object, kind: Any) -> bool:
     options = typing.get_args(kind) or (kind,)
     wanted = {str if option is Path else option for option in options}
     return type(value) in wanted or (float in wanted and type(value) is int)
+
+
+def _in_words(kind: Any) -> str:
+    """Say what a JSON value of a field's type is."""
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(typing.get_args(kind))
+    words = {bool: "true or false", int: "a whole number", float: "a number", Path: "a path", type(None): "null"}
+    return " or ".join(words[option] for option in typing.get_args(kind) or (kind,))
 
 
 class Difference(NamedTuple):

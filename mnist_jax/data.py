@@ -7,13 +7,15 @@ names) and as a verified downloader; TensorFlow itself is not needed. `digits` c
 import gzip
 import hashlib
 import os
+import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Thread
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -26,6 +28,9 @@ FILES = {
     "test_labels": "t10k-labels-idx1-ubyte.gz",
 }
 PROBE_TIMEOUT_S = 3.0
+STALL_TIMEOUT_S = 20.0
+
+T = TypeVar("T")
 
 
 class DataError(Exception):
@@ -96,6 +101,8 @@ def load(name: str, data_dir: Path | None = None, *, say: Callable[[str], None])
         DataError: a file is missing, truncated, damaged, another one, or cannot be downloaded.
     """
     if name == "digits":
+        if data_dir is not None:
+            raise DataError(f"--data-dir {data_dir} has no use for the digits, which are built in; leave it out")
         return _digits()
     if data_dir is not None:
         paths = {part: data_dir / file for part, file in FILES.items()}
@@ -147,69 +154,95 @@ def _downloads() -> Path:
 def _locate(name: str, *, say: Callable[[str], None]) -> dict[str, Path]:
     """Return the paths of the four files in TensorFlow Datasets' folder, downloaded first where they are not there.
 
-    Its downloader writes beside the final name and renames when size and SHA-256 are right, so half a file is never
-    taken for a whole one.
-
     Raises:
         Unreachable: a file is not there, and its server does not answer or breaks off.
         DataError: a server sent a file with another SHA-256.
     """
-    from tensorflow_datasets import download as tfds_download
-    from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
     from tensorflow_datasets.core.download.resource import get_dl_fname, is_locally_cached
 
-    sources = _sources(name)
     downloads = _downloads()
-    missing = {
-        part: source
-        for part, source in sources.items()
-        if not any(
-            is_locally_cached(folder / get_dl_fname(source.url, source.sha256))
-            for folder in (downloads, downloads / name)
-        )
-    }
+    paths, missing = {}, {}
+    for part, source in _sources(name).items():
+        file = get_dl_fname(source.url, source.sha256)
+        paths[part] = downloads / file if is_locally_cached(downloads / file) else downloads / name / file
+        if not is_locally_cached(paths[part]):
+            missing[part] = source
     if missing:
         # With no network the downloader itself tries again for more than three minutes.
         _probe(next(iter(missing.values())).url)
         megabytes = sum(source.size for source in missing.values()) / 1e6
         say(f"downloading {name}: {len(missing)} files, {megabytes:.1f} MB, into {downloads}")
+        _download(name, list(missing.values()), downloads)
+    return paths
+
+
+def _download(name: str, sources: Sequence[Source], downloads: Path) -> None:
+    """Have TensorFlow Datasets download files and check their SHA-256, and keep those that are whole where it does.
+
+    When it fails it leaves what it had of a file behind, so it works in a folder of its own; and it would wait for
+    ever for a server that falls silent.
+    """
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.download.checksums import UrlInfo
+    from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
+    from tensorflow_datasets.core.download.resource import get_info_path
+
+    tfds.disable_progress_bar()
+    infos = {source.url: UrlInfo(source.size, source.sha256, source.url.rpartition("/")[2]) for source in sources}
     try:
-        manager = tfds_download.DownloadManager(
-            download_dir=downloads,
-            dataset_name=name,
-            url_infos={
-                source.url: tfds_download.checksums.UrlInfo(
-                    size=source.size, checksum=source.sha256, filename=FILES[part]
-                )
-                for part, source in sources.items()
-            },
-        )
-        paths = manager.download({part: source.url for part, source in sources.items()})
+        (downloads / name).mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=downloads, prefix=f"{name}.partial.", ignore_cleanup_errors=True) as partial:
+            manager = tfds.download.DownloadManager(download_dir=partial, dataset_name=name, url_infos=infos)
+            arrived = _in_thread(lambda: manager.download(list(infos)))
+            before = -1
+            while not wait([arrived], timeout=STALL_TIMEOUT_S).done:
+                now = sum(file.stat().st_size for file in Path(partial).rglob("*") if file.is_file())
+                if now == before:
+                    raise Unreachable(f"the download of {name} stalled: nothing came in for {STALL_TIMEOUT_S:.0f} s")
+                before = now
+            for path in map(Path, arrived.result()):
+                for file in (Path(get_info_path(path)), path):  # A file counts when its information is there.
+                    file.replace(downloads / name / file.name)
     except NonMatchingChecksumError as error:
         raise DataError(f"the server of {name} sent a file that is not the registered one: {error}") from error
-    except Exception as error:
+    except Unreachable:
+        raise
+    except Exception as error:  # Of several libraries: they have no common one for a connection that breaks.
         raise Unreachable(f"the download of {name} broke off ({error})") from error
-    return {part: Path(path) for part, path in paths.items()}
 
 
 def _probe(url: str) -> None:
     """Raise Unreachable unless the server of `url` answers within PROBE_TIMEOUT_S."""
-    future: Future[None] = Future()
 
     def ask() -> None:
+        request = urllib.request.Request(url, method="HEAD")
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PROBE_TIMEOUT_S):
-                future.set_result(None)
-        except Exception as error:
-            future.set_exception(error)
+            urllib.request.urlopen(request, timeout=PROBE_TIMEOUT_S).close()
+        except urllib.error.HTTPError as error:
+            error.close()  # It holds the connection.
+            raise
 
     # In a thread, because looking up a name has no time limit of its own.
-    Thread(target=ask, daemon=True, name="probe").start()
-    if not wait([future], timeout=PROBE_TIMEOUT_S).done:
+    answer = _in_thread(ask)
+    if not wait([answer], timeout=PROBE_TIMEOUT_S).done:
         raise Unreachable(f"{url} does not answer within {PROBE_TIMEOUT_S:.0f} s")
-    error = future.exception()
+    error = answer.exception()
     if error is not None:
         raise Unreachable(f"{url} cannot be reached ({error})") from error
+
+
+def _in_thread(work: Callable[[], T]) -> "Future[T]":
+    """Start work in a thread that does not keep the process alive, and return its future."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return future
 
 
 def _read_verified(path: Path, source: Source, way_out: str) -> bytes:

@@ -18,7 +18,7 @@ from rich.control import Control
 from rich.segment import ControlType
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 
 class Journal:
@@ -31,7 +31,13 @@ class Journal:
         self._events = (workdir / "events.jsonl").open("ab")
         if not _ends_with_a_whole_line(workdir / "events.jsonl"):
             self._events.write(b"\n")  # What a kill tore stays by itself, and does not spoil the next line.
-        self._tensorboard = EventFileWriter(str(workdir / "tensorboard"))
+        # TensorBoard reads the files in the order of their names. Its own writer names them by the clock, which may go
+        # back, and writes in a thread, which a kill may find behind.
+        tensorboard = workdir / "tensorboard"
+        tensorboard.mkdir(exist_ok=True)
+        number = sum(1 for _ in tensorboard.iterdir())
+        self._tensorboard = RecordWriter((tensorboard / f"events.out.tfevents.{number:010d}").open("xb"))
+        self._show(file_version="brain.Event:2")
         self._records: list[dict[str, Any]] = []
 
     def event(self, event: str, *, step: int, **details: Any) -> None:
@@ -51,8 +57,7 @@ class Journal:
             end = end_of_line
         self._metrics.truncate(end)
         # TensorBoard forgets the scalars from this step on when it meets this mark.
-        start = Event(wall_time=time.time(), step=step + 1, session_log=SessionLog(status=SessionLog.START))
-        self._tensorboard.add_event(start)
+        self._show(step=step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def record(self, step: int, split: str, *, loss: float, accuracy: float, learning_rate: float) -> None:
         """Add a line to `metrics.jsonl`, and its scalars to TensorBoard."""
@@ -62,7 +67,12 @@ class Journal:
         self._metrics.write(json.dumps(record).encode() + b"\n")
         self._metrics.flush()
         scalars = [Summary.Value(tag=f"{name}/{split}", simple_value=value) for name, value in values.items()]
-        self._tensorboard.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
+        self._show(step=step, summary=Summary(value=scalars))
+
+    def _show(self, **event: Any) -> None:
+        """Add an event for TensorBoard, which may be watching."""
+        self._tensorboard.write(Event(wall_time=time.time(), **event).SerializeToString())
+        self._tensorboard.flush()
 
     def accuracy_at(self, step: int) -> float | None:
         """Return the test accuracy recorded at a step, or None."""
@@ -75,7 +85,6 @@ class Journal:
     def sync(self) -> None:
         """Bring all lines to the disk. A checkpoint must not be there before the lines that lead to it."""
         os.fsync(self._metrics.fileno())
-        self._tensorboard.flush()
 
     def close(self) -> None:
         """Write what is still held back, and close the files."""
@@ -115,14 +124,16 @@ class Terminal:
 
     def __init__(self) -> None:
         """Write to standard output."""
-        self._console = _Console(highlight=False, soft_wrap=True)
+        self._console = _Console(
+            highlight=False, soft_wrap=True, emoji=False, markup=False, force_terminal=sys.stdout.isatty()
+        )
         self._live_line_shown = False
         self._next_refresh_s = 0.0
 
     @property
     def is_live(self) -> bool:
         """Whether somebody watches."""
-        return self._console.is_terminal
+        return self._console.is_terminal and not self._console.is_dumb_terminal
 
     @property
     def is_refresh_due(self) -> bool:
@@ -160,8 +171,7 @@ class Terminal:
 
     def _write(self, text: str, end: str = "\n") -> None:
         with self._gone_is_well():
-            self._console.print(text, end=end, markup=False)
-            self._console.file.flush()
+            self._console.print(text, end=end)
 
     @contextlib.contextmanager
     def _gone_is_well(self) -> Iterator[None]:

@@ -104,6 +104,11 @@ def train(
         if step >= source.total_steps and journal.accuracy_at(step) is not None:
             terminal.say(f"{workdir} is finished: --fresh starts it anew, --workdir DIR begins another run")
             return finished(step, journal, store)
+        if restored is None:
+            terminal.say(
+                f"training {config.model} on {dataset.name}: {source.total_steps} steps in {workdir}. "
+                "Ctrl-C saves and leaves; the same command carries on."
+            )
         journal.event("phase", step=step, phase="compile")
         programs = stop.run(source.compile)
     except Stopped:

@@ -59,7 +59,8 @@ def find_run(args: Sequence[str], asked: Config, stop: StopSignal) -> tuple[Conf
     name = stop.run(lambda: data.resolve(asked.dataset, asked.data_dir, say=_notice))
     config = configs.parse(args, Config.of_recipe(asked.model, name))
     workdir = asked.workdir or RUNS / name
-    if asked.fresh and (workdir / "events.jsonl").exists():
+    if asked.fresh and any((workdir / file).exists() for file in ("config.json", "events.jsonl", "checkpoints")):
+        workdir = Path(os.path.abspath(workdir))  # "." would move along with its directory.
         aside = next(
             path for n in range(1, 10**6) if not (path := workdir.with_name(f"{workdir.name}.old-{n}")).exists()
         )

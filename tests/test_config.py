@@ -496,7 +496,7 @@ def test_fresh_in_the_working_directory_itself_begins_in_its_old_place(
     monkeypatch.chdir("one")
     _, workdir = find_run("--workdir", ".", "--dataset", "digits", "--fresh")
     workdir.mkdir(exist_ok=True)
-    assert contents(here / "one") == {}
+    assert contents(workdir) == contents(here / "one") == {}
     assert configs.load(here / "one.old-1" / "config.json").seed == 5
 
 
@@ -548,6 +548,7 @@ def find_run(*args: str) -> tuple[Config, Path]:
 def make_run(directory: str, config: Config) -> Config:
     Path(directory).mkdir(parents=True)
     configs.save(config, Path(directory) / "config.json")
+    (Path(directory) / "events.jsonl").touch()
     return config
 
 

@@ -47,8 +47,10 @@ def test_mnist_has_its_known_shapes_and_labels(mnist: Dataset) -> None:
 def test_mnist_is_ink_255_on_ground_0_with_the_known_statistics(mnist: Dataset) -> None:
     assert (mnist.train_images.min(), mnist.train_images.max()) == (0, 255)
     assert mnist.train_images[:, 0, 0].mean() == 0  # a corner is ground
-    assert mnist.train_images.mean() / 255 == pytest.approx(0.1307, abs=5e-5)
-    assert mnist.train_images.std() / 255 == pytest.approx(0.3081, abs=5e-5)
+    inks = np.arange(256) / 255
+    mean, mean_square = (np.average(x, weights=np.bincount(mnist.train_images.ravel())) for x in (inks, inks**2))
+    assert mean == pytest.approx(0.1307, abs=5e-5)
+    assert (mean_square - mean**2) ** 0.5 == pytest.approx(0.3081, abs=5e-5)
 
 
 def test_the_fingerprint_is_the_one_that_checkpoints_remember(mnist: Dataset) -> None:
@@ -274,11 +276,12 @@ def test_auto_is_the_digits_and_says_so_once_where_mnist_is_not_to_be_had(
 def test_mnist_asked_for_by_name_is_an_error_at_once_where_it_is_not_to_be_had(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(data, "PROBE_TIMEOUT_S", 0.5)
     with without_network("silent", monkeypatch) as url:
         started = time.monotonic()
         with pytest.raises(Unreachable, match=re.escape(url)):
             data.load("mnist", say=pytest.fail)
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 2
 
 
 @pytest.mark.parametrize("status", [404, 500, 503])
@@ -370,7 +373,7 @@ def test_a_download_that_fails_leaves_nothing_behind(cache: Path, server: "Serve
 
 
 @pytest.mark.parametrize("damage", [corrupt, halve])
-@pytest.mark.parametrize("part", ARRAYS)
+@pytest.mark.parametrize("part", ["train_images", "test_labels"])
 def test_a_file_that_went_bad_on_disk_is_named_and_to_be_deleted(
     damage: Callable[[bytes], bytes], part: str, cache: Path, mnist_dir: Path, no_network: None
 ) -> None:

@@ -49,7 +49,7 @@ def in_new_process(function: Callable[..., Any], *arguments: Any, **variables: s
     ],
 )
 def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_ones_that_do(batch_size, devices, message):
-    with pytest.raises(ValueError, match=".") as raised:
+    with pytest.raises(ValueError, match="batch_size") as raised:
         distributed.check_batch_divides(batch_size, mesh_of(devices))
     assert str(raised.value) == message
 

@@ -1,4 +1,5 @@
 from functools import cache, partial
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -41,6 +42,8 @@ class Trainer:
         schedule = train_state.make_schedule(Config(), 50)
         self.optimizer = train_state.make_optimizer(schedule) if optimizer is None else optimizer
         self.compilations = 0
+        self._created: dict[int, train_state.TrainState] = {}
+        self._order = jax.jit(partial(steps.epoch_order, size=size), out_shardings=EVERYWHERE)
         self.train_steps = jax.jit(self._train_steps, donate_argnums=(0,) if donate else ())
 
     def _train_steps(self, state, epoch_data, n):
@@ -56,13 +59,13 @@ class Trainer:
         )
 
     def create(self, seed: int = 0) -> train_state.TrainState:
-        create = partial(train_state.create, Config(seed=seed), self.model, self.optimizer)
-        return jax.jit(create, out_shardings=EVERYWHERE)()
+        if seed not in self._created:
+            create = partial(train_state.create, Config(seed=seed), self.model, self.optimizer)
+            self._created[seed] = jax.jit(create, out_shardings=EVERYWHERE)()
+        return self._created[seed]
 
     def epoch(self, epoch: int, seed: int = 0) -> TrainData:
-        return TrainData(
-            self.images, self.labels, jax.device_put(steps.epoch_order(seed, epoch, self.size), EVERYWHERE)
-        )
+        return TrainData(self.images, self.labels, self._order(np.uint32(seed), np.int32(epoch)))
 
     def run(self, state, *calls: int, seed: int = 0):
         """Make the updates of some calls; an epoch's end cuts a call in two."""
@@ -116,7 +119,7 @@ def trainer() -> Trainer:
 @given(cuts=st.lists(st.integers(0, STEPS), max_size=STEPS))
 def test_however_the_steps_are_split_into_calls_it_is_one_program_and_the_same_bits(cuts):
     edges = [0, *sorted(cuts), STEPS]
-    calls = [end - start for start, end in zip(edges, edges[1:], strict=False)]
+    calls = [end - start for start, end in pairwise(edges)]
     trainer = dropping_trainer()
     found = bits(trainer.run(trainer.create(), *calls))
     assert [name for name, value in in_single_steps().items() if found[name] != value] == []

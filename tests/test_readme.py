@@ -1,0 +1,45 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def the_loop() -> str:
+    [loop] = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    return loop
+
+
+def run(directory, program: str) -> subprocess.Popen[str]:
+    directory.mkdir(exist_ok=True)
+    command = [sys.executable, "-W", "error", "-u", "-c", program]
+    return subprocess.Popen(command, cwd=directory, stdout=subprocess.PIPE, text=True)
+
+
+def test_the_loop_of_the_readme_is_short():
+    assert len([line for line in the_loop().splitlines() if line]) <= 25
+
+
+def test_the_loop_of_the_readme_ends_alike_with_and_without_a_stop(tmp_path):
+    whole, _ = run(tmp_path / "whole", the_loop()).communicate()
+    # A stop after 1,700 steps, sent from within, where no timing can miss it.
+    line = "        if step % 500 == 0:\n"
+    assert line in the_loop()
+    stop_itself = "        if step == 1700: import os, signal; os.kill(os.getpid(), signal.SIGTERM)\n"
+    stopping = the_loop().replace(line, stop_itself + line)
+    stopped, _ = run(tmp_path / "cut", stopping).communicate()
+    assert stopped.split()[0] == "1700"
+    resumed, _ = run(tmp_path / "cut", the_loop()).communicate()
+    assert resumed == whole
+    assert resumed.split()[0] == "3000"
+    assert len(resumed.split()[1]) == 64
+
+
+@pytest.mark.parametrize("flag", re.findall(r"--[a-z][a-z-]+", README.read_text()))
+def test_each_flag_that_the_readme_names_exists(flag):
+    from mnist_jax.config import Config
+
+    assert flag == "--help" or flag[2:].replace("-", "_") in Config.__dataclass_fields__
