@@ -47,8 +47,8 @@ def check_batch_divides(batch_size: int, mesh: Mesh) -> None:
 def describe_devices() -> dict[str, Any]:
     """Return what decides, besides the software, which bits a computation ends in, as JSON values.
 
-    `cpu_threads` and `cpu` are null on an accelerator, where they decide nothing. On a CPU, XLA divides sums by the
-    size of its thread pool: the same training ends in other bits with 1, 2, 8 and 16 threads.
+    `cpu_threads` and `cpu` are null on an accelerator, where they decide nothing. On a CPU, XLA may divide sums by
+    the size of its thread pool: the same 24 updates ended in other bits with 1 thread than with 2.
     """
     device = jax.devices()[0]
     on_cpu = device.platform == "cpu"
@@ -63,7 +63,10 @@ def describe_devices() -> dict[str, Any]:
 
 
 def cpu_threads() -> int:
-    """Return the size of the thread pool that XLA makes for a CPU: one a core it may use, unless set by environment."""
+    """Return the size of the thread pool that XLA makes for a CPU device.
+
+    It has a thread for each core that the process may use, unless the environment says otherwise.
+    """
     fixed = os.environ.get("PJRT_NPROC") or os.environ.get("NPROC")
     if fixed:
         return int(fixed)
@@ -93,13 +96,9 @@ def prefer_determinism() -> None:
 
 
 def keep_compiled_programs() -> None:
-    """Keep compiled programs on disk, in `JAX_COMPILATION_CACHE_DIR` or the user's cache, for the next start.
-
-    A program compiled for a thread pool of another size computes other bits, and JAX's key does not tell the two
-    apart, so each size has a folder of its own.
-    """
+    """Keep compiled programs on disk, in `JAX_COMPILATION_CACHE_DIR` or the user's cache, for the next start."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(cache / "mnist_jax" / f"xla-{cpu_threads()}-threads"))
+        jax.config.update("jax_compilation_cache_dir", str(cache / "mnist_jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -47,7 +47,8 @@ class Classifier(nn.Module):
         """Return logits [N, 10] float32 of images [N, H, W, C], uint8 or floats in [0, 1]; H and W divisible by 4."""
         x = images / 255.0 if images.dtype == jnp.uint8 else images
         from_batch = self.batch_statistics and train
-        mean, std = (x.mean(), x.std()) if from_batch else (self.pixel_mean, self.pixel_std)
+        # A batch of one single grey has no spread to divide by.
+        mean, std = (x.mean(), jnp.maximum(x.std(), 1e-6)) if from_batch else (self.pixel_mean, self.pixel_std)
         x = (x - mean) / std
         x = self.activation(PooledConv(self.features[0], self.kernel_sizes[0], name="conv1")(x))
         x = self.activation(PooledConv(self.features[1], self.kernel_sizes[1], name="conv2")(x))

@@ -102,3 +102,29 @@ def stop(process: subprocess.Popen[str], number: signal.Signals) -> Ended:
     """Send a signal to a process, and wait for its end."""
     process.send_signal(number)
     return end(process)
+
+
+THREAD_VARIABLES = ("PJRT_NPROC", "NPROC", "XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME")
+
+
+def in_new_process(function: Callable[..., Any], *arguments: Any, **variables: str) -> Any:
+    """Return what a function of a test file returns in a process of its own, in which JAX has not started yet.
+
+    Args:
+        function: takes and returns JSON values.
+        arguments: what it is called with.
+        variables: added to the environment, from which those are taken first that this file is about.
+    """
+    name = function.__name__
+    script = f"import json, sys; from {function.__module__} import {name} as f; print(json.dumps(f(*{arguments!r})))"
+    inherited = {name: value for name, value in os.environ.items() if name not in THREAD_VARIABLES}
+    process = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parent,
+        env={**inherited, **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)

@@ -8,7 +8,7 @@ import pytest
 from flax import linen as nn
 from jax import lax
 from jax.sharding import Mesh
-from test_distributed import in_new_process
+from runs import in_new_process
 
 from mnist_jax import data, distributed
 from mnist_jax.model import MODELS, conv, pooled_conv, pooled_conv_of_one_channel, power_of_relu

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-from test_distributed import in_new_process
+from runs import in_new_process
 
 from mnist_jax import data, distributed, steps, train_state
 from mnist_jax import programs as programs_module
