@@ -108,21 +108,28 @@ def unfinished_saves(checkpoints) -> set[str]:
 def test_ctrl_c_twice_in_a_terminal_leaves_at_once_with_130_and_the_rerun_resumes(reference, new_run):
     run = new_run()
     command = [sys.executable, "-m", "mnist_jax.train", "--workdir", str(run.workdir), *reference.args]
-    child, terminal = pty.fork()
-    if child == 0:
-        os.execve(command[0], command, {**os.environ, **run.environment, "TERM": "xterm"})
+    # Ctrl-C is a signal to those whose controlling terminal it is typed on.
+    in_terminal = (
+        "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    terminal, inside = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", in_terminal, *command],
+        env={**os.environ, **run.environment, "TERM": "xterm"},
+        stdin=inside,
+        stdout=inside,
+        stderr=inside,
+        start_new_session=True,
+    )
+    os.close(inside)
     output = b""
     while b" saved " not in output:  # the live line
         output += os.read(terminal, 4096)
-    code = None
-    while code is None:
+    while process.poll() is None:
         os.write(terminal, b"\x03")
         time.sleep(0.01)
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            code = os.waitstatus_to_exitcode(status)
     os.close(terminal)
-    assert code == 130
+    assert process.returncode == 130
     assert b"Traceback" not in output
     assert b"\x1b[?25l" not in output  # A cursor that is hidden would stay so.
     assert run.events()[-1]["event"] != "exit"
