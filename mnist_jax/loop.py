@@ -23,7 +23,7 @@ from mnist_jax.config import Config, ConfigError
 from mnist_jax.data import DataError, Dataset
 from mnist_jax.journal import Journal, Terminal
 from mnist_jax.preemption import Stopped, StopSignal
-from mnist_jax.programs import Programs, Source
+from mnist_jax.programs import Blueprint, Programs
 from mnist_jax.steps import TrainData
 from mnist_jax.train_state import MetricSums, TrainState
 
@@ -96,24 +96,24 @@ def train(
     try:
         journal.event("phase", step=store.newest_step, phase="data")
         dataset = stop.run(lambda: data.load(config.dataset, config.data_dir, say=terminal.say))
-        source = make_source(config, dataset)
-        restored = restore(source, dataset, environment, store, journal, terminal)
+        blueprint = make_blueprint(config, dataset)
+        restored = restore(blueprint, dataset, environment, store, journal, terminal)
         configs.save(config, workdir / "config.json")
         step = restored.step if restored else 0
         journal.rewind(step)
-        if step >= source.total_steps and journal.accuracy_at(step) is not None:
+        if step >= blueprint.total_steps and journal.accuracy_at(step) is not None:
             terminal.say(f"{workdir} is finished: --fresh starts it anew, --workdir DIR begins another run")
             return finished(step, journal, store)
         if restored is None:
             terminal.say(
-                f"training {config.model} on {dataset.name}: {source.total_steps} steps in {workdir}. "
+                f"training {config.model} on {dataset.name}: {blueprint.total_steps} steps in {workdir}. "
                 "Ctrl-C saves and leaves; the same command carries on."
             )
         journal.event("phase", step=step, phase="compile")
-        programs = stop.run(source.compile)
+        programs = stop.run(blueprint.compile)
     except Stopped:
         return stopped(store.newest_step, stop, journal, store)
-    training = Training(source, programs, dataset, restored, stop, store, journal, terminal, environment)
+    training = Training(blueprint, programs, dataset, restored, stop, store, journal, terminal, environment)
     journal.event("phase", step=step, phase="train")
     training.evaluate_if_due()  # The last stop may have cut this very evaluation short.
     while not training.is_over and stop.received is None:
@@ -124,7 +124,7 @@ def train(
     return training.end()
 
 
-def make_source(config: Config, dataset: Dataset) -> Source:
+def make_blueprint(config: Config, dataset: Dataset) -> Blueprint:
     """Return what the programs are made from, the config checked against the data and the devices.
 
     Raises:
@@ -136,11 +136,11 @@ def make_source(config: Config, dataset: Dataset) -> Source:
         distributed.check_batch_divides(config.batch_size, mesh)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return Source(config, config.total_steps(train_size), train_size, len(dataset.test_labels), mesh)
+    return Blueprint(config, config.total_steps(train_size), train_size, len(dataset.test_labels), mesh)
 
 
 def restore(
-    source: Source,
+    blueprint: Blueprint,
     dataset: Dataset,
     environment: dict[str, Any],
     store: CheckpointStore,
@@ -152,12 +152,12 @@ def restore(
     Raises:
         ConfigError: the run began with other data, or with other settings than a config that was changed since.
     """
-    restored = store.restore(like=source.abstract_state())
+    restored = store.restore(like=blueprint.abstract_state())
     if restored is None:
         return None
     about = restored.manifest["about"]
     began_as = configs.from_json(about["config"], store.directory)
-    differences = list(configs.contradictions(began_as, source.config))
+    differences = list(configs.contradictions(began_as, blueprint.config))
     if differences:
         raise ConfigError(configs.describe_contradictions(store.directory, differences))
     for reason in restored.set_aside:
@@ -174,7 +174,8 @@ def restore(
     journal.event("resume", step=restored.step, exact=not changed, changed=changed, saved_because=about["reason"])
     manner = f"numerically equivalent, not bit for bit, for this changed: {'; '.join(changed)}" if changed else "exact"
     terminal.say(
-        f"resumed from step {restored.step} of {source.total_steps} (saved because: {about['reason']}): {manner}"
+        f"resumed {blueprint.config.model} on {dataset.name} from step {restored.step} of {blueprint.total_steps} "
+        f"(saved because: {about['reason']}): {manner}"
     )
     return restored
 
@@ -214,7 +215,7 @@ class Training:
 
     def __init__(
         self,
-        source: Source,
+        blueprint: Blueprint,
         programs: Programs,
         dataset: Dataset,
         restored: Restored | None,
@@ -225,12 +226,12 @@ class Training:
         environment: dict[str, Any],
     ) -> None:
         """Put the data on the device; from then on an update needs nothing of the host but the word to begin."""
-        self.config, self.total_steps = source.config, source.total_steps
-        self.steps_per_epoch = self.config.steps_per_epoch(source.train_size)
+        self.config, self.total_steps = blueprint.config, blueprint.total_steps
+        self.steps_per_epoch = self.config.steps_per_epoch(blueprint.train_size)
         self.eval_every_steps = self.config.eval_every_steps or self.steps_per_epoch
         self.programs, self.stop, self.store, self.journal, self.terminal = programs, stop, store, journal, terminal
         self.about = {"config": self.config.to_json(), "data": describe_data(dataset), **environment}
-        self._everywhere = distributed.replicated(source.mesh)
+        self._everywhere = distributed.replicated(blueprint.mesh)
         self._images, self._labels, self._test_images, self._test_labels = (
             jax.device_put(array, self._everywhere)
             for array in (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels)

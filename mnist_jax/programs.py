@@ -31,7 +31,7 @@ class Programs(NamedTuple):
     is_finite: Callable[[TrainState], jax.Array]
 
 
-class Source(NamedTuple):
+class Blueprint(NamedTuple):
     """What the programs are made from."""
 
     config: Config
@@ -62,7 +62,7 @@ class Source(NamedTuple):
                 number,
                 donate_argnums=0,
             ),
-            epoch_order=self._compile(partial(_epoch_order, config.seed, self.train_size), number),
+            epoch_order=self._compile(partial(steps.epoch_order, config.seed, size=self.train_size), number),
             evaluate=self._compile(
                 partial(steps.evaluate, size=eval_call_images, **on_batch),
                 state.params,
@@ -102,7 +102,3 @@ def _images(size: int) -> Any:
 
 def _integers(*shape: int) -> Any:
     return ShapeDtypeStruct(shape, jnp.int32)
-
-
-def _epoch_order(seed: int, size: int, epoch: jax.Array) -> jax.Array:
-    return steps.epoch_order(seed, epoch, size)

@@ -12,30 +12,30 @@ from mnist_jax import data, distributed, steps, train_state
 from mnist_jax import programs as programs_module
 from mnist_jax.config import Config
 from mnist_jax.model import MODELS
-from mnist_jax.programs import Programs, Source
+from mnist_jax.programs import Blueprint, Programs
 from mnist_jax.steps import TrainData
 
 STEPS = 20
 
 
-def source_on(devices: int, *, model: str = "cnn", batch_size: int = 32) -> Source:
+def source_on(devices: int, *, model: str = "cnn", batch_size: int = 32) -> Blueprint:
     dataset = data.load("digits", say=print)
     mesh = Mesh(np.asarray(jax.devices()[:devices]), (distributed.BATCH_AXIS,))
     config = Config(model=model, dataset="digits", batch_size=batch_size)
-    return Source(config, 100, len(dataset.train_labels), len(dataset.test_labels), mesh)
+    return Blueprint(config, 100, len(dataset.train_labels), len(dataset.test_labels), mesh)
 
 
-def place(source: Source, *arrays: np.ndarray) -> Any:
+def place(source: Blueprint, *arrays: np.ndarray) -> Any:
     return jax.device_put(arrays, distributed.replicated(source.mesh))
 
 
-def epoch_data(source: Source, programs: Programs) -> TrainData:
+def epoch_data(source: Blueprint, programs: Programs) -> TrainData:
     dataset = data.load("digits", say=print)
     images, labels = place(source, dataset.train_images, dataset.train_labels)
     return TrainData(images, labels, programs.epoch_order(np.int32(0)))
 
 
-def evaluate(source: Source, programs: Programs, params: Any) -> list[float]:
+def evaluate(source: Blueprint, programs: Programs, params: Any) -> list[float]:
     """Return loss, right answers and images over the whole test set."""
     dataset = data.load("digits", say=print)
     images, labels = place(source, dataset.test_images, dataset.test_labels)
@@ -52,7 +52,7 @@ def numbers(tree: Any) -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def source() -> Source:
+def source() -> Blueprint:
     return source_on(1)
 
 

