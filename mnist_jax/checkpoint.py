@@ -9,7 +9,7 @@ This file stands alone; lift it into your own project.
     CheckpointError          all that can go wrong here
     ├── SaveFailed           a checkpoint could not be written; those before it are untouched
     │   └── InvalidState     it was not worth writing: the caller's `valid` came out false
-    ├── Mismatch             a checkpoint is of another tree: names, shapes or types differ
+    ├── Mismatch             a checkpoint is of another tree or of another format
     └── NoReadableCheckpoint there are checkpoints, and none of them is good
 """
 
@@ -19,6 +19,7 @@ import queue
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +49,7 @@ class InvalidState(SaveFailed):
 
 
 class Mismatch(CheckpointError):
-    """A checkpoint is of another tree."""
+    """A checkpoint is whole, but not what is expected: another tree, or another format."""
 
 
 class NoReadableCheckpoint(CheckpointError):
@@ -95,15 +96,26 @@ class CheckpointStore:
         Args:
             directory: where the checkpoints lie.
             keep: how many of the newest to keep; older ones go when a newer one is committed, `pinned` ones never.
+
+        Raises:
+            OSError: the directory cannot be made, or has a backslash in its path.
         """
         self.directory = Path(directory).absolute()
-        self.pinned: int | None = None
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.pinned: set[int] = set()
         # Orbax's own asynchronous mode makes the caller wait for the copy to the host and for 10 to 20 ms of set-up.
         # Here all of that, and the digests, are the work of one thread of ours.
+        if "\\" in str(self.directory):
+            raise OSError(f"TensorStore finds nothing again under a path with a backslash: {self.directory}")
+        # One folder a leaf. In the other layout, OCDBT, Orbax loses all parts where the path has a `[`, without a word.
         self._manager = ocp.CheckpointManager(
             self.directory,
+            item_handlers={
+                "state": ocp.PyTreeCheckpointHandler(use_ocdbt=False),
+                "manifest": ocp.JsonCheckpointHandler(),
+            },
             options=ocp.CheckpointManagerOptions(
-                create=True, enable_async_checkpointing=False, preservation_policy=_NewestAndPinned(self, keep)
+                enable_async_checkpointing=False, preservation_policy=_NewestAndPinned(self, keep)
             ),
         )
         self._digests: dict[int, str | None] = dict.fromkeys(self._manager.all_steps())
@@ -193,34 +205,36 @@ class CheckpointStore:
     def restore(self, like: Any) -> Restored | None:
         """Return the newest checkpoint that is good, or None where there is no checkpoint.
 
-        One that cannot be read, or whose digests are not those of its manifest, is moved into `quarantine/`.
+        Newer ones that cannot be read, or whose digests are not those of their manifest, are then moved into
+        `quarantine/`. Where none is good, all stay where they are, so that each start says so again.
 
         Args:
             like: a tree of arrays or of `jax.ShapeDtypeStruct`; the result has its structure and its shardings.
 
         Raises:
-            Mismatch: a checkpoint is whole, but of a tree with other names, shapes or types.
+            Mismatch: a checkpoint is whole, but of a tree with other names, shapes or types, or of another format.
             NoReadableCheckpoint: there are checkpoints, and none is good.
         """
-        set_aside: list[str] = []
+        bad: dict[int, str] = {}
         for step in reversed(self.steps):
             try:
                 manifest = self._read_manifest(step)
                 _check_like(step, manifest["leaves"], like)
                 leaves = self._read_leaves(step, manifest)
-            except Mismatch:
+            except (Mismatch, MemoryError, PermissionError):  # It may be good all the same.
                 raise
             except Exception as error:  # Whatever Orbax, TensorStore or JSON make of damaged files.
-                set_aside.append(f"step {step}: {error}")
-                self._quarantine(step)
+                bad[step] = f"step {step}: {error}"
                 continue
+            for damaged in bad:
+                self._quarantine(damaged)
             self._digests[step] = manifest["sha256"]
-            return Restored(step, _place(leaves, like), manifest, tuple(set_aside))
-        if set_aside:
+            return Restored(step, _place(leaves, like), manifest, tuple(bad.values()))
+        if bad:
             raise NoReadableCheckpoint(
                 f"none of the checkpoints in {self.directory} is good, so there is nothing to carry on from:\n  "
-                + "\n  ".join(set_aside)
-                + f"\nThey are kept in {self.directory / 'quarantine'}."
+                + "\n  ".join(bad.values())
+                + "\nBring one back from a copy, or begin anew in another directory. Nothing was moved or deleted."
             )
         return None
 
@@ -249,7 +263,9 @@ class CheckpointStore:
     def _read_manifest(self, step: int) -> dict[str, Any]:
         manifest = self._manager.restore(step, args=ocp.args.Composite(manifest=ocp.args.JsonRestore())).manifest
         if manifest["format"] != FORMAT:
-            raise CheckpointError(f"its format is {manifest['format']}, and this program reads {FORMAT}")
+            raise Mismatch(
+                f"the checkpoint of step {step} has format {manifest['format']}; this program reads {FORMAT}"
+            )
         return manifest
 
     def _read_leaves(self, step: int, manifest: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -273,14 +289,14 @@ class CheckpointStore:
         """Move a checkpoint out of the way; nothing that could not be read is deleted."""
         shelter = self.directory / "quarantine"
         shelter.mkdir(exist_ok=True)
-        number = sum(1 for taken in shelter.iterdir() if taken.name.split("-")[0] == str(step))
-        (self.directory / str(step)).rename(shelter / f"{step}-{number}")
+        refuge = next(path for number in count() if not (path := shelter / f"{step}-{number}").exists())
+        (self.directory / str(step)).rename(refuge)
         del self._digests[step]
         self._manager.reload()
 
 
 class _NewestAndPinned:
-    """Orbax's question which checkpoints to keep, answered: the newest `keep`, and the pinned one."""
+    """Orbax's question which checkpoints to keep, answered: the newest `keep`, and the pinned ones."""
 
     def __init__(self, store: CheckpointStore, keep: int) -> None:
         self._store = store
@@ -288,7 +304,7 @@ class _NewestAndPinned:
 
     def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
         newest = self._newest.should_preserve(checkpoints, context=context)
-        return [new or info.step == self._store.pinned for new, info in zip(newest, checkpoints, strict=True)]
+        return [new or info.step in self._store.pinned for new, info in zip(newest, checkpoints, strict=True)]
 
 
 @jax.jit
@@ -334,7 +350,7 @@ def _check_like(step: int, table: Mapping[str, Mapping[str, Any]], like: Any) ->
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise Mismatch(
-                f"the checkpoint of step {step} is of another model: leaf {name} should be "
+                f"the checkpoint of step {step} is of another tree: leaf {name} should be "
                 f"{expected.get(name, 'absent')} and is {found.get(name, 'absent')}"
             )
 

@@ -30,11 +30,6 @@ def split_over_batch(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXIS))
 
 
-def is_primary() -> bool:
-    """Tell whether this process is the one that writes for all."""
-    return jax.process_index() == 0
-
-
 def check_batch_divides(batch_size: int, mesh: Mesh) -> None:
     """Raise ValueError unless each device gets the same number of a batch's images."""
     devices = mesh.size

@@ -5,13 +5,14 @@
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.control import Control
@@ -28,17 +29,21 @@ class Journal:
         """Open the files in `workdir`, which exists. Nothing of `metrics.jsonl` is used before `rewind`."""
         self._metrics_path = workdir / "metrics.jsonl"
         self._metrics = self._metrics_path.open("ab")
-        self._events = (workdir / "events.jsonl").open("ab")
-        if not _ends_with_a_whole_line(workdir / "events.jsonl"):
+        self._events_path = workdir / "events.jsonl"
+        self._events = self._events_path.open("ab")
+        if not _ends_with_a_whole_line(self._events_path):
             self._events.write(b"\n")  # What a kill tore stays by itself, and does not spoil the next line.
         # TensorBoard reads the files in the order of their names. Its own writer names them by the clock, which may go
         # back, and writes in a thread, which a kill may find behind.
         tensorboard = workdir / "tensorboard"
         tensorboard.mkdir(exist_ok=True)
-        number = sum(1 for _ in tensorboard.iterdir())
-        self._tensorboard = RecordWriter((tensorboard / f"events.out.tfevents.{number:010d}").open("xb"))
+        taken = [int(path.name[-10:]) for path in tensorboard.glob("events.out.tfevents." + 10 * "[0-9]")]
+        self._tensorboard = RecordWriter(
+            (tensorboard / f"events.out.tfevents.{max(taken, default=-1) + 1:010d}").open("xb")
+        )
         self._show(file_version="brain.Event:2")
         self._records: list[dict[str, Any]] = []
+        self._size, self._digest = 0, hashlib.sha256()
 
     def event(self, event: str, *, step: int, **details: Any) -> None:
         """Add a line to the history."""
@@ -48,14 +53,12 @@ class Journal:
 
     def rewind(self, step: int) -> None:
         """Cut `metrics.jsonl` back to what was known at `step`, so that no line is there twice."""
-        self._records = []
-        end = 0
-        for record, end_of_line in _read_records(self._metrics_path):
+        self._records, self._size, self._digest = [], 0, hashlib.sha256()
+        for record, line in _read_records(self._metrics_path):
             if record["step"] > step:
                 break
-            self._records.append(record)
-            end = end_of_line
-        self._metrics.truncate(end)
+            self._keep(record, line)
+        self._metrics.truncate(self._size)
         # TensorBoard forgets the scalars from this step on when it meets this mark.
         self._show(step=step + 1, session_log=SessionLog(status=SessionLog.START))
 
@@ -63,11 +66,17 @@ class Journal:
         """Add a line to `metrics.jsonl`, and its scalars to TensorBoard."""
         values = {"loss": loss, "accuracy": accuracy, "learning_rate": learning_rate}
         record = {"step": step, "split": split, **values}
-        self._records.append(record)
-        self._metrics.write(json.dumps(record).encode() + b"\n")
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        self._metrics.write(line)
         self._metrics.flush()
+        self._keep(record, line)
         scalars = [Summary.Value(tag=f"{name}/{split}", simple_value=value) for name, value in values.items()]
         self._show(step=step, summary=Summary(value=scalars))
+
+    def _keep(self, record: dict[str, Any], line: bytes) -> None:
+        self._records.append(record)
+        self._size += len(line)
+        self._digest.update(line)
 
     def _show(self, **event: Any) -> None:
         """Add an event for TensorBoard, which may be watching."""
@@ -82,15 +91,29 @@ class Journal:
         """Return the record of the best test accuracy, the first of equals, or None."""
         return max((r for r in self._records if r["split"] == "test"), key=lambda r: r["accuracy"], default=None)
 
+    def metrics_fingerprint(self) -> dict[str, Any]:
+        """Return size and SHA-256 of `metrics.jsonl`, for a checkpoint to remember."""
+        return {"bytes": self._size, "sha256": self._digest.hexdigest()}
+
+    def still_begins_with(self, fingerprint: dict[str, Any]) -> bool:
+        """Tell whether `metrics.jsonl` still holds what it held when a checkpoint remembered it."""
+        known = self._metrics_path.read_bytes()[: fingerprint["bytes"]]
+        return hashlib.sha256(known).hexdigest() == fingerprint["sha256"]
+
+    def tells_of_saves(self) -> bool:
+        """Tell whether the history knows of a checkpoint."""
+        with self._events_path.open("rb") as lines:
+            return any(b'"event": "save",' in line for line in lines)
+
     def sync(self) -> None:
         """Bring all lines to the disk. A checkpoint must not be there before the lines that lead to it."""
         os.fsync(self._metrics.fileno())
 
     def close(self) -> None:
         """Write what is still held back, and close the files."""
-        self._metrics.close()
-        self._events.close()
-        self._tensorboard.close()
+        for file in (self._metrics, self._events, self._tensorboard):
+            with contextlib.suppress(OSError):  # A full disk was told of when the line was written.
+                file.close()
 
 
 def _ends_with_a_whole_line(path: Path) -> bool:
@@ -100,19 +123,20 @@ def _ends_with_a_whole_line(path: Path) -> bool:
         return file.read() in (b"", b"\n")
 
 
-def _read_records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """Yield the whole lines of a metrics file, each with the offset of its end, up to the first that is torn."""
-    end = 0
+def _read_records(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """Yield the records of a metrics file, each with its line, up to the first line that is torn or none of ours."""
     with path.open("rb") as lines:
         for line in lines:
-            end += len(line)
             try:
                 record = json.loads(line)
-                if not line.endswith(b"\n") or not isinstance(record["step"], int):
-                    return
+                whole = (
+                    line.endswith(b"\n") and isinstance(record["step"], int) and {"split", "accuracy"} <= record.keys()
+                )
             except (ValueError, TypeError, KeyError):
                 return
-            yield record, end
+            if not whole:
+                return
+            yield record, line
 
 
 class Terminal:
@@ -148,8 +172,10 @@ class Terminal:
     def warn(self, text: str) -> None:
         """Write a line that stays, on standard error."""
         self._clear()
-        with contextlib.suppress(OSError):
+        try:
             print(text, file=sys.stderr, flush=True)
+        except OSError:
+            _give_up(sys.stderr)
 
     def progress(self, text: str) -> None:
         """Write the live line anew."""
@@ -179,8 +205,12 @@ class Terminal:
             yield
         except OSError:
             self._console.quiet = True
-            # What is still buffered goes there, when the process ends, and not into another error.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _give_up(sys.stdout)
+
+
+def _give_up(stream: TextIO) -> None:
+    """Send what is still buffered, and what may follow, nowhere: not into another error when the process ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class _Console(Console):

@@ -1,5 +1,6 @@
 """The loop: where the pure functions, the checkpoints, the journal and the signals meet."""
 
+import contextlib
 import time
 from collections import deque
 from importlib.metadata import version
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mnist_jax import config as configs
@@ -55,6 +57,7 @@ EXIT_CODES: dict[type[Exception], int] = {
     Mismatch: 2,
     NoReadableCheckpoint: 65,
     SaveFailed: 74,
+    OSError: 74,
 }
 
 
@@ -62,9 +65,13 @@ def run(config: Config, workdir: Path, stop: StopSignal) -> int:
     """Train in `workdir` to the end or to a signal, tell how it went, and return the exit code."""
     distributed.prefer_determinism()
     distributed.keep_compiled_programs()
-    workdir.mkdir(parents=True, exist_ok=True)
-    journal, terminal = Journal(workdir), Terminal()
-    store = CheckpointStore(workdir / "checkpoints", keep=config.keep)
+    terminal = Terminal()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        journal, store = Journal(workdir), CheckpointStore(workdir / "checkpoints", keep=config.keep)
+    except OSError as error:
+        terminal.warn(f"error: {workdir} cannot hold a run ({error}); choose another --workdir")
+        return 2
     try:
         outcome = train(config, workdir, stop, store, journal, terminal)
         code = config.preempted_exit_code if outcome.word == "stopped" else 0
@@ -72,8 +79,9 @@ def run(config: Config, workdir: Path, stop: StopSignal) -> int:
         terminal.say(str(outcome))
     except tuple(EXIT_CODES) as error:
         code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
-        journal.event("exit", outcome="failed", code=code, step=store.newest_step, error=str(error))
         terminal.warn(f"error: {error}")
+        with contextlib.suppress(OSError):  # It may be the very disk that is told of.
+            journal.event("exit", outcome="failed", code=code, step=store.newest_step, error=str(error))
     finally:
         store.close()
         journal.close()
@@ -89,18 +97,18 @@ def train(
         ConfigError: the config does not fit the devices, or the data is not what the run began with.
         DataError, Mismatch, NoReadableCheckpoint: what the run begins with is not there or not good.
         Diverged: the loss is not finite; that state is not saved.
+        OSError: a file of the journal cannot be written.
         SaveFailed: the last save failed.
     """
     environment = describe_environment()
     journal.event("start", step=store.newest_step, config=config.to_json(), **environment)
+    configs.save(config, workdir / "config.json")
     try:
         journal.event("phase", step=store.newest_step, phase="data")
         dataset = stop.run(lambda: data.load(config.dataset, config.data_dir, say=terminal.say))
         blueprint = make_blueprint(config, dataset)
         restored = restore(blueprint, dataset, environment, store, journal, terminal)
-        configs.save(config, workdir / "config.json")
         step = restored.step if restored else 0
-        journal.rewind(step)
         if step >= blueprint.total_steps and journal.accuracy_at(step) is not None:
             terminal.say(f"{workdir} is finished: --fresh starts it anew, --workdir DIR begins another run")
             return finished(step, journal, store)
@@ -130,6 +138,8 @@ def make_blueprint(config: Config, dataset: Dataset) -> Blueprint:
     Raises:
         ConfigError: the batch does not fit.
     """
+    if jnp.result_type(float) != jnp.float32:
+        raise ConfigError("JAX_ENABLE_X64 is set, and the training computes in 32 bits; unset it")
     train_size = len(dataset.train_labels)
     mesh = distributed.data_mesh()
     try:
@@ -147,13 +157,22 @@ def restore(
     journal: Journal,
     terminal: Terminal,
 ) -> Restored | None:
-    """Return the newest good checkpoint of the run, having said from where and how exactly it is carried on.
+    """Return the newest good checkpoint, if there is one, and cut the journal back to it.
+
+    It says from where and how exactly the run is carried on.
 
     Raises:
         ConfigError: the run began with other data, or with other settings than a config that was changed since.
+        NoReadableCheckpoint: none is good, or all are gone.
     """
     restored = store.restore(like=blueprint.abstract_state())
     if restored is None:
+        if journal.tells_of_saves():
+            raise NoReadableCheckpoint(
+                f"the checkpoints of this run are gone from {store.directory}; "
+                "bring them back, or begin anew with --fresh"
+            )
+        journal.rewind(0)
         return None
     about = restored.manifest["about"]
     began_as = configs.from_json(about["config"], store.directory)
@@ -167,10 +186,14 @@ def restore(
         raise ConfigError(f"the run began with other data: {about['data']}, and this is {describe_data(dataset)}")
     changed = [
         f"{part} {name} {before} -> {environment[part].get(name)}"
-        for part in ("software", "devices")
+        for part in environment
         for name, before in about[part].items()
         if before != environment[part].get(name)
     ]
+    journal.rewind(restored.step)
+    if not journal.still_begins_with(about["metrics"]):
+        journal.event("metrics_changed", step=restored.step)
+        terminal.warn("warning: metrics.jsonl is not what it was: lines before this step are missing or changed")
     journal.event("resume", step=restored.step, exact=not changed, changed=changed, saved_because=about["reason"])
     manner = f"numerically equivalent, not bit for bit, for this changed: {'; '.join(changed)}" if changed else "exact"
     terminal.say(
@@ -196,10 +219,12 @@ def stopped(step: int, stop: StopSignal, journal: Journal, store: CheckpointStor
 
 
 def describe_environment() -> dict[str, Any]:
-    """Return the software and the devices that the bits of a run depend on, as JSON values."""
+    """Return the software, its settings and the devices that the bits of a run depend on, as JSON values."""
     packages = ("jax", "jaxlib", "flax", "optax", "numpy")
+    settings = ("jax_threefry_partitionable", "jax_default_prng_impl", "jax_default_matmul_precision")
     return {
         "software": {package: version(package) for package in packages},
+        "settings": {setting: str(getattr(jax.config, setting)) for setting in settings},
         "devices": distributed.describe_devices(),
     }
 
@@ -294,17 +319,20 @@ class Training:
             return
         self._journal_interval()
         self.journal.event("phase", step=self.step, phase="evaluate")
+        self._pace.drain()
         sums = self._evaluate()
         if sums is None:
             return
         loss, accuracy = _averages(sums)
+        if not np.isfinite(loss):
+            raise self._diverged(f"the test loss at step {self.step} is {loss}")
         self.journal.record(
             self.step, "test", loss=loss, accuracy=accuracy, learning_rate=self._learning_rate(self.step)
         )
         self.journal.event("evaluation", step=self.step, loss=loss, accuracy=accuracy)
         self.terminal.say(f"step {self.step}: test loss {loss:.4f}, test accuracy {accuracy:.4f}")
         self._pin_best()
-        if self.store.pinned == self.step:
+        if self.step in self.store.pinned:
             self.save("best test accuracy so far")
 
     def _evaluate(self) -> MetricSums | None:
@@ -340,9 +368,10 @@ class Training:
         self._journal_interval()
         self.journal.sync()
         accuracy = self.journal.accuracy_at(self.step)
-        return {**self.about, "reason": reason, "time": time.time(), "test_accuracy": accuracy}
+        metrics = self.journal.metrics_fingerprint()
+        return {**self.about, "reason": reason, "time": time.time(), "test_accuracy": accuracy, "metrics": metrics}
 
-    def report_saves(self) -> None:
+    def report_saves(self, *, another_follows: bool = True) -> None:
         """Tell how the saves went that ended."""
         for result in self.store.results():
             if isinstance(result, InvalidState):
@@ -350,8 +379,10 @@ class Training:
             if isinstance(result, SaveFailed):
                 self._next_save_s = time.monotonic() + min(RETRY_SAVE_S, self.config.checkpoint_every_s)
                 self.journal.event("save_failed", step=result.step, error=str(result))
-                self.terminal.warn(f"warning: {result}. Training goes on, and it is tried again.")
+                if another_follows:
+                    self.terminal.warn(f"warning: {result}. Training goes on, and it is tried again.")
             else:
+                self._pin_best()
                 reason = result.manifest["about"]["reason"]
                 self.journal.event(
                     "save", step=result.step, reason=reason, seconds=result.seconds, sha256=result.sha256
@@ -373,14 +404,17 @@ class Training:
         try:
             self.store.save_and_wait(self.step, self.state, about=about, valid=self.programs.is_finite(self.state))
         finally:
-            self.report_saves()
+            self.report_saves(another_follows=False)
         if is_finished:
             return finished(self.step, self.journal, self.store)
         return stopped(self.step, self.stop, self.journal, self.store)
 
     def _pin_best(self) -> None:
+        """Have the best checkpoint kept; until it is committed, the one that was the best before it as well."""
         best = self.journal.best()
-        self.store.pinned = best["step"] if best else None
+        if best is not None:
+            before = set() if best["step"] in self.store.steps else self.store.pinned
+            self.store.pinned = before | {best["step"]}
 
     def _learning_rate(self, step: int) -> float:
         """Return the learning rate of the update that led to a step, in the shortest digits that mean it."""
@@ -398,8 +432,8 @@ class Training:
 
     def _diverged(self, what: str) -> Diverged:
         return Diverged(
-            f"{what}. Nothing of that was saved; the newest checkpoint is of step {self.store.newest_step}, "
-            "and a rerun would come to the same point. Start anew with --fresh and a lower --learning-rate."
+            f"{what}. Nothing of that was saved, and a rerun would come to the same point. "
+            "Start anew with --fresh and a lower --learning-rate."
         )
 
 
@@ -443,3 +477,9 @@ class Pace(Generic[T]):
         fitting = max(1, round(self._call_s / self.seconds_per_step))
         self.steps_per_call = min(2 * self.steps_per_call, fitting)
         return result
+
+    def drain(self) -> None:
+        """Wait for all calls, and forget them: what comes now is no part of their time."""
+        for _, result, _ in self._in_flight:
+            jax.block_until_ready(result)
+        self._in_flight.clear()

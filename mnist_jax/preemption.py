@@ -6,6 +6,7 @@ This file stands alone; lift it into your own project.
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from types import FrameType, TracebackType
@@ -25,8 +26,9 @@ class StopSignal:
     """Listen for signals that ask to stop, while the `with` block runs.
 
     The first stop signal sets `received`, and that is all: look at it between steps, save, and leave. The second one
-    ends the process at once with exit code 128+n. A save signal sets a flag of its own. A handler can come between
-    any two instructions, in the middle of a save or with a lock held, so it does no more than that.
+    ends the process at once with exit code 128+n, unless it follows within 20 ms: `timeout`, and other wrappers that
+    signal a process and then its group, deliver one wish twice. A save signal sets a flag of its own. A handler can
+    come between any two instructions, in the middle of a save or with a lock held, so it does no more than that.
 
     The handlers that were there before are put back at the end of the block. Python delivers signals to its main
     thread, so enter the block there, and after anything that installs handlers of its own (`jax.distributed` does).
@@ -43,6 +45,7 @@ class StopSignal:
     ) -> None:
         """Choose the signals; nothing is installed before the `with` block."""
         self.received: signal.Signals | None = None
+        self._received_s = 0.0
         self._save_requested = False
         self._handlers = {**dict.fromkeys(stop_signals, self._stop), **dict.fromkeys(save_signals, self._save)}
         self._previous: dict[signal.Signals, Any] = {}
@@ -50,6 +53,8 @@ class StopSignal:
     def __enter__(self) -> Self:
         """Install the handlers."""
         for number, handler in self._handlers.items():
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # `nohup` asked for that.
             self._previous[number] = signal.signal(number, handler)
         return self
 
@@ -61,9 +66,10 @@ class StopSignal:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def _stop(self, number: int, _frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received is None:
+            self.received, self._received_s = signal.Signals(number), time.monotonic()
+        elif time.monotonic() - self._received_s > 0.02:
             os._exit(128 + number)
-        self.received = signal.Signals(number)
 
     def _save(self, _number: int, _frame: FrameType | None) -> None:
         self._save_requested = True

@@ -4,6 +4,7 @@ The training is in `loop.py`, imported when the signals are already caught: it b
 a Ctrl-C would otherwise end in a traceback.
 """
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -22,9 +23,10 @@ def main(args: Sequence[str]) -> int:
     """Start a run or carry it on, and return the exit code.
 
     0: finished, or stopped and saved (the latter is `--preempted-exit-code`). 1: the loss is not finite. 2: bad usage,
-    bad data, or a flag that contradicts the run. 65: no checkpoint is good. 74: the last save failed. A second signal
-    n ends the process with 128+n.
+    bad data, or a flag that contradicts the run. 65: no checkpoint is good. 74: the last save failed, or the disk
+    takes no more. A second signal n ends the process with 128+n.
     """
+    _mend_standard_streams()
     asked = configs.parse(args)
     with StopSignal() as stop:
         try:
@@ -33,8 +35,8 @@ def main(args: Sequence[str]) -> int:
             assert stop.received is not None
             print(f"stopped step=0 signal={stop.received.name} state_sha256=none")
             return asked.preempted_exit_code
-        except (ConfigError, data.DataError) as error:
-            print(f"error: {error}", file=sys.stderr)
+        except (ConfigError, data.DataError, OSError) as error:
+            _notice(f"error: {error}")
             return 2
         from mnist_jax import loop
 
@@ -52,20 +54,23 @@ def find_run(args: Sequence[str], asked: Config, stop: StopSignal) -> tuple[Conf
     if old is not None:
         run = configs.load(old / "config.json")
         config = configs.parse(args, run)
+        dataset = run.dataset if config.dataset == "auto" else config.dataset
         differences = list(configs.contradictions(run, config))
-        if differences:
+        if differences and any((old / "checkpoints").glob("[0-9]*")):
             raise ConfigError(configs.describe_contradictions(old, differences))
-        return dataclasses.replace(config, dataset=run.dataset), old
+        if (config.model, dataset) != (run.model, run.dataset):  # Nothing has begun: the old settings are no guide.
+            config = configs.parse(args, Config.of_recipe(config.model, dataset))
+        return dataclasses.replace(config, dataset=dataset), old
     name = stop.run(lambda: data.resolve(asked.dataset, asked.data_dir, say=_notice))
     config = configs.parse(args, Config.of_recipe(asked.model, name))
     workdir = asked.workdir or RUNS / name
     if asked.fresh and any((workdir / file).exists() for file in ("config.json", "events.jsonl", "checkpoints")):
-        workdir = Path(os.path.abspath(workdir))  # "." would move along with its directory.
+        workdir = workdir.resolve()  # "." would move along with its directory, and of a link only the link.
         aside = next(
             path for n in range(1, 10**6) if not (path := workdir.with_name(f"{workdir.name}.old-{n}")).exists()
         )
         workdir.rename(aside)
-        print(f"the old run is now in {aside}")
+        print(f"the old run is now in {aside}; the same command without --fresh carries the new one on")
     return dataclasses.replace(config, dataset=name), workdir
 
 
@@ -86,7 +91,16 @@ def _directory_of_old_run(asked: Config) -> Path | None:
 
 
 def _notice(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def _mend_standard_streams() -> None:
+    """Open what the caller closed, as cron and daemons do, and let no letter be an error that a stream cannot write."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - it stays open to the end
+        getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def leave(code: int) -> None:
@@ -95,8 +109,9 @@ def leave(code: int) -> None:
     A download or a compilation that a signal made us leave still runs in its thread; it would hold up the orderly end,
     or crash in it.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(code)
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from runs import Run
 
+os.environ.pop("PYTHONUNBUFFERED", None)  # What is buffered when a reader goes away has to be tested too.
+
 
 @pytest.fixture(scope="session")
 def mnist_dir() -> Path:

@@ -116,11 +116,11 @@ def test_a_step_that_is_saved_or_being_saved_is_not_saved_again(store, monkeypat
 def test_the_newest_and_the_pinned_checkpoint_are_kept(store):
     for step in (10, 20, 30, 40, 50, 60):
         if step == 20:
-            store.pinned = 20
+            store.pinned = {20}
         store.save_and_wait(step, make_tree(step))
     assert store.steps == [20, 40, 50, 60]
     assert sorted(int(path.name) for path in store.directory.iterdir()) == [20, 40, 50, 60]
-    store.pinned = 50
+    store.pinned = {50}
     store.save_and_wait(70, make_tree(70))
     assert store.steps == [50, 60, 70]
 
@@ -210,6 +210,8 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_next_older_one_is_used(store,
     assert bits(restored.tree) == bits(make_tree(1))
     [reason] = restored.set_aside
     assert reason.startswith("step 2: ")
+    if damage == "flipped bit in the leaves":
+        assert "leaf params.dense.kernel is" in reason
     assert [path.name for path in (store.directory / "quarantine").iterdir()] == ["2-0"]
     assert again.steps == [1]
     again.save_and_wait(2, make_tree(22))  # The step can be saved anew.
@@ -217,13 +219,47 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_next_older_one_is_used(store,
     again.close()
 
 
-def test_if_no_checkpoint_is_good_the_error_names_each_and_none_is_deleted(store):
+def test_if_no_checkpoint_is_good_each_start_says_so_and_names_each_and_none_is_moved(store):
     for step in (1, 2):
         store.save_and_wait(step, make_tree(step))
         (store.directory / str(step) / "manifest" / "metadata").write_text("{")
-    with pytest.raises(NoReadableCheckpoint, match=r"(?s)step 2: .*step 1: .*quarantine"):
+    for _ in range(2):
+        again = CheckpointStore(store.directory)
+        with pytest.raises(NoReadableCheckpoint, match=r"(?s)step 2: .*step 1: "):
+            again.restore(like=make_tree())
+        again.close()
+    assert sorted(path.name for path in store.directory.iterdir()) == ["1", "2"]
+
+
+def test_a_checkpoint_of_another_format_is_refused_and_stays(store):
+    store.save_and_wait(1, make_tree(1))
+    store.save_and_wait(2, make_tree(2))
+    manifest = store.directory / "2" / "manifest" / "metadata"
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2').replace('"format":1', '"format":2'))
+    with pytest.raises(Mismatch, match="step 2 has format 2; this program reads 1"):
         store.restore(like=make_tree())
-    assert sorted(path.name for path in (store.directory / "quarantine").iterdir()) == ["1-0", "2-0"]
+    assert store.steps == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["a[b]", "*", "lr=0.1,seed=[0]", "ü b"])
+def test_any_path_can_hold_checkpoints(tmp_path, name):
+    store = CheckpointStore(tmp_path / name / "checkpoints")
+    store.save_and_wait(1, make_tree(1))
+    store.close()
+    again = CheckpointStore(tmp_path / name / "checkpoints")
+    assert bits(again.restore(like=make_tree()).tree) == bits(make_tree(1))
+    again.close()
+
+
+def test_a_path_under_which_nothing_is_found_again_is_refused_at_once(tmp_path):
+    with pytest.raises(OSError, match="backslash"):
+        CheckpointStore(tmp_path / "a\\b")
+
+
+def test_a_file_in_the_place_of_the_directory_is_an_error_at_once(tmp_path):
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(FileExistsError):
+        CheckpointStore(tmp_path / "checkpoints")
 
 
 @pytest.mark.parametrize(
@@ -237,7 +273,7 @@ def test_if_no_checkpoint_is_good_the_error_names_each_and_none_is_deleted(store
 )
 def test_a_checkpoint_of_another_tree_is_refused_with_the_leaf_and_stays(store, like, message):
     store.save_and_wait(7, {"w": jnp.zeros((2, 4))})
-    with pytest.raises(Mismatch, match=r"step 7 is of another model: " + message):
+    with pytest.raises(Mismatch, match=r"step 7 is of another tree: " + message):
         store.restore(like=like)
     assert store.steps == [7]
 

@@ -422,11 +422,20 @@ def test_the_settings_of_the_run_in_the_directory_are_the_defaults(here: Path) -
 
 def test_a_flag_that_contradicts_the_run_is_refused_and_named(here: Path) -> None:
     make_run("one", Config(dataset="digits", seed=5))
+    Path("one/checkpoints/7").mkdir(parents=True)
     before = contents(here)
     with pytest.raises(ConfigError, match=r"one holds a run .*\n.*\n  seed +5 +6") as refusal:
         find_run("--workdir", "one", "--seed", "6")
     assert "--fresh" in str(refusal.value)
     assert contents(here) == before
+
+
+def test_before_the_first_checkpoint_nothing_has_begun_and_any_setting_may_change(here: Path) -> None:
+    make_run("one", Config(dataset="digits", seed=5))
+    config, _ = find_run("--workdir", "one", "--seed", "6")
+    assert (config.seed, config.dataset) == (6, "digits")
+    config, _ = find_run("--workdir", "one", "--model", "original")
+    assert config == dataclasses.replace(Config.of_recipe("original", "digits"), workdir=Path("one"))
 
 
 def test_without_flags_the_run_that_is_there_is_carried_on(here: Path) -> None:

@@ -156,7 +156,3 @@ def test_compiled_programs_are_kept_where_the_user_says_if_he_does(tmp_path):
     assert in_new_process(keep_compiled_programs_and_compute, **variables) == str(named)
     assert list(named.iterdir())
     assert not cache.exists()
-
-
-def test_the_only_process_is_the_primary_one():
-    assert distributed.is_primary()

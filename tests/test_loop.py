@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -241,3 +242,161 @@ def test_the_live_line_of_the_default_run_fits_a_terminal_of_80_columns(tmp_path
         loop.run(config(), tmp_path, stop)
     assert len(lines) == 4
     assert max(map(len, lines)) < 80
+
+
+def test_no_call_goes_past_the_end_of_an_epoch(tmp_path, monkeypatch):
+    calls, advance = [], loop.Training.advance
+
+    def watched(self):
+        before = self.step
+        advance(self)
+        calls.append((before, self.step))
+
+    monkeypatch.setattr(loop, "CALL_S", 1000.0)  # Calls grow as fast as they may.
+    monkeypatch.setattr(loop.Training, "advance", watched)
+    settings = {"steps": 100, "log_every_steps": 100, "eval_every_steps": 100, "checkpoint_every_steps": None}
+    with StopSignal() as stop:
+        assert loop.run(config(**settings), tmp_path, stop) == 0
+    assert {22, 44, 66, 88} <= {end for _, end in calls}
+
+
+def test_a_run_that_lost_its_end_in_another_epoch_ends_like_an_undisturbed_one(tmp_path, monkeypatch):
+    # 22 steps an epoch. It is carried on from step 30, in the second epoch, and evaluated at steps 15 and 30 before.
+    settings = {"eval_every_steps": 15}
+    with StopSignal() as stop:
+        assert loop.run(config(**settings), tmp_path / "undisturbed", stop) == 0
+        with monkeypatch.context() as patch:
+            fail_to_save(patch, steps={40})
+            assert loop.run(config(**settings), tmp_path / "run", stop) == 74
+        assert loop.run(config(**settings), tmp_path / "run", stop) == 0
+    assert events(tmp_path / "run", "resume")[-1]["step"] == 30
+    undisturbed, run = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("undisturbed", "run"))
+    assert run == undisturbed
+    ends = [events(tmp_path / name, "exit")[-1]["state_sha256"] for name in ("undisturbed", "run")]
+    assert ends[0] == ends[1]
+
+
+def test_each_epoch_has_its_own_order_and_each_interval_its_own_sums(tmp_path, monkeypatch):
+    epochs, images = [], []
+    compile_ = loop.Blueprint.compile
+
+    def compile_and_watch(self):
+        programs = compile_(self)
+
+        def epoch_order(epoch):
+            epochs.append(int(epoch))
+            return programs.epoch_order(epoch)
+
+        return programs._replace(epoch_order=epoch_order)
+
+    averages = loop._averages
+
+    def count(sums):
+        images.append(int(sums.images))
+        return averages(sums)
+
+    monkeypatch.setattr(loop.Blueprint, "compile", compile_and_watch)
+    monkeypatch.setattr(loop, "_averages", count)
+    with StopSignal() as stop:
+        assert loop.run(config(steps=50, log_every_steps=25, eval_every_steps=50), tmp_path, stop) == 0
+    assert epochs == [0, 1, 2]
+    assert images[:2] == [25 * 64, 25 * 64]
+
+
+def test_a_loss_that_is_not_finite_is_no_line_of_the_metrics(tmp_path, capfd):
+    with StopSignal() as stop:
+        settings = {"learning_rate": 1e30, "checkpoint_every_steps": None}
+        assert loop.run(config(**settings), tmp_path, stop) == 1
+    assert "the loss of the updates up to step" in capfd.readouterr().err
+    assert b"NaN" not in (tmp_path / "metrics.jsonl").read_bytes()
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_if_no_checkpoint_is_good_the_code_is_65_and_nothing_is_begun_anew(tmp_path, capfd):
+    with StopSignal() as stop:
+        assert loop.run(config(steps=10), tmp_path, stop) == 0
+        metrics = (tmp_path / "metrics.jsonl").read_bytes()
+        (tmp_path / "checkpoints" / "10" / "manifest" / "metadata").write_text("{")
+        assert loop.run(config(steps=10), tmp_path, stop) == 65
+    assert "none of the checkpoints" in capfd.readouterr().err
+    assert events(tmp_path, "exit")[-1]["code"] == 65
+    assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_bad_checkpoint_is_told_and_the_run_carries_on_from_the_one_before(tmp_path, capfd):
+    with StopSignal() as stop:
+        assert loop.run(config(steps=20), tmp_path, stop) == 0
+        sha = events(tmp_path, "exit")[-1]["state_sha256"]
+        (tmp_path / "checkpoints" / "20" / "manifest" / "metadata").write_text("{")
+        assert loop.run(config(steps=20), tmp_path, stop) == 0
+    assert "moved to" in capfd.readouterr().err
+    assert [event["step"] for event in events(tmp_path, "quarantine")] == [10]
+    assert events(tmp_path, "exit")[-1]["state_sha256"] == sha
+
+
+def test_checkpoints_that_are_gone_are_an_error_and_no_reason_to_begin_anew(tmp_path, capfd):
+    with StopSignal() as stop:
+        assert loop.run(config(steps=10), tmp_path, stop) == 0
+        metrics = (tmp_path / "metrics.jsonl").read_bytes()
+        shutil.rmtree(tmp_path / "checkpoints")
+        assert loop.run(config(steps=10), tmp_path, stop) == 65
+    assert "are gone" in capfd.readouterr().err
+    assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
+
+
+@pytest.mark.parametrize("change", ["deleted", "edited", "garbage at its head"])
+def test_metrics_that_changed_since_the_checkpoint_are_told_of(tmp_path, capfd, change):
+    path = tmp_path / "metrics.jsonl"
+    with StopSignal() as stop, pytest.MonkeyPatch.context() as patch:
+        fail_to_save(patch, steps={40})
+        assert loop.run(config(), tmp_path, stop) == 74
+        assert "metrics.jsonl" not in capfd.readouterr().err
+        lines = path.read_bytes()
+        if change == "deleted":
+            path.unlink()
+        elif change == "edited":
+            path.write_bytes(lines.replace(b'"step": 10', b'"step": 11', 1))
+        else:
+            path.write_bytes(b"?\n" + lines)
+    with StopSignal() as stop:
+        assert loop.run(config(), tmp_path, stop) == 0
+    assert "metrics.jsonl is not what it was" in capfd.readouterr().err
+    assert [event["step"] for event in events(tmp_path, "metrics_changed")] == [30]
+
+
+def test_a_setting_of_jax_that_changes_the_bits_is_told_of(tmp_path):
+    with StopSignal() as stop:
+        assert loop.run(config(steps=10), tmp_path, stop) == 0
+        with jax.threefry_partitionable(False):
+            assert loop.run(config(steps=10), tmp_path, stop) == 0
+    [resume] = events(tmp_path, "resume")
+    assert resume["exact"] is False
+    assert resume["changed"] == ["settings jax_threefry_partitionable True -> False"]
+
+
+def test_the_best_checkpoint_is_still_kept_after_a_resume(tmp_path, monkeypatch):
+    accuracies = iter([0.5, 0.9, 0.1, 0.1, 0.1, 0.1])
+    monkeypatch.setattr(loop, "_averages", lambda sums: (1.0, next(accuracies)))
+    settings = {"keep": 1, "log_every_steps": 1000, "eval_every_steps": 10, "steps": 60, "checkpoint_every_steps": None}
+
+    original = loop.Training.save_if_due
+
+    def save_and_stop(self):
+        original(self)
+        if self.step == 20 and not (tmp_path / "cut").exists():
+            (tmp_path / "cut").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop.Training, "save_if_due", save_and_stop)
+    for _ in range(2):
+        with StopSignal() as stop:
+            assert loop.run(config(**settings), tmp_path, stop) == 0
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [20, 60]
+
+
+@pytest.mark.parametrize("place", ["a file", "under a file"])
+def test_a_place_that_cannot_hold_a_run_is_refused(tmp_path, capfd, place):
+    (tmp_path / "file").touch()
+    with StopSignal() as stop:
+        assert loop.run(config(), tmp_path / ("file" if place == "a file" else "file/run"), stop) == 2
+    assert "choose another --workdir" in capfd.readouterr().err

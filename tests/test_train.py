@@ -2,6 +2,7 @@ import json
 import os
 import pty
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -323,3 +324,95 @@ def test_standard_output_that_is_closed_does_not_stop_the_training(reference, ne
     assert run.metrics() == reference.metrics
     assert run.events()[-1]["outcome"] == "finished"
     process.stderr.close()
+
+
+def test_a_run_over_many_epochs_stopped_and_killed_ends_bit_for_bit_like_an_uninterrupted_one(new_run):
+    args = ("--dataset", "digits", "--steps", "700", "--log-every-steps", "30", "--checkpoint-every-s", "0.5")
+    whole, run, moments = new_run("whole"), new_run(), random.Random("epochs")
+    expected = whole.finish(*args)
+    for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGINT):
+        process = run.start(*args)
+        run.wait_for_phase("train", process)
+        time.sleep(moments.uniform(0.3, 1.2))
+        stop(process, number)
+    assert run.finish().last_line == expected.last_line
+    assert run.metrics() == whole.metrics()
+
+
+IN_IMPORT = """
+import os, signal, sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "jax":
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGTERM)
+sys.meta_path.insert(0, Interrupt())
+from mnist_jax import train
+train.leave(train.main(sys.argv[1:]))
+"""
+
+
+def test_a_signal_while_jax_is_imported_stops_the_run(environment, tmp_path):
+    command = [sys.executable, "-c", IN_IMPORT, "--dataset", "digits", "--workdir", str(tmp_path / "run")]
+    ended = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == "stopped step=0 signal=SIGTERM state_sha256=none\n"
+
+
+IN_RESOLVE = """
+import sys, time
+from mnist_jax import data, train
+data.resolve = lambda *args, **kwargs: (print("asking", file=sys.stderr, flush=True), time.sleep(60))
+train.leave(train.main(sys.argv[1:]))
+"""
+
+
+def test_a_signal_while_the_network_is_asked_is_told_in_the_last_line(environment, tmp_path):
+    command = [sys.executable, "-c", IN_RESOLVE, "--workdir", str(tmp_path / "run"), "--preempted-exit-code", "75"]
+    process = subprocess.Popen(
+        command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr.readline() == "asking\n"
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert out == "stopped step=0 signal=SIGTERM state_sha256=none\n"
+
+
+def test_a_contradiction_is_refused_before_anything_begins(new_run):
+    run = new_run()
+    assert run.finish("--dataset", "digits", "--steps", "3").code == 0
+    before = run.events()
+    assert run.finish("--seed", "5").code == 2
+    assert run.events() == before
+
+
+def test_a_disk_that_takes_no_more_ends_the_run_with_74_and_the_rerun_resumes(reference, new_run):
+    run = new_run()
+    process = run.start(*reference.args, "--checkpoint-every-steps", "20")
+    assert run.wait_for(lambda: len(run.events("save")) > 0, process)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1, 1))
+    ended = end(process)
+    assert ended.code == 74
+    assert "error: " in ended.err
+    assert "File too large" in ended.err
+    assert "Traceback" not in ended.err
+    assert_ended_like(reference, run, run.finish())
+
+
+@pytest.mark.parametrize("redirection", [">&-", ">&- 2>&-", "2>&1 | true", "| head -1", ">/dev/full"])
+def test_output_that_nobody_takes_does_not_stop_the_training(new_run, redirection):
+    run = new_run()
+    args = f"--workdir '{run.workdir}' --dataset digits --steps 40 --log-every-steps 1"
+    script = f"set -o pipefail; {sys.executable} -m mnist_jax.train {args} {redirection}"
+    ended = subprocess.run(["bash", "-c", script], env={**os.environ, **run.environment}, timeout=120, check=False)
+    assert ended.returncode == 0
+    assert run.events()[-1]["outcome"] == "finished"
+    assert run.events()[-1]["code"] == 0
+
+
+def test_a_name_that_the_output_cannot_write_does_not_stop_the_training(new_run):
+    run = new_run("é", PYTHONIOENCODING="ascii")
+    ended = run.finish("--dataset", "digits", "--steps", "3")
+    assert ended.code == 0, ended.err
+    assert "\\xe9" in ended.out
