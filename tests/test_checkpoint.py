@@ -1,3 +1,4 @@
+import shutil
 import threading
 from pathlib import Path
 
@@ -246,9 +247,14 @@ def test_any_path_can_hold_checkpoints(tmp_path, name):
     store = CheckpointStore(tmp_path / name / "checkpoints")
     store.save_and_wait(1, make_tree(1))
     store.close()
-    again = CheckpointStore(tmp_path / name / "checkpoints")
-    assert bits(again.restore(like=make_tree()).tree) == bits(make_tree(1))
-    again.close()
+    for place in (name, "moved", name):  # A run may be moved to a path of the other kind, and back.
+        again = CheckpointStore(tmp_path / place / "checkpoints")
+        assert bits(again.restore(like=make_tree()).tree) == bits(make_tree(1))
+        again.save_and_wait(2, make_tree(2))
+        assert bits(again.restore(like=make_tree()).tree) == bits(make_tree(2))
+        again.close()
+        shutil.rmtree(tmp_path / place / "checkpoints" / "2")
+        (tmp_path / place).rename(tmp_path / ("moved" if place == name else name))
 
 
 def test_a_path_under_which_nothing_is_found_again_is_refused_at_once(tmp_path):
