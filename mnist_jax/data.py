@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Thread
@@ -55,7 +56,7 @@ class Dataset:
     test_labels: np.ndarray
     class_names: tuple[str, ...]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """The SHA-256 of all pixels and labels: two data sets with the same one train alike."""
         digest = hashlib.sha256()

@@ -102,12 +102,15 @@ def train(
     """
     environment = describe_environment()
     journal.event("start", step=store.newest_step, config=config.to_json(), **environment)
-    configs.save(config, workdir / "config.json")
+    if not store.steps:  # From the first moment the bare command knows what it is to carry on.
+        configs.save(config, workdir / "config.json")
     try:
         journal.event("phase", step=store.newest_step, phase="data")
         dataset = stop.run(lambda: data.load(config.dataset, config.data_dir, say=terminal.say))
         blueprint = make_blueprint(config, dataset)
         restored = restore(blueprint, dataset, environment, store, journal, terminal)
+        if restored is not None:  # Only now is it known that the config does not contradict the checkpoint.
+            configs.save(config, workdir / "config.json")
         step = restored.step if restored else 0
         if step >= blueprint.total_steps and journal.accuracy_at(step) is not None:
             terminal.say(f"{workdir} is finished: --fresh starts it anew, --workdir DIR begins another run")

@@ -119,6 +119,16 @@ def test_a_config_that_was_changed_behind_the_checkpoints_is_refused(tmp_path, c
     assert "learning_rate  0.007  0.5" in err
 
 
+def test_a_refused_config_does_not_take_the_place_of_one_that_was_lost(tmp_path):
+    with StopSignal() as stop:
+        assert loop.run(config(steps=10, seed=1), tmp_path, stop) == 0
+        (tmp_path / "config.json").unlink()
+        assert loop.run(config(steps=10, seed=2), tmp_path, stop) == 2
+        assert not (tmp_path / "config.json").exists()
+        assert loop.run(config(steps=10, seed=1), tmp_path, stop) == 0
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
+
+
 def test_other_data_than_the_run_began_with_is_refused(tmp_path, monkeypatch, capfd):
     with StopSignal() as stop:
         assert loop.run(config(steps=10), tmp_path, stop) == 0
