@@ -81,6 +81,8 @@ class Config:
     """Updates between checkpoints, besides those that the seconds ask for."""
     keep: Annotated[int, tyro.conf.arg(metavar="N")] = 3
     """Number of newest checkpoints to keep; the best one is kept besides."""
+    lock_wait_s: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 60.0
+    """Seconds to wait for another process that is at work in the directory, as one that is just saving to leave."""
     preempted_exit_code: Annotated[int, tyro.conf.arg(metavar="CODE")] = 0
     """Exit code after a signal stopped the run and all is saved. 75, say, tells a scheduler to start it again."""
     fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -96,6 +98,8 @@ class Config:
             value = getattr(self, name)
             if not 0 < value < float("inf"):
                 raise ConfigError(f"{name}={value} is out of range; use a finite value above 0")
+        if not 0 <= self.lock_wait_s < float("inf"):
+            raise ConfigError(f"lock_wait_s={self.lock_wait_s} is out of range; use a finite value of 0 or more")
 
     @classmethod
     def of_recipe(cls, model: ModelName, dataset: DatasetName) -> "Config":
@@ -132,7 +136,7 @@ class Config:
         return total
 
     def to_json(self) -> dict[str, Any]:
-        """Return the settings that belong to the run, as JSON values. Where it lies and `--fresh` do not."""
+        """Return the settings that belong to the run, as JSON values. Those of one start alone do not."""
         return {
             name: os.path.abspath(value) if isinstance(value, Path) else value
             for name, value in dataclasses.asdict(self).items()
@@ -152,7 +156,10 @@ _RANGES = (
     ("keep", 1, _MANY),
     ("preempted_exit_code", 0, 255),
 )
-_NOT_OF_THE_RUN = ("workdir", "fresh")
+_NOT_OF_THE_RUN = ("workdir", "lock_wait_s", "fresh")
+_MOST_CONFIG_BYTES = 2**20
+_FILES = ("config.json", "config.json.partial", "lock", "metrics.jsonl", "events.jsonl")
+_DIRECTORIES = ("checkpoints", "checkpoints/quarantine", "tensorboard")
 
 
 def parse(args: Sequence[str], default: Config | None = None) -> Config:
@@ -172,10 +179,26 @@ def parse(args: Sequence[str], default: Config | None = None) -> Config:
     return tyro.cli(Config, prog="python -m mnist_jax.train", args=args, default=default)
 
 
+def check_directory(workdir: Path) -> None:
+    """Check that what a run writes in its directory stays there.
+
+    Raises:
+        ConfigError: a link, a pipe or a device is in the place of a file of the run, and may lead anywhere.
+    """
+    for names, is_right, what in ((_FILES, Path.is_file, "file"), (_DIRECTORIES, Path.is_dir, "directory")):
+        for name in names:
+            path = workdir / name
+            if os.path.lexists(path) and (path.is_symlink() or not is_right(path)):
+                raise ConfigError(f"{path} should be a {what} and no link; put one there, or use another --workdir")
+
+
 def save(config: Config, path: Path) -> None:
-    """Write the settings of a run to a JSON file, whole or not at all."""
+    """Write the settings of a run to a JSON file, whole or not at all, also when the power fails."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(config.to_json(), indent=2) + "\n")
+    with partial.open("w") as file:
+        file.write(json.dumps(config.to_json(), indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, path)
 
 
@@ -186,12 +209,18 @@ def load(path: Path) -> Config:
         ConfigError: the file cannot be read, is not JSON, or its values are none of ours.
     """
     try:
+        if path.stat().st_size > _MOST_CONFIG_BYTES:
+            raise ConfigError(
+                f"{path} has more than {_MOST_CONFIG_BYTES} bytes; restore it, or start anew with --fresh"
+            )
         values = json.loads(path.read_text())
+    except ConfigError:
+        raise
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be read ({error.strerror}); restore it, or start anew with --fresh"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON ({error}); restore it, or start anew with --fresh") from error
     return from_json(values, path)
 
@@ -214,7 +243,7 @@ def from_json(values: Any, path: Path) -> Config:
         if not _fits(value, types[name]):
             wanted = _in_words(types[name])
             raise ConfigError(f"{path}: {name}={value!r} should be {wanted}; restore it, or start anew with --fresh")
-    data_dir = values["data_dir"] and Path(values["data_dir"])
+    data_dir = None if values["data_dir"] is None else Path(values["data_dir"])
     try:
         return Config(**{**values, "data_dir": data_dir})
     except ConfigError as error:

@@ -80,6 +80,15 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def keep_cpu_threads(threads: int) -> None:
+    """Have XLA make its thread pool of a CPU device of this size, on however many cores, for the bits may depend on it.
+
+    Call it before JAX touches a device. A size that the environment asks for stays.
+    """
+    if not os.environ.get("PJRT_NPROC") and not os.environ.get("NPROC"):
+        os.environ["PJRT_NPROC"] = str(threads)
+
+
 def prefer_determinism() -> None:
     """Have XLA use only kernels that give the same bits each time. Call it before JAX touches a device.
 

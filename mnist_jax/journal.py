@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from rich.console import Console
 from rich.control import Control
@@ -27,40 +27,49 @@ class Journal:
 
     def __init__(self, workdir: Path) -> None:
         """Open the files in `workdir`, which exists. Nothing of `metrics.jsonl` is used before `rewind`."""
-        self._metrics_path = workdir / "metrics.jsonl"
-        self._metrics = self._metrics_path.open("ab")
-        self._events_path = workdir / "events.jsonl"
-        self._events = self._events_path.open("ab")
-        if not _ends_with_a_whole_line(self._events_path):
+        self._metrics_path, self._events_path = workdir / "metrics.jsonl", workdir / "events.jsonl"
+        self._last_step = _last_step(read_events(self._events_path))
+        is_torn = not _ends_with_a_whole_line(self._events_path)
+        self._metrics, self._events = _PatientFile(self._metrics_path), _PatientFile(self._events_path)
+        if is_torn:
             self._events.write(b"\n")  # What a kill tore stays by itself, and does not spoil the next line.
         # TensorBoard reads the files in the order of their names. Its own writer names them by the clock, which may go
         # back, and writes in a thread, which a kill may find behind.
         tensorboard = workdir / "tensorboard"
         tensorboard.mkdir(exist_ok=True)
         taken = [int(path.name[-10:]) for path in tensorboard.glob("events.out.tfevents." + 10 * "[0-9]")]
-        self._tensorboard = RecordWriter(
-            (tensorboard / f"events.out.tfevents.{max(taken, default=-1) + 1:010d}").open("xb")
-        )
+        self._scalars = _PatientFile(tensorboard / f"events.out.tfevents.{max(taken, default=-1) + 1:010d}", mode="xb")
+        self._tensorboard = RecordWriter(self._scalars)
         self._show(file_version="brain.Event:2")
         self._records: list[dict[str, Any]] = []
         self._size, self._digest = 0, hashlib.sha256()
+
+    @property
+    def trouble(self) -> OSError | None:
+        """Why lines are kept that could not be written yet, or None where all are written."""
+        return self._metrics.trouble or self._events.trouble or self._scalars.trouble
 
     def event(self, event: str, *, step: int, **details: Any) -> None:
         """Add a line to the history."""
         record = {"time": time.time(), "event": event, "step": step, **details}
         self._events.write(json.dumps(record).encode() + b"\n")
-        self._events.flush()
 
-    def rewind(self, step: int) -> None:
-        """Cut `metrics.jsonl` back to what was known at `step`, so that no line is there twice."""
+    def rewind(self, step: int) -> int:
+        """Cut `metrics.jsonl` back to what was known at `step`, so that no line is there twice.
+
+        Returns:
+            How far the run is known to have come before: at least that many steps were made, `step` or more.
+        """
         self._records, self._size, self._digest = [], 0, hashlib.sha256()
+        furthest, is_known = max(step, self._last_step), True
         for record, line in _read_records(self._metrics_path):
-            if record["step"] > step:
-                break
-            self._keep(record, line)
+            furthest, is_known = max(furthest, record["step"]), is_known and record["step"] <= step
+            if is_known:
+                self._keep(record, line)
         self._metrics.truncate(self._size)
         # TensorBoard forgets the scalars from this step on when it meets this mark.
         self._show(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+        return furthest
 
     def record(self, step: int, split: str, *, loss: float, accuracy: float, learning_rate: float) -> None:
         """Add a line to `metrics.jsonl`, and its scalars to TensorBoard."""
@@ -68,7 +77,6 @@ class Journal:
         record = {"step": step, "split": split, **values}
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
         self._metrics.write(line)
-        self._metrics.flush()
         self._keep(record, line)
         scalars = [Summary.Value(tag=f"{name}/{split}", simple_value=value) for name, value in values.items()]
         self._show(step=step, summary=Summary(value=scalars))
@@ -81,7 +89,6 @@ class Journal:
     def _show(self, **event: Any) -> None:
         """Add an event for TensorBoard, which may be watching."""
         self._tensorboard.write(Event(wall_time=time.time(), **event).SerializeToString())
-        self._tensorboard.flush()
 
     def accuracy_at(self, step: int) -> float | None:
         """Return the test accuracy recorded at a step, or None."""
@@ -102,21 +109,84 @@ class Journal:
 
     def tells_of_saves(self) -> bool:
         """Tell whether the history knows of a checkpoint."""
-        with self._events_path.open("rb") as lines:
-            return any(b'"event": "save",' in line for line in lines)
+        return any(record["event"] == "save" for record in read_events(self._events_path))
 
     def sync(self) -> None:
-        """Bring all lines to the disk. A checkpoint must not be there before the lines that lead to it."""
-        os.fsync(self._metrics.fileno())
+        """Bring all lines to the disk. A checkpoint must not be there before the lines that lead to it.
+
+        Raises:
+            OSError: the disk does not take them.
+        """
+        self._metrics.sync()
 
     def close(self) -> None:
-        """Write what is still held back, and close the files."""
-        for file in (self._metrics, self._events, self._tensorboard):
-            with contextlib.suppress(OSError):  # A full disk was told of when the line was written.
-                file.close()
+        """Close the files."""
+        for file in (self._metrics, self._events, self._scalars):
+            file.close()
+
+
+class _PatientFile:
+    """A file that grows. What the disk does not take is kept, and tried again with the next write."""
+
+    def __init__(self, path: Path, *, mode: Literal["ab", "xb"] = "ab") -> None:
+        self._file = path.open(mode, buffering=0)
+        self._pending = bytearray()
+        self.trouble: OSError | None = None
+
+    def write(self, data: bytes) -> None:
+        self._pending += data
+        try:
+            while self._pending:
+                del self._pending[: self._file.write(self._pending)]
+            self.trouble = None
+        except OSError as error:
+            self.trouble = error
+
+    def truncate(self, size: int) -> None:
+        self._file.truncate(size)
+
+    def sync(self) -> None:
+        self.write(b"")
+        if self.trouble:
+            raise self.trouble
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self.write(b"")
+        self._file.close()
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """Return the history in an `events.jsonl`, without what a kill tore; empty where there is none."""
+    if not path.exists():
+        return []
+    events = []
+    with path.open("rb") as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError, RecursionError):
+                record = json.loads(line)
+                if isinstance(record, dict) and isinstance(record.get("event"), str) and _is_step(record.get("step")):
+                    events.append(record)
+    return events
+
+
+def _last_step(events: list[dict[str, Any]]) -> int:
+    """Return the highest step that the history tells of since the latest start."""
+    last = 0
+    for record in reversed(events):
+        last = max(last, record["step"])
+        if record["event"] == "start":
+            break
+    return last
+
+
+def _is_step(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**31
 
 
 def _ends_with_a_whole_line(path: Path) -> bool:
+    if not path.exists():
+        return True
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
@@ -130,9 +200,12 @@ def _read_records(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
             try:
                 record = json.loads(line)
                 whole = (
-                    line.endswith(b"\n") and isinstance(record["step"], int) and {"split", "accuracy"} <= record.keys()
+                    line.endswith(b"\n")
+                    and _is_step(record["step"])
+                    and record["split"] in ("train", "test")
+                    and isinstance(record["accuracy"], float)
                 )
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, RecursionError):
                 return
             if not whole:
                 return

@@ -14,25 +14,29 @@ import numpy as np
 from mnist_jax import config as configs
 from mnist_jax import data, distributed
 from mnist_jax.checkpoint import (
+    CheckpointError,
     CheckpointStore,
     InvalidState,
     Mismatch,
     NoReadableCheckpoint,
+    Notice,
     Restored,
     SaveFailed,
+    list_checkpoints,
 )
 from mnist_jax.config import Config, ConfigError
 from mnist_jax.data import DataError, Dataset
 from mnist_jax.journal import Journal, Terminal
 from mnist_jax.preemption import Stopped, StopSignal
 from mnist_jax.programs import Blueprint, Programs
-from mnist_jax.steps import TrainData
-from mnist_jax.train_state import MetricSums, TrainState
+from mnist_jax.train_state import MetricSums
+from mnist_jax.updates import Updates
 
 T = TypeVar("T")
 
 CALL_S = 0.04  # What a call should take. Two may be in flight, so a signal is seen within twice that.
 RETRY_SAVE_S = 5.0
+MOST_CPU_THREADS = 4096
 
 
 class Diverged(Exception):
@@ -62,9 +66,11 @@ EXIT_CODES: dict[type[Exception], int] = {
 
 
 def run(config: Config, workdir: Path, stop: StopSignal) -> int:
-    """Train in `workdir` to the end or to a signal, tell how it went, and return the exit code."""
-    distributed.prefer_determinism()
-    distributed.keep_compiled_programs()
+    """Train in `workdir` to the end or to a signal, tell how it went, and return the exit code.
+
+    The caller sees to it that no other process writes there meanwhile.
+    """
+    prepare_jax(workdir)
     terminal = Terminal()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -79,13 +85,25 @@ def run(config: Config, workdir: Path, stop: StopSignal) -> int:
         terminal.say(str(outcome))
     except tuple(EXIT_CODES) as error:
         code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
-        terminal.warn(f"error: {error}")
-        with contextlib.suppress(OSError):  # It may be the very disk that is told of.
-            journal.event("exit", outcome="failed", code=code, step=store.newest_step, error=str(error))
+        newest = f"of step {store.newest_step}" if store.steps else "none"
+        terminal.warn(f"error: {error}" + f"\nThe newest checkpoint is {newest}." * (code == 74))
+        journal.event("exit", outcome="failed", code=code, step=store.newest_step, error=str(error))
     finally:
         store.close()
         journal.close()
     return code
+
+
+def prepare_jax(workdir: Path) -> None:
+    """Set what has to be set before JAX touches a device, so that a run's bits are the same again."""
+    distributed.prefer_determinism()
+    distributed.keep_compiled_programs()
+    for checkpoint in reversed(list_checkpoints(workdir / "checkpoints")):
+        with contextlib.suppress(CheckpointError, OSError):  # `restore` tells of it.
+            threads = checkpoint.manifest()["about"].get("devices", {}).get("cpu_threads")
+            if type(threads) is int and 0 < threads <= MOST_CPU_THREADS:
+                distributed.keep_cpu_threads(threads)
+            return
 
 
 def train(
@@ -102,6 +120,8 @@ def train(
     """
     environment = describe_environment()
     journal.event("start", step=store.newest_step, config=config.to_json(), **environment)
+    if store.removed:
+        journal.event("unfinished_removed", step=store.newest_step, names=store.removed)
     if not store.steps:  # From the first moment the bare command knows what it is to carry on.
         configs.save(config, workdir / "config.json")
     try:
@@ -175,16 +195,20 @@ def restore(
                 f"the checkpoints of this run are gone from {store.directory}; "
                 "bring them back, or begin anew with --fresh"
             )
-        journal.rewind(0)
+        if lost_steps := journal.rewind(0):
+            journal.event("lost", step=0, lost_steps=lost_steps)
+            terminal.say(f"nothing had been saved yet: {lost_steps} steps or more are made again")
         return None
-    about = restored.manifest["about"]
+    for damaged, refuge in restored.set_aside:
+        journal.event("quarantine", step=damaged.step, reason=str(damaged), moved_to=str(refuge))
+        terminal.warn(
+            f"warning: a checkpoint is not good, {damaged}. It was moved to {refuge}, and an older one is used."
+        )
+    about = checked_about(restored, environment)
     began_as = configs.from_json(about["config"], store.directory)
     differences = list(configs.contradictions(began_as, blueprint.config))
     if differences:
         raise ConfigError(configs.describe_contradictions(store.directory, differences))
-    for reason in restored.set_aside:
-        journal.event("quarantine", step=restored.step, reason=reason)
-        terminal.warn(f"warning: a checkpoint is not good and was moved to {store.directory / 'quarantine'}: {reason}")
     if about["data"] != describe_data(dataset):
         raise ConfigError(f"the run began with other data: {about['data']}, and this is {describe_data(dataset)}")
     changed = [
@@ -193,17 +217,42 @@ def restore(
         for name, before in about[part].items()
         if before != environment[part].get(name)
     ]
-    journal.rewind(restored.step)
+    lost_steps = journal.rewind(restored.step) - restored.step
     if not journal.still_begins_with(about["metrics"]):
         journal.event("metrics_changed", step=restored.step)
         terminal.warn("warning: metrics.jsonl is not what it was: lines before this step are missing or changed")
-    journal.event("resume", step=restored.step, exact=not changed, changed=changed, saved_because=about["reason"])
+    journal.event(
+        "resume",
+        step=restored.step,
+        exact=not changed,
+        changed=changed,
+        lost_steps=lost_steps,
+        saved_because=about["reason"],
+    )
+    lost = f"; {lost_steps} steps or more after it are made again" if lost_steps else ""
     manner = f"numerically equivalent, not bit for bit, for this changed: {'; '.join(changed)}" if changed else "exact"
     terminal.say(
         f"resumed {blueprint.config.model} on {dataset.name} from step {restored.step} of {blueprint.total_steps} "
-        f"(saved because: {about['reason']}): {manner}"
+        f"(saved because: {about['reason']}{lost}): {manner}"
     )
     return restored
+
+
+def checked_about(restored: Restored, environment: dict[str, Any]) -> dict[str, Any]:
+    """Return what a run wrote of itself into a checkpoint's manifest.
+
+    Raises:
+        Mismatch: it is not what a run of ours writes.
+    """
+    about: dict[str, Any] = restored.manifest["about"]
+    kinds = {"config": dict, "data": dict, "reason": str, "metrics": dict, **dict.fromkeys(environment, dict)}
+    for name, kind in kinds.items():
+        if not isinstance(about.get(name), kind):
+            raise Mismatch(f"the manifest of step {restored.step} says nothing usable of the run's {name}")
+    metrics = about["metrics"]
+    if type(metrics.get("bytes")) is not int or metrics["bytes"] < 0 or not isinstance(metrics.get("sha256"), str):
+        raise Mismatch(f"the manifest of step {restored.step} says nothing usable of the run's metrics")
+    return about
 
 
 def finished(step: int, journal: Journal, store: CheckpointStore) -> Outcome:
@@ -217,7 +266,10 @@ def stopped(step: int, stop: StopSignal, journal: Journal, store: CheckpointStor
     """Return the outcome of a run that a signal stopped, and that is saved; "none" where there is nothing to save."""
     assert stop.received is not None
     journal.event("signal", step=step, signal=stop.received.name)
-    sha256 = store.sha256(step) if store.steps else "none"
+    try:
+        sha256 = store.sha256(step) if store.steps else "none"
+    except CheckpointError:  # It was left before anybody looked at the checkpoints; the next start does.
+        sha256 = "unknown"
     return Outcome("stopped", {"step": step, "signal": stop.received.name, "state_sha256": sha256})
 
 
@@ -253,56 +305,47 @@ class Training:
         terminal: Terminal,
         environment: dict[str, Any],
     ) -> None:
-        """Put the data on the device; from then on an update needs nothing of the host but the word to begin."""
-        self.config, self.total_steps = blueprint.config, blueprint.total_steps
-        self.steps_per_epoch = self.config.steps_per_epoch(blueprint.train_size)
-        self.eval_every_steps = self.config.eval_every_steps or self.steps_per_epoch
+        """Put the data and the state on the device."""
+        self.config = blueprint.config
+        self.updates = Updates(blueprint, programs, dataset, restored.tree if restored else programs.create())
+        self.eval_every_steps = self.config.eval_every_steps or self.updates.steps_per_epoch
         self.programs, self.stop, self.store, self.journal, self.terminal = programs, stop, store, journal, terminal
         self.about = {"config": self.config.to_json(), "data": describe_data(dataset), **environment}
-        self._everywhere = distributed.replicated(blueprint.mesh)
-        self._images, self._labels, self._test_images, self._test_labels = (
-            jax.device_put(array, self._everywhere)
-            for array in (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels)
+        self._test_images, self._test_labels = (
+            jax.device_put(array, distributed.replicated(blueprint.mesh))
+            for array in (dataset.test_images, dataset.test_labels)
         )
-        self._epoch, self._order = -1, self._labels
-        self.state: TrainState = restored.tree if restored else programs.create()
-        self.step = restored.step if restored else 0
         self._pace: Pace[MetricSums] = Pace(CALL_S)
         self._interval: tuple[int, MetricSums] | None = None
         self._next_save_s = time.monotonic() + self.config.checkpoint_every_s
+        self._trouble_told = False
         self._pin_best()
+
+    @property
+    def step(self) -> int:
+        """The number of updates made, those in flight included."""
+        return self.updates.step
 
     @property
     def is_over(self) -> bool:
         """Whether all updates are made."""
-        return self.step >= self.total_steps
+        return self.step >= self.updates.total_steps
 
     def advance(self) -> None:
         """Dispatch one call of updates, and journal the interval that the call before it ended."""
         n = min(self._pace.steps_per_call, self._next_boundary() - self.step)
-        epoch = self.step // self.steps_per_epoch
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, self.programs.epoch_order(np.int32(epoch))
-        epoch_data = TrainData(self._images, self._labels, self._order)
-        self.state, sums = self.programs.train_steps(self.state, epoch_data, np.int32(n))
-        self.step += n
+        sums = self.updates.advance(n)
         done = self._pace.dispatched(n, sums)
         if done is not None and self.terminal.is_refresh_due:
             self.terminal.progress(self._describe(self.step - n, *_averages(done)))
         self._journal_interval()
         if self.step % self.config.log_every_steps == 0:
             self._interval = self.step, sums
-            self.state = self.state.replace(metrics=jax.device_put(MetricSums.zeros(), self._everywhere))
 
     def _next_boundary(self) -> int:
-        """Return the step at which a call has to end at the latest: something is due there, or the order changes."""
-        cadences = (
-            self.steps_per_epoch,
-            self.eval_every_steps,
-            self.config.log_every_steps,
-            self.config.checkpoint_every_steps or self.total_steps,
-        )
-        return min(self.total_steps, *(self.step - self.step % every + every for every in cadences))
+        """Return the step at which a call has to end at the latest: something is due there."""
+        cadences = self.eval_every_steps, self.config.checkpoint_every_steps or self.updates.total_steps
+        return min(self.updates.next_boundary, *(self.step - self.step % every + every for every in cadences))
 
     def _journal_interval(self) -> None:
         """Write the metrics of the interval that ended, if one did. They are on their way from the device."""
@@ -343,7 +386,7 @@ class Training:
         calls: list[MetricSums] = []
         for first in range(0, len(self._test_labels), self.programs.eval_call_images):
             calls.append(
-                self.programs.evaluate(self.state.params, self._test_images, self._test_labels, np.int32(first))
+                self.programs.evaluate(self.updates.state.params, self._test_images, self._test_labels, np.int32(first))
             )
             jax.block_until_ready(calls[-2:][0])
             if self.stop.received is not None:
@@ -362,34 +405,53 @@ class Training:
 
     def save(self, reason: str) -> None:
         """Begin to save the state."""
-        about = self._prepare_save(reason)
-        self.store.save(self.step, self.state, about=about, valid=self.programs.is_finite(self.state))
         self._next_save_s = time.monotonic() + self.config.checkpoint_every_s
+        try:
+            about = self._prepare_save(reason)
+        except SaveFailed as failure:
+            self._report_failure(failure)
+            return
+        self.store.save(self.step, self.updates.state, about=about, valid=self.programs.is_finite(self.updates.state))
 
     def _prepare_save(self, reason: str) -> dict[str, Any]:
         """Bring the journal up to this step, for a checkpoint must not be there before the lines that lead to it."""
         self._journal_interval()
-        self.journal.sync()
+        try:
+            self.journal.sync()
+        except OSError as error:
+            raise SaveFailed(self.step, f"metrics.jsonl cannot be written: {error}") from error
         accuracy = self.journal.accuracy_at(self.step)
         metrics = self.journal.metrics_fingerprint()
         return {**self.about, "reason": reason, "time": time.time(), "test_accuracy": accuracy, "metrics": metrics}
 
     def report_saves(self, *, another_follows: bool = True) -> None:
-        """Tell how the saves went that ended."""
+        """Tell how the saves went that ended, and of lines that the disk does not take."""
+        trouble = self.journal.trouble
+        if trouble and not self._trouble_told:
+            self.terminal.warn(f"warning: lines of the journal cannot be written and are kept for later: {trouble}")
+        elif self._trouble_told and not trouble:
+            self.terminal.warn("the lines of the journal that could not be written are written now")
+        self._trouble_told = trouble is not None
         for result in self.store.results():
             if isinstance(result, InvalidState):
                 raise self._diverged("the state has values that are not finite")
             if isinstance(result, SaveFailed):
-                self._next_save_s = time.monotonic() + min(RETRY_SAVE_S, self.config.checkpoint_every_s)
-                self.journal.event("save_failed", step=result.step, error=str(result))
-                if another_follows:
-                    self.terminal.warn(f"warning: {result}. Training goes on, and it is tried again.")
+                self._report_failure(result, another_follows=another_follows)
+            elif isinstance(result, Notice):
+                self.journal.event(result.event, step=result.step, text=result.text)
+                self.terminal.warn(f"warning: {result}")
             else:
                 self._pin_best()
                 reason = result.manifest["about"]["reason"]
                 self.journal.event(
                     "save", step=result.step, reason=reason, seconds=result.seconds, sha256=result.sha256
                 )
+
+    def _report_failure(self, failure: SaveFailed, *, another_follows: bool = True) -> None:
+        self._next_save_s = time.monotonic() + min(RETRY_SAVE_S, self.config.checkpoint_every_s)
+        self.journal.event("save_failed", step=failure.step, error=str(failure))
+        if another_follows:
+            self.terminal.warn(f"warning: {failure}. Training goes on, and it is tried again.")
 
     def end(self) -> Outcome:
         """Save the state, unless it is saved already, and return the outcome.
@@ -405,7 +467,9 @@ class Training:
             self.terminal.say(f"{self.stop.received.name}: saving step {self.step} and leaving")
         about = self._prepare_save(reason)
         try:
-            self.store.save_and_wait(self.step, self.state, about=about, valid=self.programs.is_finite(self.state))
+            self.store.save_and_wait(
+                self.step, self.updates.state, about=about, valid=self.programs.is_finite(self.updates.state)
+            )
         finally:
             self.report_saves(another_follows=False)
         if is_finished:
@@ -426,9 +490,9 @@ class Training:
     def _describe(self, step: int, loss: float, accuracy: float) -> str:
         """Return the line that tells where the training is, of at most 79 characters in a run of ordinary size."""
         images_per_s = self.config.batch_size / self._pace.seconds_per_step
-        seconds_left = (self.total_steps - step) * self._pace.seconds_per_step
+        seconds_left = (self.updates.total_steps - step) * self._pace.seconds_per_step
         return (
-            f"step {step}/{self.total_steps} epoch {step / self.steps_per_epoch:.2f} loss {loss:.4f} "
+            f"step {step}/{self.updates.total_steps} epoch {step / self.updates.steps_per_epoch:.2f} loss {loss:.4f} "
             f"acc {accuracy:.4f} {images_per_s:,.0f} img/s {_duration(seconds_left)} left "
             f"saved {self.store.newest_step if self.store.steps else 'none'}"
         )

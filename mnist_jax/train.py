@@ -14,6 +14,7 @@ from pathlib import Path
 from mnist_jax import config as configs
 from mnist_jax import data
 from mnist_jax.config import Config, ConfigError
+from mnist_jax.lock import InUse, only_writer
 from mnist_jax.preemption import Stopped, StopSignal
 
 RUNS = Path("runs")
@@ -23,14 +24,14 @@ def main(args: Sequence[str]) -> int:
     """Start a run or carry it on, and return the exit code.
 
     0: finished, or stopped and saved (the latter is `--preempted-exit-code`). 1: the loss is not finite. 2: bad usage,
-    bad data, or a flag that contradicts the run. 65: no checkpoint is good. 74: the last save failed, or the disk
-    takes no more. A second signal n ends the process with 128+n.
+    bad data, or a flag that contradicts the run. 65: no checkpoint is good. 73: another process is at work in the
+    directory. 74: the last save failed, or the disk takes no more. A second signal n ends the process with 128+n.
     """
     _mend_standard_streams()
     asked = configs.parse(args)
-    with StopSignal() as stop:
+    with StopSignal() as stop, contextlib.ExitStack() as locks:
         try:
-            config, workdir = find_run(args, asked, stop)
+            config, workdir = find_run(args, asked, stop, locks)
         except Stopped:
             assert stop.received is not None
             print(f"stopped step=0 signal={stop.received.name} state_sha256=none")
@@ -38,40 +39,83 @@ def main(args: Sequence[str]) -> int:
         except (ConfigError, data.DataError, OSError) as error:
             _notice(f"error: {error}")
             return 2
+        except InUse as error:
+            _notice(f"error: {error}: --workdir DIR.")
+            return 73
         from mnist_jax import loop
 
         return loop.run(config, workdir, stop)
 
 
-def find_run(args: Sequence[str], asked: Config, stop: StopSignal) -> tuple[Config, Path]:
+def find_run(args: Sequence[str], asked: Config, stop: StopSignal, locks: contextlib.ExitStack) -> tuple[Config, Path]:
     """Return the settings and the directory of the run that the arguments mean, an old one or a new one.
+
+    From then on, and until `locks` is closed, this process alone writes in that directory.
 
     Raises:
         ConfigError: the arguments contradict the run in the directory, or its config cannot be read.
-        Stopped: a signal came while the network was asked for the data.
+        InUse: another process is at work in the directory.
+        Stopped: a signal came while the network was asked for the data, or while another process was waited for.
     """
-    old = None if asked.fresh else _directory_of_old_run(asked)
-    if old is not None:
-        run = configs.load(old / "config.json")
-        config = configs.parse(args, run)
-        dataset = run.dataset if config.dataset == "auto" else config.dataset
-        differences = list(configs.contradictions(run, config))
-        if differences and any((old / "checkpoints").glob("[0-9]*")):
-            raise ConfigError(configs.describe_contradictions(old, differences))
-        if (config.model, dataset) != (run.model, run.dataset):  # Nothing has begun: the old settings are no guide.
-            config = configs.parse(args, Config.of_recipe(config.model, dataset))
-        return dataclasses.replace(config, dataset=dataset), old
-    name = stop.run(lambda: data.resolve(asked.dataset, asked.data_dir, say=_notice))
-    config = configs.parse(args, Config.of_recipe(asked.model, name))
-    workdir = asked.workdir or RUNS / name
-    if asked.fresh and any((workdir / file).exists() for file in ("config.json", "events.jsonl", "checkpoints")):
-        workdir = workdir.resolve()  # "." would move along with its directory, and of a link only the link.
-        aside = next(
-            path for n in range(1, 10**6) if not (path := workdir.with_name(f"{workdir.name}.old-{n}")).exists()
+
+    def lock(directory: Path) -> None:
+        waiting = only_writer(
+            directory, wait_s=asked.lock_wait_s, say=_notice, give_up=lambda: stop.received is not None
         )
-        workdir.rename(aside)
-        print(f"the old run is now in {aside}; the same command without --fresh carries the new one on")
-    return dataclasses.replace(config, dataset=name), workdir
+        try:
+            locks.enter_context(waiting)
+        except InUse:
+            if stop.received is not None:
+                raise Stopped from None
+            raise
+        except OSError as error:
+            raise ConfigError(f"{directory} cannot hold a run ({error}); choose another --workdir") from error
+        configs.check_directory(directory)
+
+    def resolve() -> configs.DatasetName:
+        return stop.run(lambda: data.resolve(asked.dataset, asked.data_dir, say=_notice))
+
+    name = None
+    workdir = None if asked.fresh else _directory_of_old_run(asked)
+    if workdir is None:
+        name = resolve()
+        workdir = asked.workdir or RUNS / name
+    lock(workdir)
+    if asked.fresh and _holds_a_run(workdir):
+        workdir = workdir.resolve()  # "." would move along with its directory, and of a link only the link.
+        _move_aside(workdir)
+        lock(workdir)  # It is another directory now. The lock on the old one is kept.
+    if (workdir / "config.json").exists():
+        return _settings_of_old_run(args, workdir), workdir
+    name = name or resolve()
+    return dataclasses.replace(configs.parse(args, Config.of_recipe(asked.model, name)), dataset=name), workdir
+
+
+def _settings_of_old_run(args: Sequence[str], workdir: Path) -> Config:
+    """Return the settings with which a run is carried on.
+
+    Raises:
+        ConfigError: the arguments contradict them, or they cannot be read.
+    """
+    run = configs.load(workdir / "config.json")
+    config = configs.parse(args, run)
+    dataset = run.dataset if config.dataset == "auto" else config.dataset
+    differences = list(configs.contradictions(run, config))
+    if differences and any((workdir / "checkpoints").glob("[0-9]*")):
+        raise ConfigError(configs.describe_contradictions(workdir, differences))
+    if (config.model, dataset) != (run.model, run.dataset):  # Nothing has begun: the old settings are no guide.
+        config = configs.parse(args, Config.of_recipe(config.model, dataset))
+    return dataclasses.replace(config, dataset=dataset)
+
+
+def _holds_a_run(workdir: Path) -> bool:
+    return any((workdir / name).exists() for name in ("config.json", "events.jsonl", "checkpoints"))
+
+
+def _move_aside(workdir: Path) -> None:
+    aside = next(path for n in range(1, 10**6) if not (path := workdir.with_name(f"{workdir.name}.old-{n}")).exists())
+    workdir.rename(aside)
+    print(f"the old run is now in {aside}; the same command without --fresh carries the new one on")
 
 
 def _directory_of_old_run(asked: Config) -> Path | None:

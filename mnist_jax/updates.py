@@ -1,0 +1,46 @@
+"""The train state on its way: from any step to any later one, in calls of any length, with the same bits."""
+
+import jax
+import numpy as np
+
+from mnist_jax import distributed
+from mnist_jax.data import Dataset
+from mnist_jax.programs import Blueprint, Programs
+from mnist_jax.steps import TrainData
+from mnist_jax.train_state import MetricSums, TrainState
+
+
+class Updates:
+    """A state on the device, and the step that the calls in flight lead to."""
+
+    def __init__(self, blueprint: Blueprint, programs: Programs, dataset: Dataset, state: TrainState) -> None:
+        """Put the data on the device; from then on an update needs nothing of the host but the word to begin."""
+        config = blueprint.config
+        self.state, self.step, self.total_steps = state, int(state.step), blueprint.total_steps
+        self.steps_per_epoch, self.log_every_steps = (
+            config.steps_per_epoch(blueprint.train_size),
+            config.log_every_steps,
+        )
+        self._programs, self._everywhere = programs, distributed.replicated(blueprint.mesh)
+        self._images, self._labels = (
+            jax.device_put(array, self._everywhere) for array in (dataset.train_images, dataset.train_labels)
+        )
+        self._epoch, self._order = -1, self._labels
+
+    @property
+    def next_boundary(self) -> int:
+        """The step at which a call has to end at the latest, for the order, the metric sums, or the run end there."""
+        periods = (self.steps_per_epoch, self.log_every_steps)
+        return min(self.total_steps, *(self.step - self.step % period + period for period in periods))
+
+    def advance(self, n: int) -> MetricSums:
+        """Dispatch a call of `n` updates, `n` in [1, next_boundary - step], and return the metric sums after them."""
+        epoch = self.step // self.steps_per_epoch
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._programs.epoch_order(np.int32(epoch))
+        data = TrainData(self._images, self._labels, self._order)
+        self.state, sums = self._programs.train_steps(self.state, data, np.int32(n))
+        self.step += n
+        if self.step % self.log_every_steps == 0:
+            self.state = self.state.replace(metrics=jax.device_put(MetricSums.zeros(), self._everywhere))
+        return sums
