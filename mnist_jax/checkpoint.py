@@ -162,7 +162,7 @@ class Checkpoint:
             raise
         except Exception as error:  # Whatever Orbax and TensorStore say of files that they cannot make sense of.
             raise Damaged(self.step, "unreadable", f"the state cannot be read: {error}") from error
-        table = _describe_leaves(leaves)
+        table = describe_leaves(leaves)
         for name, wanted in manifest["leaves"].items():
             if table.get(name) != wanted:
                 raise Damaged(self.step, "changed-leaf", f"leaf {name} is {table.get(name)}, and was {wanted}")
@@ -388,7 +388,7 @@ class CheckpointStore:
             if not valid:
                 raise InvalidState(step, "its values are not finite")
             self._check_place(step)
-            leaves = {name: np.asarray(_raw(leaf)) for name, leaf in _named_leaves(tree).items()}
+            leaves = host_leaves(tree)
             self._look_at_free_space(step, sum(leaf.nbytes for leaf in leaves.values()))
             manifest = self._commit(step, leaves, about)
         except Exception as error:
@@ -405,7 +405,7 @@ class CheckpointStore:
         _remove(unfinished)  # An earlier try may have broken off.
         with _orbax(self.directory) as orbax:
             orbax.save(unfinished / "state", args=ocp.args.PyTreeSave(leaves))
-        table = _describe_leaves(leaves)
+        table = describe_leaves(leaves)
         manifest = {
             "format": FORMAT,
             "step": step,
@@ -604,7 +604,12 @@ def _raw(leaf: Any) -> Any:
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
-def _describe_leaves(leaves: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+def host_leaves(tree: Any) -> dict[str, np.ndarray]:
+    """Return the leaves of a tree by the names of their paths, fetched; of a typed random key its numbers."""
+    return {name: np.asarray(_raw(leaf)) for name, leaf in _named_leaves(tree).items()}
+
+
+def describe_leaves(leaves: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     """Return shape, type and SHA-256 of each leaf."""
     return {
         name: {

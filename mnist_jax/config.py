@@ -295,13 +295,15 @@ def contradictions(run: Config, asked: Config) -> Iterator[Difference]:
 
 def describe_contradictions(workdir: Path, differences: Sequence[Difference]) -> str:
     """Return a table of contradictions and the ways out, for the user."""
-    rows = [("field", "run", "asked"), *((row.field, str(row.run), str(row.asked)) for row in differences)]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    table = "\n".join(
-        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
-    )
+    table = columns([("field", "run", "asked"), *((row.field, str(row.run), str(row.asked)) for row in differences)])
     return (
         f"{workdir} holds a run with other settings, and these would change its mathematics:\n{table}\n"
         "Leave the flags out to carry that run on, use another --workdir for a second run,\n"
         "or add --fresh to move the old run aside and start anew."
     )
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of equal length as lines of aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

@@ -1,9 +1,7 @@
 """The loop: where the pure functions, the checkpoints, the journal and the signals meet."""
 
-import contextlib
 import time
 from collections import deque
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -12,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mnist_jax import config as configs
-from mnist_jax import data, distributed
+from mnist_jax import data, distributed, provenance
 from mnist_jax.checkpoint import (
     CheckpointError,
     CheckpointStore,
@@ -36,7 +34,6 @@ T = TypeVar("T")
 
 CALL_S = 0.04  # What a call should take. Two may be in flight, so a signal is seen within twice that.
 RETRY_SAVE_S = 5.0
-MOST_CPU_THREADS = 4096
 
 
 class Diverged(Exception):
@@ -70,7 +67,7 @@ def run(config: Config, workdir: Path, stop: StopSignal) -> int:
 
     The caller sees to it that no other process writes there meanwhile.
     """
-    prepare_jax(workdir)
+    provenance.prepare_jax(list_checkpoints(workdir / "checkpoints"))
     terminal = Terminal()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -94,18 +91,6 @@ def run(config: Config, workdir: Path, stop: StopSignal) -> int:
     return code
 
 
-def prepare_jax(workdir: Path) -> None:
-    """Set what has to be set before JAX touches a device, so that a run's bits are the same again."""
-    distributed.prefer_determinism()
-    distributed.keep_compiled_programs()
-    for checkpoint in reversed(list_checkpoints(workdir / "checkpoints")):
-        with contextlib.suppress(CheckpointError, OSError):  # `restore` tells of it.
-            threads = checkpoint.manifest()["about"].get("devices", {}).get("cpu_threads")
-            if type(threads) is int and 0 < threads <= MOST_CPU_THREADS:
-                distributed.keep_cpu_threads(threads)
-            return
-
-
 def train(
     config: Config, workdir: Path, stop: StopSignal, store: CheckpointStore, journal: Journal, terminal: Terminal
 ) -> Outcome:
@@ -118,7 +103,7 @@ def train(
         OSError: a file of the journal cannot be written.
         SaveFailed: the last save failed.
     """
-    environment = describe_environment()
+    environment = provenance.describe_environment()
     journal.event("start", step=store.newest_step, config=config.to_json(), **environment)
     if store.removed:
         journal.event("unfinished_removed", step=store.newest_step, names=store.removed)
@@ -204,19 +189,9 @@ def restore(
         terminal.warn(
             f"warning: a checkpoint is not good, {damaged}. It was moved to {refuge}, and an older one is used."
         )
-    about = checked_about(restored, environment)
-    began_as = configs.from_json(about["config"], store.directory)
-    differences = list(configs.contradictions(began_as, blueprint.config))
-    if differences:
-        raise ConfigError(configs.describe_contradictions(store.directory, differences))
-    if about["data"] != describe_data(dataset):
-        raise ConfigError(f"the run began with other data: {about['data']}, and this is {describe_data(dataset)}")
-    changed = [
-        f"{part} {name} {before} -> {environment[part].get(name)}"
-        for part in environment
-        for name, before in about[part].items()
-        if before != environment[part].get(name)
-    ]
+    about = provenance.check_about(restored.manifest)
+    provenance.check_same_run(about, blueprint.config, dataset, where=store.directory)
+    changed = provenance.changes(about, environment)
     lost_steps = journal.rewind(restored.step) - restored.step
     if not journal.still_begins_with(about["metrics"]):
         journal.event("metrics_changed", step=restored.step)
@@ -238,23 +213,6 @@ def restore(
     return restored
 
 
-def checked_about(restored: Restored, environment: dict[str, Any]) -> dict[str, Any]:
-    """Return what a run wrote of itself into a checkpoint's manifest.
-
-    Raises:
-        Mismatch: it is not what a run of ours writes.
-    """
-    about: dict[str, Any] = restored.manifest["about"]
-    kinds = {"config": dict, "data": dict, "reason": str, "metrics": dict, **dict.fromkeys(environment, dict)}
-    for name, kind in kinds.items():
-        if not isinstance(about.get(name), kind):
-            raise Mismatch(f"the manifest of step {restored.step} says nothing usable of the run's {name}")
-    metrics = about["metrics"]
-    if type(metrics.get("bytes")) is not int or metrics["bytes"] < 0 or not isinstance(metrics.get("sha256"), str):
-        raise Mismatch(f"the manifest of step {restored.step} says nothing usable of the run's metrics")
-    return about
-
-
 def finished(step: int, journal: Journal, store: CheckpointStore) -> Outcome:
     """Return the outcome of a run that is at its end."""
     return Outcome(
@@ -271,23 +229,6 @@ def stopped(step: int, stop: StopSignal, journal: Journal, store: CheckpointStor
     except CheckpointError:  # It was left before anybody looked at the checkpoints; the next start does.
         sha256 = "unknown"
     return Outcome("stopped", {"step": step, "signal": stop.received.name, "state_sha256": sha256})
-
-
-def describe_environment() -> dict[str, Any]:
-    """Return the software, its settings and the devices that the bits of a run depend on, as JSON values."""
-    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
-    settings = ("jax_threefry_partitionable", "jax_default_prng_impl", "jax_default_matmul_precision")
-    return {
-        "software": {package: version(package) for package in packages},
-        "settings": {setting: str(getattr(jax.config, setting)) for setting in settings},
-        "devices": distributed.describe_devices(),
-    }
-
-
-def describe_data(dataset: Dataset) -> dict[str, Any]:
-    """Return what a data set is, as JSON values."""
-    sizes = {"train_images": len(dataset.train_labels), "test_images": len(dataset.test_labels)}
-    return {"name": dataset.name, **sizes, "sha256": dataset.fingerprint}
 
 
 class Training:
@@ -310,7 +251,7 @@ class Training:
         self.updates = Updates(blueprint, programs, dataset, restored.tree if restored else programs.create())
         self.eval_every_steps = self.config.eval_every_steps or self.updates.steps_per_epoch
         self.programs, self.stop, self.store, self.journal, self.terminal = programs, stop, store, journal, terminal
-        self.about = {"config": self.config.to_json(), "data": describe_data(dataset), **environment}
+        self.about = {"config": self.config.to_json(), "data": provenance.describe_data(dataset), **environment}
         self._test_images, self._test_labels = (
             jax.device_put(array, distributed.replicated(blueprint.mesh))
             for array in (dataset.test_images, dataset.test_labels)

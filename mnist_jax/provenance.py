@@ -1,0 +1,94 @@
+"""What a checkpoint says of the run that wrote it: its config, data, software, settings and devices.
+
+From these it follows whether a run may be carried on here, and whether bit for bit.
+"""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mnist_jax import config as configs
+from mnist_jax import distributed
+from mnist_jax.checkpoint import Checkpoint, CheckpointError, Mismatch
+from mnist_jax.config import Config, ConfigError
+from mnist_jax.data import Dataset
+
+MOST_CPU_THREADS = 4096
+
+
+def prepare_jax(checkpoints: Sequence[Checkpoint]) -> None:
+    """Set what has to be set before JAX touches a device, so that the bits of a run are the same again.
+
+    Args:
+        checkpoints: those of the run, oldest first.
+    """
+    distributed.prefer_determinism()
+    distributed.keep_compiled_programs()
+    for checkpoint in reversed(checkpoints):
+        with contextlib.suppress(CheckpointError, OSError):  # Who restores it tells of that.
+            devices = checkpoint.manifest()["about"].get("devices")
+            threads = devices.get("cpu_threads") if isinstance(devices, dict) else None
+            if type(threads) is int and 0 < threads <= MOST_CPU_THREADS:
+                distributed.keep_cpu_threads(threads)
+            return
+
+
+def describe_environment() -> dict[str, dict[str, Any]]:
+    """Return the software, its settings and the devices that the bits of a run depend on, as JSON values."""
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
+    settings = ("jax_threefry_partitionable", "jax_default_prng_impl", "jax_default_matmul_precision")
+    return {
+        "software": {package: version(package) for package in packages},
+        "settings": {setting: str(getattr(jax.config, setting)) for setting in settings},
+        "devices": distributed.describe_devices(),
+    }
+
+
+def describe_data(dataset: Dataset) -> dict[str, Any]:
+    """Return what a data set is, as JSON values."""
+    sizes = {"train_images": len(dataset.train_labels), "test_images": len(dataset.test_labels)}
+    return {"name": dataset.name, **sizes, "sha256": dataset.fingerprint}
+
+
+def check_about(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run wrote of itself into a manifest.
+
+    Raises:
+        Mismatch: it is not what a run of ours writes.
+    """
+    about: dict[str, Any] = manifest["about"]
+    parts = ("config", "data", "software", "settings", "devices", "metrics")
+    for name, kind in {"reason": str, **dict.fromkeys(parts, dict)}.items():
+        if not isinstance(about.get(name), kind):
+            raise Mismatch(f"the manifest of step {manifest['step']} says nothing usable of the run's {name}")
+    size, sha256 = about["metrics"].get("bytes"), about["metrics"].get("sha256")
+    if type(size) is not int or size < 0 or not isinstance(sha256, str):
+        raise Mismatch(f"the manifest of step {manifest['step']} says nothing usable of the run's metrics.jsonl")
+    return about
+
+
+def check_same_run(about: Mapping[str, Any], config: Config, dataset: Dataset, *, where: Path) -> None:
+    """Check that a config and a data set are those with which the run that wrote `about` can be carried on.
+
+    Raises:
+        ConfigError: the run began with other data, or its mathematics would change.
+    """
+    differences = list(configs.contradictions(configs.from_json(about["config"], where), config))
+    if differences:
+        raise ConfigError(configs.describe_contradictions(where, differences))
+    if about["data"] != describe_data(dataset):
+        raise ConfigError(f"the run began with other data: {about['data']}, and this is {describe_data(dataset)}")
+
+
+def changes(about: Mapping[str, Any], environment: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return what is not as it was when `about` was written; where it is nothing, a run is carried on bit for bit."""
+    return [
+        f"{part} {name} {about[part].get(name)} -> {environment[part].get(name)}"
+        for part in environment
+        for name in sorted(about[part].keys() | environment[part].keys())
+        if about[part].get(name) != environment[part].get(name)
+    ]

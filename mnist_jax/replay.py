@@ -1,0 +1,135 @@
+"""The command `python -m mnist_jax.replay`: train again from one kept checkpoint to a later one, and compare.
+
+It is the proof of exactness on your own machine. It writes nothing.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from mnist_jax import config as configs
+from mnist_jax import data, loop, provenance
+from mnist_jax.checkpoint import Checkpoint, CheckpointError, Damaged, describe_leaves, host_leaves, list_checkpoints
+from mnist_jax.config import ConfigError
+from mnist_jax.data import DataError
+from mnist_jax.journal import Terminal
+from mnist_jax.preemption import Stopped, StopSignal
+from mnist_jax.updates import Updates
+
+MOST_STEPS_PER_CALL = 16  # A signal is looked at between calls.
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train again from one kept checkpoint to a later one, and compare the states leaf by leaf."""
+
+    workdir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WORKDIR")]
+    """Directory of the run. Nothing is written there."""
+    first: Annotated[
+        int | None, tyro.conf.arg(name="from", metavar="STEP", help_behavior_hint="(default: the oldest)")
+    ] = None
+    """Step to begin from: that of a checkpoint, or 0."""
+    last: Annotated[
+        int | None, tyro.conf.arg(name="to", metavar="STEP", help_behavior_hint="(default: the newest)")
+    ] = None
+    """Step of the checkpoint to arrive at."""
+
+
+def main(args: Sequence[str]) -> int:
+    """Replay a stretch of a run, and return the exit code.
+
+    0: identical. 1: not identical. 2: bad usage, or no such run, checkpoint or data. 65: a checkpoint is damaged.
+    128+n: signal n.
+    """
+    options = tyro.cli(Options, prog="python -m mnist_jax.replay", args=args)
+    terminal = Terminal()
+    with StopSignal() as stop:
+        try:
+            differences = replay(options, stop, terminal)
+        except Stopped:
+            assert stop.received is not None
+            terminal.warn(f"{stop.received.name}: left; nothing was written")
+            return 128 + stop.received
+        except Damaged as error:
+            terminal.warn(f"error: a checkpoint is damaged, {error}")
+            return 65
+        except (CheckpointError, ConfigError, DataError, OSError) as error:
+            terminal.warn(f"error: {error}")
+            return 2
+    terminal.say("\n".join(["not identical:", *(f"  {line}" for line in differences)]) if differences else "identical")
+    return 1 if differences else 0
+
+
+def replay(options: Options, stop: StopSignal, terminal: Terminal) -> list[str]:
+    """Return a line for each leaf in which the state that is trained again differs from the one that was saved.
+
+    Raises:
+        CheckpointError, OSError: a checkpoint cannot be read.
+        ConfigError: there are no such checkpoints, or this machine cannot train that run.
+        DataError: the data is not there, or is not that of the run.
+        Stopped: a signal came.
+    """
+    configs.check_directory(options.workdir)
+    first, last = choose(options)
+    provenance.prepare_jax([last])
+    about = provenance.check_about(last.manifest())
+    config = configs.from_json(about["config"], last.path)
+    dataset = stop.run(lambda: data.load(config.dataset, config.data_dir, say=terminal.say))
+    provenance.check_same_run(about, config, dataset, where=last.path)
+    blueprint = loop.make_blueprint(config, dataset)
+    like = blueprint.abstract_state()
+    wanted = host_leaves(last.read(like)[0])
+    programs = stop.run(blueprint.compile)
+    state = first.read(like)[0] if first else programs.create()
+    updates = Updates(blueprint, programs, dataset, state)
+    terminal.say(f"training from step {updates.step} to step {last.step} again")
+    for change in provenance.changes(about, provenance.describe_environment()):
+        terminal.warn(f"warning: the bits may differ for this changed: {change}")
+    while updates.step < last.step:
+        updates.advance(min(MOST_STEPS_PER_CALL, updates.next_boundary - updates.step, last.step - updates.step))
+        updates.state.step.block_until_ready()
+        if stop.received is not None:
+            raise Stopped
+    return compare(wanted, host_leaves(updates.state))
+
+
+def choose(options: Options) -> tuple[Checkpoint | None, Checkpoint]:
+    """Return the checkpoint to begin from, None for step 0, and the one to arrive at.
+
+    Raises:
+        ConfigError: there are no such checkpoints.
+    """
+    kept = {checkpoint.step: checkpoint for checkpoint in list_checkpoints(options.workdir / "checkpoints")}
+    last = max(kept, default=0) if options.last is None else options.last
+    first = min((step for step in kept if step < last), default=0) if options.first is None else options.first
+    steps = ", ".join(map(str, kept)) or "none"
+    for step in {last, first} - {0}:
+        if step not in kept:
+            raise ConfigError(f"{options.workdir} has no checkpoint of step {step}; there are: {steps}")
+    if not first < last:
+        raise ConfigError(f"from={first} is not before to={last}; use two of these checkpoints, or from=0: {steps}")
+    return kept.get(first), kept[last]
+
+
+def compare(wanted: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> list[str]:
+    """Return a line for each leaf whose digests differ: how many of its values do, and by how much at most."""
+    before, after = describe_leaves(wanted), describe_leaves(found)
+    return [
+        f"leaf {name} differs {_difference(wanted[name], found[name])}"
+        for name in before
+        if before[name] != after[name]
+    ]
+
+
+def _difference(wanted: np.ndarray[Any, Any], found: np.ndarray[Any, Any]) -> str:
+    difference = np.abs(found.astype(np.float64) - wanted.astype(np.float64))
+    return f"in {np.count_nonzero(difference)} of {difference.size} values, by {difference.max():.3g} at most"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

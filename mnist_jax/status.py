@@ -1,0 +1,247 @@
+"""The command `python -m mnist_jax.status`: what is in a run directory, and what the next start would do there.
+
+It reads and writes nothing, also while a run is at work.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import tyro
+
+from mnist_jax import config as configs
+from mnist_jax import lock
+from mnist_jax.checkpoint import Checkpoint, CheckpointError, Damaged, list_checkpoints
+from mnist_jax.config import ConfigError
+from mnist_jax.journal import Terminal, read_events
+
+HISTORY = (
+    *("start", "lost", "resume", "quarantine", "metrics_changed", "unfinished_removed"),
+    *("signal", "save_failed", "low_space", "checkpoints_vanished", "removal_failed", "exit"),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """List the checkpoints and the history of a run, and say what the next start would do."""
+
+    workdir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WORKDIR")]
+    """Directory of the run."""
+    verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Read every byte of the checkpoints and compare it with what was saved."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print JSON instead of text."""
+
+
+@dataclass(frozen=True)
+class CheckpointStatus:
+    """A checkpoint: `good` is None where that was not asked; `problem` says what is wrong with it, as far as known."""
+
+    step: int
+    time: float | None
+    bytes: int
+    reason: str | None
+    test_accuracy: float | None
+    good: bool | None
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class NextStart:
+    """What the next start would do: "begin", "resume", "nothing" (it is finished) or "refuse", with an exit code."""
+
+    action: str
+    step: int | None
+    exit_code: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is in a run directory."""
+
+    workdir: str
+    in_use_by: dict[str, Any] | None
+    checkpoints: list[CheckpointStatus]
+    quarantine: list[str]
+    history: list[dict[str, Any]]
+    next_start: NextStart
+
+
+def main(args: Sequence[str]) -> int:
+    """Print the status of a run, and return the exit code: 0, 2 where there is no run, 65 where nothing is usable."""
+    options = tyro.cli(Options, prog="python -m mnist_jax.status", args=args)
+    terminal = Terminal()
+    try:
+        status = examine(options.workdir, verify=options.verify)
+    except (ConfigError, OSError) as error:
+        terminal.warn(f"error: {error}")
+        return 2
+    terminal.say(json.dumps(asdict(status), indent=2) if options.json else describe(status))
+    return 65 if status.next_start.exit_code == 65 else 0
+
+
+def examine(workdir: Path, *, verify: bool) -> Status:
+    """Return what is in a run directory.
+
+    Args:
+        workdir: the directory.
+        verify: whether to read every byte of the checkpoints.
+
+    Raises:
+        ConfigError: there is no run in it.
+        OSError: it cannot be read.
+    """
+    if not any((workdir / name).exists() for name in ("config.json", "events.jsonl", "checkpoints")):
+        raise ConfigError(f"there is no run in {workdir}")
+    configs.check_directory(workdir)
+    holder = lock.holder(workdir)
+    looks = [look(checkpoint, verify=verify) for checkpoint in list_checkpoints(workdir / "checkpoints")]
+    looks = [look for look in looks if look.checkpoint.path.exists()]  # A run at work removes old ones.
+    events = read_events(workdir / "events.jsonl")
+    quarantine = workdir / "checkpoints" / "quarantine"
+    return Status(
+        str(workdir),
+        holder and holder._asdict(),
+        [examine_checkpoint(look, verify=verify) for look in looks],
+        sorted(path.name for path in quarantine.iterdir()) if quarantine.is_dir() else [],
+        summarize(events, is_running=holder is not None),
+        foresee(workdir, looks, events, verify=verify),
+    )
+
+
+class Look(NamedTuple):
+    """A checkpoint that was looked at: its manifest, or why there is none to rely on."""
+
+    checkpoint: Checkpoint
+    manifest: dict[str, Any] | None
+    error: CheckpointError | OSError | None
+
+
+def look(checkpoint: Checkpoint, *, verify: bool) -> Look:
+    """Read the manifest of a checkpoint, or every byte of it."""
+    try:
+        return Look(checkpoint, checkpoint.verify() if verify else checkpoint.manifest(), None)
+    except (CheckpointError, OSError) as error:
+        return Look(checkpoint, None, error)
+
+
+def examine_checkpoint(look: Look, *, verify: bool) -> CheckpointStatus:
+    """Return what can be said of a checkpoint."""
+    about = look.manifest["about"] if look.manifest else {}
+    return CheckpointStatus(
+        look.checkpoint.step,
+        _number(about.get("time")),
+        look.checkpoint.bytes,
+        about["reason"] if isinstance(about.get("reason"), str) else None,
+        _number(about.get("test_accuracy")),
+        look.error is None if verify else None,
+        str(look.error) if look.error else None,
+    )
+
+
+def summarize(events: Sequence[dict[str, Any]], *, is_running: bool) -> list[dict[str, Any]]:
+    """Return the starts, resumes, signals, faults and ends of a history, and the kills, which nobody could write."""
+    history: list[dict[str, Any]] = []
+    at_work, last_step = False, 0
+    for event in events:
+        if event["event"] == "start":
+            if at_work:
+                history.append({"event": "killed", "step": last_step})
+            at_work, last_step = True, event["step"]
+        last_step = max(last_step, event["step"])
+        if event["event"] == "exit":
+            at_work = False
+        if event["event"] in HISTORY:
+            history.append(event)
+    if at_work and not is_running:
+        history.append({"event": "killed", "step": last_step})
+    return history
+
+
+def foresee(workdir: Path, looks: Sequence[Look], events: Sequence[dict[str, Any]], *, verify: bool) -> NextStart:
+    """Return what the next start would do, which tries the checkpoints from the newest to the oldest."""
+    config = None
+    if (workdir / "config.json").exists():
+        try:
+            config = configs.load(workdir / "config.json")
+        except ConfigError as wrong:
+            return NextStart("refuse", None, 2, f"refuses: {wrong}")
+    damaged = []
+    for checkpoint, manifest, error in reversed(looks):
+        if isinstance(error, Damaged):
+            damaged.append(str(error))
+            continue
+        if manifest is None:
+            return NextStart("refuse", None, 2, f"refuses: {error}")
+        try:
+            about = manifest["about"]
+            config = config or configs.from_json(about.get("config"), checkpoint.path)
+            total = config.total_steps(int(about["data"]["train_images"]))
+        except (ConfigError, KeyError, TypeError, ValueError) as wrong:
+            text = f"refuses: the manifest of step {checkpoint.step} is not that of a run here ({wrong!r})"
+            return NextStart("refuse", None, 2, text)
+        aside = "".join(f"; sets aside: {text}" for text in damaged)
+        if checkpoint.step >= total and about.get("test_accuracy") is not None:
+            text = f"does nothing, for the run is finished at step {total}{aside}"
+            return NextStart("nothing", checkpoint.step, 0, text)
+        caution = "" if verify else ", if that proves good"
+        text = f"resumes from step {checkpoint.step} of {total}{caution}{aside}"
+        return NextStart("resume", checkpoint.step, 0, text)
+    if damaged:
+        return NextStart("refuse", None, 65, f"refuses, for no checkpoint is good: {'; '.join(damaged)}")
+    if any(event["event"] == "save" for event in events):
+        return NextStart("refuse", None, 65, "refuses, for the checkpoints that the history tells of are gone")
+    return NextStart("begin", 0, 0, "begins at step 0, for nothing has been saved yet")
+
+
+def describe(status: Status) -> str:
+    """Return the text for people."""
+    rows = [("step", "saved", "MB", "saved because", "test accuracy", "state")]
+    for found in status.checkpoints:
+        accuracy = "" if found.test_accuracy is None else f"{found.test_accuracy:.4f}"
+        state = found.problem or ("good" if found.good else "not verified")
+        size = f"{found.bytes / 1e6:.2f}"
+        rows.append((str(found.step), _clock(found.time), size, found.reason or "", accuracy, state))
+    lines = [f"run in {status.workdir}"]
+    if status.in_use_by:
+        lines.append(f"in use by {lock.Holder(**status.in_use_by)}")
+    lines += ["", "checkpoints", configs.columns(rows) if status.checkpoints else "  none"]
+    if status.quarantine:
+        lines += ["", "set aside in checkpoints/quarantine", *(f"  {name}" for name in status.quarantine)]
+    lines += ["", "history", configs.columns([_row(event) for event in status.history]) if status.history else "  none"]
+    lines += ["", f"the next start {status.next_start.text}"]
+    if not any(found.good is not None for found in status.checkpoints) and status.checkpoints:
+        lines.append("--verify reads every byte of the checkpoints and tells which are good")
+    return "\n".join(lines)
+
+
+def _row(event: dict[str, Any]) -> tuple[str, str, str, str]:
+    """Return when, what, at which step, and the particulars of an event."""
+    details = []
+    if event["event"] == "resume":
+        details.append("exact" if event.get("exact") else f"numerically equivalent: {event.get('changed')}")
+    if event.get("lost_steps"):
+        details.append(f"{event['lost_steps']} steps or more were lost and made again")
+    names = ("signal", "outcome", "code", "error", "reason", "moved_to", "names", "text")
+    details += [f"{name} {event[name]}" for name in names if event.get(name) is not None]
+    return _clock(_number(event.get("time"))), event["event"], f"step {event['step']}", ", ".join(details)
+
+
+def _clock(seconds: float | None) -> str:
+    try:
+        return "" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+    except (OverflowError, ValueError, OSError):  # Anything may stand in a file.
+        return ""
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and abs(value) < 1e300 else None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
