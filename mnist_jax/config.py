@@ -6,6 +6,7 @@ No JAX here: `--help` and a usage error come at once.
 import dataclasses
 import json
 import os
+import sys
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -96,9 +97,9 @@ class Config:
                 raise ConfigError(f"{name}={value} is out of range; use a value from {least} to {most}")
         for name in ("learning_rate", "checkpoint_every_s"):
             value = getattr(self, name)
-            if not 0 < value < float("inf"):
+            if not 0 < value <= sys.float_info.max:
                 raise ConfigError(f"{name}={value} is out of range; use a finite value above 0")
-        if not 0 <= self.lock_wait_s < float("inf"):
+        if not 0 <= self.lock_wait_s <= sys.float_info.max:
             raise ConfigError(f"lock_wait_s={self.lock_wait_s} is out of range; use a finite value of 0 or more")
 
     @classmethod
@@ -244,6 +245,8 @@ def from_json(values: Any, path: Path) -> Config:
             wanted = _in_words(types[name])
             raise ConfigError(f"{path}: {name}={value!r} should be {wanted}; restore it, or start anew with --fresh")
     data_dir = None if values["data_dir"] is None else Path(values["data_dir"])
+    if data_dir and not _is_path(data_dir):
+        raise ConfigError(f"{path}: data_dir={values['data_dir']!r} is no path; restore it, or start anew with --fresh")
     try:
         return Config(**{**values, "data_dir": data_dir})
     except ConfigError as error:
@@ -257,6 +260,14 @@ def _fits(value: object, kind: Any) -> bool:
     options = typing.get_args(kind) or (kind,)
     wanted = {str if option is Path else option for option in options}
     return type(value) in wanted or (float in wanted and type(value) is int)
+
+
+def _is_path(path: Path) -> bool:
+    """Tell whether a file could have this name at all."""
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
 
 
 def _in_words(kind: Any) -> str:

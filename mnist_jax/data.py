@@ -105,6 +105,8 @@ def load(name: str, data_dir: Path | None = None, *, say: Callable[[str], None])
         if data_dir is not None:
             raise DataError(f"--data-dir {data_dir} has no use for the digits, which are built in; leave it out")
         return _digits()
+    if name == "auto":
+        raise DataError("dataset=auto says not which; name one, or start anew with --fresh")
     if data_dir is not None:
         paths = {part: data_dir / file for part, file in FILES.items()}
         way_out = f"put the original file there, or leave --data-dir out to have {name} downloaded"

@@ -114,6 +114,8 @@ def _read_holder(path: Path) -> Holder:
     """Return who wrote into a lock's file that the lock is theirs; its pid is 0 where that cannot be read."""
     try:
         values = json.loads(path.read_bytes()[:10_000])
-        return Holder(str(values["host"]), int(values["pid"]), float(values["since"]))
+        holder = Holder(str(values["host"]), int(values["pid"]), float(values["since"]))
+        time.localtime(holder.since)  # It has to be a time.
+        return holder
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return Holder("", 0, 0.0)

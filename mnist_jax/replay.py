@@ -15,6 +15,7 @@ import tyro
 from mnist_jax import config as configs
 from mnist_jax import data, loop, provenance
 from mnist_jax.checkpoint import Checkpoint, CheckpointError, Damaged, describe_leaves, host_leaves, list_checkpoints
+from mnist_jax.command import leave, mend_standard_streams
 from mnist_jax.config import ConfigError
 from mnist_jax.data import DataError
 from mnist_jax.journal import Terminal
@@ -47,6 +48,7 @@ def main(args: Sequence[str]) -> int:
     128+n: signal n.
     """
     options = tyro.cli(Options, prog="python -m mnist_jax.replay", args=args)
+    mend_standard_streams()
     terminal = Terminal()
     with StopSignal() as stop:
         try:
@@ -132,4 +134,4 @@ def _difference(wanted: np.ndarray[Any, Any], found: np.ndarray[Any, Any]) -> st
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -16,6 +16,7 @@ import tyro
 from mnist_jax import config as configs
 from mnist_jax import lock
 from mnist_jax.checkpoint import Checkpoint, CheckpointError, Damaged, list_checkpoints
+from mnist_jax.command import leave, mend_standard_streams
 from mnist_jax.config import ConfigError
 from mnist_jax.journal import Terminal, read_events
 
@@ -75,13 +76,18 @@ class Status:
 def main(args: Sequence[str]) -> int:
     """Print the status of a run, and return the exit code: 0, 2 where there is no run, 65 where nothing is usable."""
     options = tyro.cli(Options, prog="python -m mnist_jax.status", args=args)
+    mend_standard_streams()
     terminal = Terminal()
     try:
         status = examine(options.workdir, verify=options.verify)
+        text = json.dumps(asdict(status), indent=2) if options.json else describe(status)
     except (ConfigError, OSError) as error:
         terminal.warn(f"error: {error}")
         return 2
-    terminal.say(json.dumps(asdict(status), indent=2) if options.json else describe(status))
+    except RecursionError:
+        terminal.warn(f"error: {options.workdir} holds JSON that is nested too deep; no run of ours wrote it")
+        return 2
+    terminal.say(text)
     return 65 if status.next_start.exit_code == 65 else 0
 
 
@@ -182,7 +188,7 @@ def foresee(workdir: Path, looks: Sequence[Look], events: Sequence[dict[str, Any
             about = manifest["about"]
             config = config or configs.from_json(about.get("config"), checkpoint.path)
             total = config.total_steps(int(about["data"]["train_images"]))
-        except (ConfigError, KeyError, TypeError, ValueError) as wrong:
+        except (ConfigError, KeyError, TypeError, ValueError, OverflowError) as wrong:
             text = f"refuses: the manifest of step {checkpoint.step} is not that of a run here ({wrong!r})"
             return NextStart("refuse", None, 2, text)
         aside = "".join(f"; sets aside: {text}" for text in damaged)
@@ -244,4 +250,4 @@ def _number(value: object) -> float | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

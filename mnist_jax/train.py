@@ -6,13 +6,13 @@ a Ctrl-C would otherwise end in a traceback.
 
 import contextlib
 import dataclasses
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from mnist_jax import config as configs
 from mnist_jax import data
+from mnist_jax.command import leave, mend_standard_streams, notice
 from mnist_jax.config import Config, ConfigError
 from mnist_jax.lock import InUse, only_writer
 from mnist_jax.preemption import Stopped, StopSignal
@@ -27,7 +27,7 @@ def main(args: Sequence[str]) -> int:
     bad data, or a flag that contradicts the run. 65: no checkpoint is good. 73: another process is at work in the
     directory. 74: the last save failed, or the disk takes no more. A second signal n ends the process with 128+n.
     """
-    _mend_standard_streams()
+    mend_standard_streams()
     asked = configs.parse(args)
     with StopSignal() as stop, contextlib.ExitStack() as locks:
         try:
@@ -37,10 +37,10 @@ def main(args: Sequence[str]) -> int:
             print(f"stopped step=0 signal={stop.received.name} state_sha256=none")
             return asked.preempted_exit_code
         except (ConfigError, data.DataError, OSError) as error:
-            _notice(f"error: {error}")
+            notice(f"error: {error}")
             return 2
         except InUse as error:
-            _notice(f"error: {error}: --workdir DIR.")
+            notice(f"error: {error}: --workdir DIR.")
             return 73
         from mnist_jax import loop
 
@@ -60,7 +60,7 @@ def find_run(args: Sequence[str], asked: Config, stop: StopSignal, locks: contex
 
     def lock(directory: Path) -> None:
         waiting = only_writer(
-            directory, wait_s=asked.lock_wait_s, say=_notice, give_up=lambda: stop.received is not None
+            directory, wait_s=asked.lock_wait_s, say=notice, give_up=lambda: stop.received is not None
         )
         try:
             locks.enter_context(waiting)
@@ -73,7 +73,7 @@ def find_run(args: Sequence[str], asked: Config, stop: StopSignal, locks: contex
         configs.check_directory(directory)
 
     def resolve() -> configs.DatasetName:
-        return stop.run(lambda: data.resolve(asked.dataset, asked.data_dir, say=_notice))
+        return stop.run(lambda: data.resolve(asked.dataset, asked.data_dir, say=notice))
 
     name = None
     workdir = None if asked.fresh else _directory_of_old_run(asked)
@@ -132,31 +132,6 @@ def _directory_of_old_run(asked: Config) -> Path | None:
         candidates = [RUNS / "mnist"] if asked.data_dir is not None else [RUNS / "mnist", RUNS / "digits"]
     runs = [directory for directory in candidates if (directory / "config.json").exists()]
     return max(runs, key=lambda run: (run / "config.json").stat().st_mtime, default=None)
-
-
-def _notice(text: str) -> None:
-    with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
-
-
-def _mend_standard_streams() -> None:
-    """Open what the caller closed, as cron and daemons do, and let no letter be an error that a stream cannot write."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - it stays open to the end
-        getattr(sys, name).reconfigure(errors="backslashreplace")
-
-
-def leave(code: int) -> None:
-    """End the process with everything written, and without waiting for the interpreter to be taken down.
-
-    A download or a compilation that a signal made us leave still runs in its thread; it would hold up the orderly end,
-    or crash in it.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
-            stream.flush()
-    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -21,15 +21,26 @@ ROOMS = {
     "preemption": set(),
     "distributed": set(),
     "journal": set(),
+    "lock": set(),
+    "command": set(),
     "programs": {"config", "model", "train_state", "steps", "distributed"},
+    "updates": {"data", "distributed", "programs", "steps", "train_state"},
+    "provenance": {"config", "data", "distributed", "checkpoint"},
     "loop": {
-        *("config", "data", "train_state", "steps", "programs"),
+        *("config", "data", "train_state", "programs", "updates", "provenance"),
         *("checkpoint", "preemption", "distributed", "journal"),
     },
-    "train": {"config", "data", "preemption", "loop"},
+    "train": {"command", "config", "data", "lock", "preemption", "loop"},
+    "status": {"command", "config", "checkpoint", "journal", "lock"},
+    "replay": {
+        *("command", "config", "data", "updates", "provenance", "loop"),
+        *("checkpoint", "preemption", "journal"),
+    },
 }
 
 OWNERS = {
+    "fcntl": {"lock"},
+    "filelock": {"lock"},
     "flax": {"model", "train_state"},
     "orbax": {"checkpoint"},
     "rich": {"journal"},
@@ -37,7 +48,7 @@ OWNERS = {
     "sklearn": {"data"},
     "tensorboard": {"journal"},
     "tensorflow_datasets": {"data"},
-    "tyro": {"config"},
+    "tyro": {"config", "status", "replay"},
 }
 
 
@@ -74,7 +85,7 @@ def test_imports_go_one_way():
         assert below <= set(floors[: floors.index(module)])
 
 
-@pytest.mark.parametrize("module", ["checkpoint", "preemption", "distributed"])
+@pytest.mark.parametrize("module", ["checkpoint", "preemption", "distributed", "lock"])
 def test_what_people_lift_into_their_own_projects_stands_alone(module):
     assert not imports_of_ours(module)
     assert "mnist" not in imports(module)

@@ -1,19 +1,32 @@
+import errno
+import os
+import re
 import shutil
+import subprocess
+import sys
 import threading
+import types
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from mnist_jax import checkpoint
 from mnist_jax.checkpoint import (
+    Checkpoint,
     CheckpointStore,
     InvalidState,
     Mismatch,
     NoReadableCheckpoint,
+    Notice,
     Saved,
     SaveFailed,
+    list_checkpoints,
 )
 
 
@@ -130,7 +143,7 @@ def test_a_failed_save_is_told_changes_nothing_and_can_be_tried_again(store, mon
     store.save_and_wait(1, make_tree(1))
     store.results()
     with monkeypatch.context() as patch:
-        patch.setattr(store._manager, "save", fail_with(OSError(28, "No space left on device")))
+        patch.setattr(ocp.Checkpointer, "save", fail_with(OSError(28, "No space left on device")))
         store.save(2, make_tree(2))
         store.wait()
         [failure] = store.results()
@@ -144,21 +157,13 @@ def test_a_failed_save_is_told_changes_nothing_and_can_be_tried_again(store, mon
     assert store.steps == [1, 2]
 
 
-def test_a_save_that_broke_off_half_way_can_be_tried_again(store, monkeypatch):
-    calls = []
-
-    def break_off(*args, **kwargs):
-        calls.append(args)
-        raise OSError(5, "Input/output error")
-
-    import orbax.checkpoint as ocp
-
+@pytest.mark.parametrize("name", ["_write_manifest", "_bring_to_disk"])
+def test_a_save_that_broke_off_half_way_can_be_tried_again(store, monkeypatch, name):
     with monkeypatch.context() as patch:
-        patch.setattr(ocp.JsonCheckpointHandler, "save", break_off)
-        patch.setattr(ocp.JsonCheckpointHandler, "async_save", break_off)
+        patch.setattr(checkpoint, name, fail_with(OSError(5, "Input/output error")))
         with pytest.raises(SaveFailed, match="Input/output error"):
             store.save_and_wait(2, make_tree(2))
-    assert calls
+    assert [path.name for path in store.directory.iterdir()] == ["2.unfinished"]
     assert store.steps == []
     assert store.restore(like=make_tree()) is None
     store.save_and_wait(2, make_tree(2))
@@ -175,55 +180,151 @@ def test_a_tree_that_is_not_valid_is_not_saved(store):
     assert store.steps == []
 
 
-def test_an_unfinished_save_is_not_counted(store, tmp_path):
+def test_leftovers_of_a_killed_process_never_count_and_are_removed_and_nothing_else_is(store, tmp_path):
     store.save_and_wait(1, make_tree(1))
-    whole = store.directory / "1"
-    torn = store.directory / "2.orbax-checkpoint-tmp"
-    torn.mkdir()
-    (torn / "state").mkdir()
+    for name in ("2.unfinished", "3.removed", "4.backup", "quarantine", "x"):
+        shutil.copytree(store.directory / "1", store.directory / name)
+    outside = tmp_path / "outside"
+    shutil.copytree(store.directory / "1", outside)
+    (store.directory / "5.unfinished").symlink_to(outside)
+    assert [found.step for found in list_checkpoints(store.directory)] == [1]
     again = CheckpointStore(store.directory)
+    assert again.removed == ("2.unfinished", "3.removed", "5.unfinished")
     assert again.steps == [1]
     assert again.restore(like=make_tree()).step == 1
     again.close()
-    assert whole.exists()
+    assert sorted(path.name for path in store.directory.iterdir()) == ["1", "4.backup", "quarantine", "x"]
+    assert (outside / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("damage", ["flipped bit in the leaves", "flipped bit in the manifest", "truncated", "deleted"])
-def test_a_damaged_checkpoint_is_set_aside_and_the_next_older_one_is_used(store, damage):
+def flip_a_bit_in_the_leaves(path: Path) -> None:
+    flip_bit(largest_file(path), largest_file(path).stat().st_size // 2)
+
+
+def flip_a_bit_in_the_manifest(path: Path) -> None:
+    flip_bit(path / "manifest.json", (path / "manifest.json").read_bytes().index(b"sha256") + 20)
+
+
+def flip_a_bit_in_what_is_remembered(path: Path) -> None:
+    flip_bit(path / "manifest.json", (path / "manifest.json").read_bytes().index(b"remembered"))
+
+
+def truncate(path: Path) -> None:
+    os.truncate(largest_file(path), 100)
+
+
+def delete(path: Path) -> None:
+    largest_file(path).unlink()
+
+
+def delete_the_manifest(path: Path) -> None:
+    (path / "manifest.json").unlink()
+
+
+def replace_by_an_older_one(path: Path) -> None:
+    shutil.rmtree(path)
+    shutil.copytree(path.with_name("1"), path)
+
+
+def replace_by_a_file(path: Path) -> None:
+    shutil.rmtree(path)
+    path.touch()
+
+
+def replace_by_a_link(path: Path) -> None:
+    shutil.rmtree(path)
+    path.symlink_to(path.with_name("1"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "kind", "named"),
+    [
+        (flip_a_bit_in_the_leaves, "changed-file", "file state/"),
+        (flip_a_bit_in_the_manifest, "bad-manifest", "manifest.json"),
+        (flip_a_bit_in_what_is_remembered, "bad-manifest", "manifest.json"),
+        (truncate, "changed-file", "has 100 bytes"),
+        (delete, "missing-file", "file state/"),
+        (delete_the_manifest, "bad-manifest", "manifest.json cannot be read (No such file"),
+        (replace_by_an_older_one, "other-step", "is that of step 1"),
+        (replace_by_a_file, "bad-manifest", "Not a directory"),
+        (replace_by_a_link, "symbolic-link", "symbolic link"),
+    ],
+)
+def test_a_damaged_checkpoint_is_set_aside_and_the_next_older_one_is_used(store, damage, kind, named):
     store.save_and_wait(1, make_tree(1))
-    store.save_and_wait(2, make_tree(2))
-    files = sorted(
-        (path for path in (store.directory / "2").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size
-    )
-    largest = files[-1]
-    if damage == "flipped bit in the leaves":
-        flip_bit(largest, largest.stat().st_size // 2)
-    elif damage == "flipped bit in the manifest":
-        manifest = store.directory / "2" / "manifest" / "metadata"
-        flip_bit(manifest, manifest.read_bytes().index(b"sha256") + 20)
-    elif damage == "truncated":
-        largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
-    else:
-        largest.unlink()
+    store.save_and_wait(2, make_tree(2), about={"note": "remembered"})
+    damage(store.directory / "2")
     again = CheckpointStore(store.directory)
     restored = again.restore(like=make_tree())
     assert restored.step == 1
     assert bits(restored.tree) == bits(make_tree(1))
-    [reason] = restored.set_aside
-    assert reason.startswith("step 2: ")
-    if damage == "flipped bit in the leaves":
-        assert "leaf params.dense.kernel is" in reason
-    assert [path.name for path in (store.directory / "quarantine").iterdir()] == ["2-0"]
+    [(damaged, refuge)] = restored.set_aside
+    assert str(damaged).startswith("step 2: ")
+    assert named in str(damaged)
+    assert refuge == store.directory / "quarantine" / f"2-{kind}"
+    assert os.path.lexists(refuge)
     assert again.steps == [1]
-    again.save_and_wait(2, make_tree(22))  # The step can be saved anew.
+    # The step can be saved anew, and be damaged in the same way again.
+    again.save_and_wait(2, make_tree(22), about={"note": "remembered"})
     assert bits(again.restore(like=make_tree()).tree) == bits(make_tree(22))
+    damage(store.directory / "2")
+    [(_, second)] = again.restore(like=make_tree()).set_aside
+    assert second.name == f"2-{kind}-2"
     again.close()
+
+
+def test_a_leaf_that_is_read_otherwise_than_it_was_saved_is_named(store, monkeypatch):
+    """Its files are whole: what is wrong is the memory, or what reads them."""
+    store.save_and_wait(1, make_tree(1))
+    store.save_and_wait(2, make_tree(2))
+    restore = ocp.Checkpointer.restore
+
+    def restore_wrongly(self, path, **kwargs):
+        leaves = restore(self, path, **kwargs)
+        if "2" in path.parts:
+            leaves["params.dense.kernel"].view(np.uint32)[3, 4] ^= 1
+        return leaves
+
+    monkeypatch.setattr(ocp.Checkpointer, "restore", restore_wrongly)
+    restored = store.restore(like=make_tree())
+    assert restored.step == 1
+    [(damaged, refuge)] = restored.set_aside
+    assert "leaf params.dense.kernel is" in str(damaged)
+    assert refuge.name == "2-changed-leaf"
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.ENOMEM])
+def test_a_checkpoint_that_cannot_be_read_here_and_now_is_not_taken_for_a_bad_one(store, monkeypatch, number):
+    store.save_and_wait(1, make_tree(1))
+    store.save_and_wait(2, make_tree(2))
+    monkeypatch.setattr(checkpoint, "_sha256", fail_with(OSError(number, os.strerror(number), "a file")))
+    with pytest.raises(OSError, match=os.strerror(number)):
+        store.restore(like=make_tree())
+    assert store.steps == [1, 2]
+
+
+def test_a_checkpoint_on_a_failing_disk_is_set_aside(store, monkeypatch):
+    store.save_and_wait(1, make_tree(1))
+    store.save_and_wait(2, make_tree(2))
+    sha256 = checkpoint._sha256
+
+    def fail_in_2(path):
+        if "2" in path.parts:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return sha256(path)
+
+    monkeypatch.setattr(checkpoint, "_sha256", fail_in_2)
+    restored = store.restore(like=make_tree())
+    assert restored.step == 1
+    [(damaged, refuge)] = restored.set_aside
+    assert "cannot be read (Input/output error)" in str(damaged)
+    assert refuge.name == "2-unreadable-file"
 
 
 def test_if_no_checkpoint_is_good_each_start_says_so_and_names_each_and_none_is_moved(store):
     for step in (1, 2):
         store.save_and_wait(step, make_tree(step))
-        (store.directory / str(step) / "manifest" / "metadata").write_text("{")
+        (store.directory / str(step) / "manifest.json").write_text("{")
     for _ in range(2):
         again = CheckpointStore(store.directory)
         with pytest.raises(NoReadableCheckpoint, match=r"(?s)step 2: .*step 1: "):
@@ -232,14 +333,180 @@ def test_if_no_checkpoint_is_good_each_start_says_so_and_names_each_and_none_is_
     assert sorted(path.name for path in store.directory.iterdir()) == ["1", "2"]
 
 
+@given(damaged=st.sets(st.integers(1, 4)))
+@settings(deadline=None, max_examples=16, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_of_the_checkpoints_the_newest_good_one_is_restored_and_only_bad_ones_that_are_newer_are_moved(
+    store, tmp_path_factory, damaged
+):
+    if not store.steps:
+        for step in (1, 2, 3, 4):
+            store.keep = 4
+            store.save_and_wait(step, make_tree(step))
+    directory = tmp_path_factory.mktemp("copy") / "checkpoints"
+    shutil.copytree(store.directory, directory)
+    for step in damaged:
+        truncate(directory / str(step))
+    copy = CheckpointStore(directory)
+    good = {1, 2, 3, 4} - damaged
+    if good:
+        restored = copy.restore(like=make_tree())
+        assert restored.step == max(good)
+        assert bits(restored.tree) == bits(make_tree(max(good)))
+        moved = {error.step for error, _ in restored.set_aside}
+        assert moved == {step for step in damaged if step > max(good)}
+        assert copy.steps == sorted({1, 2, 3, 4} - moved)
+    else:
+        with pytest.raises(NoReadableCheckpoint):
+            copy.restore(like=make_tree())
+        assert copy.steps == [1, 2, 3, 4]
+    copy.close()
+
+
 def test_a_checkpoint_of_another_format_is_refused_and_stays(store):
     store.save_and_wait(1, make_tree(1))
     store.save_and_wait(2, make_tree(2))
-    manifest = store.directory / "2" / "manifest" / "metadata"
-    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2').replace('"format":1', '"format":2'))
-    with pytest.raises(Mismatch, match="step 2 has format 2; this program reads 1"):
+    path = store.directory / "2" / "manifest.json"
+    checkpoint._write_manifest(path, {**Checkpoint(path.parent).manifest(), "format": 3})
+    with pytest.raises(Mismatch, match="step 2 has format 3, and not 2"):
         store.restore(like=make_tree())
     assert store.steps == [1, 2]
+
+
+def test_a_checkpoint_counts_when_the_disk_has_it_and_only_then_do_old_ones_go(tmp_path, monkeypatch):
+    """Follow what is brought to the disk, and with which bytes; nothing may change after that and before the rename."""
+    store = CheckpointStore(tmp_path / "run" / "checkpoints", keep=1)
+    store.save_and_wait(1, make_tree(1))
+    happened, on_disk = [], {}
+    fsync, rename, remove = os.fsync, os.rename, shutil.rmtree
+
+    def record_fsync(file):
+        path = Path(os.readlink(f"/proc/self/fd/{file}"))
+        on_disk[path] = sorted(os.listdir(path)) if path.is_dir() else path.read_bytes()
+        fsync(file)
+        if path == store.directory:
+            happened.append(f"names on disk: {' '.join(sorted(os.listdir(path)))}")
+
+    def record_rename(self, target):
+        if self.name.endswith(".unfinished"):
+            for path in (self, *self.rglob("*")):
+                now = sorted(os.listdir(path)) if path.is_dir() else path.read_bytes()
+                assert on_disk.get(path) == now, f"{path} is not on the disk"
+        happened.append(f"{self.name} -> {target.name}, counted: {store.steps}")
+        return rename(self, target)
+
+    def record_remove(path, *args, **kwargs):
+        happened.append(f"remove {path.name}, counted: {store.steps}")
+        return remove(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(Path, "rename", record_rename)
+    monkeypatch.setattr(shutil, "rmtree", record_remove)
+    store.save_and_wait(2, make_tree(2))
+    assert happened == [
+        "2.unfinished -> 2, counted: [1]",
+        "names on disk: 1 2",
+        "1 -> 1.removed, counted: [1, 2]",
+        "remove 1.removed, counted: [2]",
+    ]
+    assert any(path.name == "manifest.json" for path in on_disk)
+    store.close()
+
+
+def test_the_system_calls_of_a_save_bring_all_to_the_disk_before_the_rename(tmp_path):
+    """The same, seen from outside: what TensorStore writes in C++ is in it."""
+    if shutil.which("strace") is None:
+        pytest.skip("strace is not installed")
+    trace = tmp_path / "trace"
+    script = (
+        "import sys, numpy as np; from mnist_jax.checkpoint import CheckpointStore\n"
+        "store = CheckpointStore(sys.argv[1], keep=1)\n"
+        "for step in (1, 2): store.save_and_wait(step, {'w': np.arange(100_000) * step})\n"
+        "store.close()"
+    )
+    calls = "trace=openat,write,pwrite64,writev,pwritev,fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat"
+    command = ["strace", "-f", "-y", "-s", "0", "-e", calls, "-o", str(trace), sys.executable, "-c", script]
+    traced = subprocess.run([*command, str(tmp_path / "run")], capture_output=True, text=True, timeout=240)
+    if "ptrace" in traced.stderr and traced.returncode:
+        pytest.skip("this system lets nobody trace")
+    assert traced.returncode == 0, traced.stderr
+    synced, dirty, renamed, order = set(), set(), [], []
+    for line in trace.read_text().splitlines():
+        call = re.match(r"\d+ +(\w+)\(", line)
+        if not call or " = -1 " in line:
+            continue
+        if call[1] in ("fsync", "fdatasync"):
+            [path] = re.findall(r"<([^>]*)>", line)[:1]
+            synced.add(path)
+            dirty.discard(path)
+            order.append(("fsync", path))
+        elif call[1] in ("write", "pwrite64", "writev", "pwritev"):
+            dirty.update(path for path in re.findall(r"<(/[^>]*)>", line)[:1] if str(tmp_path / "run") in path)
+        elif call[1].startswith("rename"):
+            source, target = re.findall(r'"([^"]*)"', line)[:2]
+            order.append(("rename", Path(source).name, Path(target).name))
+            dirty = {target + path[len(source) :] if path.startswith(source + "/") else path for path in dirty}
+            if source.endswith(".unfinished"):
+                renamed.append(target)
+                assert not {path for path in dirty if path.startswith(target + "/")}, "written and not on the disk"
+                assert any(path.startswith(source + "/state/") for path in synced)
+                assert {source, f"{source}/state", f"{source}/manifest.json"} <= synced
+        elif call[1].startswith("unlink"):
+            order.append(("unlink",))
+    assert [Path(target).name for target in renamed] == ["1", "2"]
+    committed = order.index(("rename", "2.unfinished", "2"))
+    gone = order.index(("rename", "1", "1.removed"))
+    assert ("fsync", str(tmp_path / "run")) in order[committed:gone]
+
+
+def test_a_disk_that_will_soon_be_full_is_told_of_once_until_there_is_room_again(store, monkeypatch):
+    free = 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=free))
+    told = []
+    for step, room in enumerate((10**9, 10**4, 10**4, 10**9, 10**4)):
+        free = room
+        store.save_and_wait(step, make_tree(step))
+        told += [(result.step, result.event) for result in store.results() if isinstance(result, Notice)]
+    assert told == [(1, "low_space"), (4, "low_space")]
+
+
+def test_checkpoints_that_vanish_are_told_of_and_the_next_save_is_made_all_the_same(store):
+    for step in (1, 2):
+        store.save_and_wait(step, make_tree(step))
+    store.results()
+    shutil.rmtree(store.directory)
+    store.save_and_wait(3, make_tree(3))
+    notice, saved = store.results()
+    assert (notice.event, saved.step) == ("checkpoints_vanished", 3)
+    assert "1, 2" in str(notice)
+    assert store.steps == [3]
+    assert bits(store.restore(like=make_tree()).tree) == bits(make_tree(3))
+
+
+@pytest.mark.parametrize("in_its_place", ["nothing", "another run"])
+def test_nothing_is_written_where_the_run_was_moved_away(tmp_path, in_its_place):
+    store = CheckpointStore(tmp_path / "run" / "checkpoints")
+    store.save_and_wait(1, make_tree(1))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    if in_its_place == "another run":
+        (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(SaveFailed, match="run was"):
+        store.save_and_wait(2, make_tree(2))
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.name != "checkpoints"]
+    (tmp_path / "moved" / "checkpoints" / "1").rename(tmp_path / "moved" / "1")
+    store.close()
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_told_of_and_the_new_one_is_saved(store, monkeypatch):
+    store.keep = 1
+    store.save_and_wait(1, make_tree(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", fail_with(OSError(errno.EACCES, "Permission denied")))
+        store.save_and_wait(2, make_tree(2))
+    assert [getattr(result, "event", "saved") for result in store.results()] == ["saved", "saved", "removal_failed"]
+    assert store.steps == [2]
+    again = CheckpointStore(store.directory)
+    assert (again.removed, again.steps) == (("1.removed",), [2])
+    again.close()
 
 
 @pytest.mark.parametrize("name", ["a[b]", "*", "lr=0.1,seed=[0]", "ü b"])
@@ -309,6 +576,10 @@ def fail_with(error: Exception):
         raise error
 
     return fail
+
+
+def largest_file(path: Path) -> Path:
+    return max((file for file in path.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
 
 
 def flip_bit(path: Path, position: int) -> None:

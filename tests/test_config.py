@@ -1,5 +1,6 @@
 """Settings: the command line, the file of a run, and what may not change in a run that has begun."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -35,6 +36,7 @@ FREE = (
     "checkpoint_every_s",
     "checkpoint_every_steps",
     "keep",
+    "lock_wait_s",
     "preempted_exit_code",
     "fresh",
 )
@@ -58,6 +60,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "checkpoint_every_s": SECONDS_AND_RATES,
     "checkpoint_every_steps": st.none() | COUNTS,
     "keep": COUNTS,
+    "lock_wait_s": st.floats(min_value=0, allow_nan=False, allow_infinity=False),
     "preempted_exit_code": st.integers(0, 255),
     "fresh": st.booleans(),
 }
@@ -118,12 +121,13 @@ WITH_RANGE = {
     "preempted_exit_code": (0, 255),
 }
 POSITIVE = ("learning_rate", "checkpoint_every_s")
+NOT_NEGATIVE = ("lock_wait_s",)
 
 
 def test_every_number_has_a_range() -> None:
     types = typing.get_type_hints(Config)
     numbers = {name for name in FIELDS if {int, float} & {types[name], *typing.get_args(types[name])}}
-    assert numbers == {*WITH_RANGE, *POSITIVE}
+    assert numbers == {*WITH_RANGE, *POSITIVE, *NOT_NEGATIVE}
 
 
 @pytest.mark.parametrize(("field", "least", "most"), [(field, *limits) for field, limits in WITH_RANGE.items()])
@@ -146,6 +150,16 @@ def test_a_rate_or_time_that_is_not_positive_and_finite_is_a_usage_error(
     message = usage_error([flag(field), value], capsys)
     assert f"{field}={float(value)} " in message
     assert "finite value above 0" in message
+
+
+@pytest.mark.parametrize("value", ["-0.5", "inf", "nan"])
+def test_a_wait_that_is_negative_or_without_end_is_a_usage_error(
+    value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = usage_error(["--lock-wait-s", value], capsys)
+    assert f"lock_wait_s={float(value)} " in message
+    assert "finite value of 0 or more" in message
+    assert configs.parse(["--lock-wait-s", "0"]).lock_wait_s == 0
 
 
 @pytest.mark.parametrize(
@@ -196,10 +210,11 @@ def test_help_and_usage_errors_come_without_the_slow_imports() -> None:
 def test_a_run_is_loaded_as_it_was_saved(config: Config, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "config.json"
     configs.save(config, path)
-    # Where a run lies and that it began afresh are not its settings; the folder of its data does not hang on where
-    # the command was given.
+    # Where a run lies, how long it was waited for and that it began afresh are not its settings; the folder of its
+    # data does not hang on where the command was given.
     data_dir = None if config.data_dir is None else Path(os.path.abspath(config.data_dir))
-    assert configs.load(path) == dataclasses.replace(config, workdir=None, fresh=False, data_dir=data_dir)
+    of_one_start = {name: getattr(Config(), name) for name in ("workdir", "lock_wait_s", "fresh")}
+    assert configs.load(path) == dataclasses.replace(config, **of_one_start, data_dir=data_dir)
 
 
 def test_saving_leaves_nothing_beside_the_file(tmp_path: Path) -> None:
@@ -212,11 +227,11 @@ def test_a_save_that_fails_leaves_the_old_settings(tmp_path: Path, monkeypatch: 
     path = tmp_path / "config.json"
     configs.save(Config(seed=1), path)
 
-    def full_disk(self: Path, text: str) -> None:
-        self.write_bytes(text.encode()[: len(text) // 2])
+    def full_disk(file: int) -> None:
+        os.truncate(file, 50)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         configs.save(Config(seed=2), path)
     assert configs.load(path).seed == 1
@@ -349,8 +364,8 @@ def test_contradictions_are_told_as_an_aligned_table_and_with_the_ways_out() -> 
     differences = [Difference("learning_rate", 0.004, 0.1), Difference("steps", None, 100000)]
     assert configs.describe_contradictions(Path("runs/mnist"), differences) == (
         "runs/mnist holds a run with other settings, and these would change its mathematics:\n"
-        "  field          run    asked \n"
-        "  learning_rate  0.004  0.1   \n"
+        "  field          run    asked\n"
+        "  learning_rate  0.004  0.1\n"
         "  steps          None   100000\n"
         "Leave the flags out to carry that run on, use another --workdir for a second run,\n"
         "or add --fresh to move the old run aside and start anew."
@@ -403,7 +418,7 @@ def test_a_new_run_has_the_recipe_of_its_data_and_a_directory_of_its_name(here: 
     config, workdir = find_run("--dataset", "digits", "--model", "original")
     assert workdir == Path("runs/digits")
     assert (config.dataset, config.model, config.epochs, config.batch_size) == ("digits", "original", 100, 50)
-    assert list(here.iterdir()) == []  # Nothing is made before the run begins.
+    assert contents(here).keys() == {Path("runs/digits/lock")}  # No more is made before the run begins.
 
 
 def test_auto_becomes_the_data_that_there_is_and_its_recipe(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -427,6 +442,7 @@ def test_a_flag_that_contradicts_the_run_is_refused_and_named(here: Path) -> Non
     with pytest.raises(ConfigError, match=r"one holds a run .*\n.*\n  seed +5 +6") as refusal:
         find_run("--workdir", "one", "--seed", "6")
     assert "--fresh" in str(refusal.value)
+    Path("one/lock").unlink()
     assert contents(here) == before
 
 
@@ -467,10 +483,12 @@ def test_fresh_moves_the_old_run_aside_and_deletes_nothing(here: Path, capsys: p
     before = contents(Path("runs/digits"))
     config, workdir = find_run("--dataset", "digits", "--fresh", "--seed", "6")
     assert (workdir.absolute(), config.seed) == (here / "runs" / "digits", 6)
-    assert not workdir.exists()
+    assert contents(workdir).keys() == {Path("lock")}
+    Path("runs/digits.old-1/lock").unlink()
     assert contents(Path("runs/digits.old-1")) == before
     assert "runs/digits.old-1" in capsys.readouterr().out
 
+    Path("runs/digits/lock").unlink()
     make_run("runs/digits", config)
     find_run("--dataset", "digits", "--fresh")
     assert contents(Path("runs/digits.old-1")) == before
@@ -495,7 +513,7 @@ def test_fresh_gets_past_settings_that_cannot_be_read(here: Path) -> None:
 def test_fresh_without_an_old_run_is_a_new_run(here: Path) -> None:
     _, workdir = find_run("--workdir", "one", "--dataset", "digits", "--fresh")
     assert workdir == Path("one")
-    assert list(here.iterdir()) == []
+    assert contents(here).keys() == {Path("one/lock")}
 
 
 def test_fresh_in_the_working_directory_itself_begins_in_its_old_place(
@@ -504,8 +522,8 @@ def test_fresh_in_the_working_directory_itself_begins_in_its_old_place(
     make_run("one", Config(dataset="digits", seed=5))
     monkeypatch.chdir("one")
     _, workdir = find_run("--workdir", ".", "--dataset", "digits", "--fresh")
-    workdir.mkdir(exist_ok=True)
-    assert contents(workdir) == contents(here / "one") == {}
+    assert contents(here / "one").keys() == {Path("lock")}
+    assert workdir == here / "one"
     assert configs.load(here / "one.old-1" / "config.json").seed == 5
 
 
@@ -551,11 +569,12 @@ def refused(tmp_path: Path, content: bytes, *named: str) -> str:
 
 
 def find_run(*args: str) -> tuple[Config, Path]:
-    return train.find_run(args, configs.parse(args), StopSignal())
+    with contextlib.ExitStack() as locks:
+        return train.find_run(args, configs.parse(args), StopSignal(), locks)
 
 
 def make_run(directory: str, config: Config) -> Config:
-    Path(directory).mkdir(parents=True)
+    Path(directory).mkdir(parents=True, exist_ok=True)
     configs.save(config, Path(directory) / "config.json")
     (Path(directory) / "events.jsonl").touch()
     return config

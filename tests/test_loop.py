@@ -30,28 +30,14 @@ def events(workdir: Path, event: str) -> list[dict]:
 
 def fail_to_save(monkeypatch, *, steps) -> None:
     """Have the disk be full whenever one of these steps is saved."""
-    write = CheckpointStore._write
+    commit = CheckpointStore._commit
 
-    def write_or_fail(self, step, tree, about, valid):
+    def commit_or_fail(self, step, leaves, about):
         if step in steps:
-            self._manager = FullDisk(self._manager)
-        try:
-            write(self, step, tree, about, valid)
-        finally:
-            self._manager = getattr(self._manager, "manager", self._manager)
+            raise OSError(28, "No space left on device")
+        return commit(self, step, leaves, about)
 
-    monkeypatch.setattr(CheckpointStore, "_write", write_or_fail)
-
-
-class FullDisk:
-    def __init__(self, manager):
-        self.manager = manager
-
-    def save(self, *args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    def __getattr__(self, name):
-        return getattr(self.manager, name)
+    monkeypatch.setattr(CheckpointStore, "_commit", commit_or_fail)
 
 
 @pytest.fixture(autouse=True)
@@ -78,16 +64,15 @@ def test_a_failed_background_save_is_told_and_training_goes_on_and_the_next_save
 
 def test_a_save_that_time_asked_for_and_that_failed_is_tried_again_soon(tmp_path, monkeypatch):
     failed = []
-    write = CheckpointStore._write
+    commit = CheckpointStore._commit
 
-    def fail_twice(self, step, tree, about, valid):
+    def fail_twice(self, step, leaves, about):
         if len(failed) < 2:
             failed.append(step)
-            self._manager = FullDisk(self._manager)
-        write(self, step, tree, about, valid)
-        self._manager = getattr(self._manager, "manager", self._manager)
+            raise OSError(28, "No space left on device")
+        return commit(self, step, leaves, about)
 
-    monkeypatch.setattr(CheckpointStore, "_write", fail_twice)
+    monkeypatch.setattr(CheckpointStore, "_commit", fail_twice)
     monkeypatch.setattr(loop, "RETRY_SAVE_S", 0.01)
     settings = {"checkpoint_every_steps": None, "checkpoint_every_s": 0.05, "eval_every_steps": 400, "steps": 400}
     with StopSignal() as stop:
@@ -102,7 +87,9 @@ def test_a_final_save_that_fails_has_code_74_and_the_older_checkpoint_is_named_a
     with StopSignal() as stop, monkeypatch.context() as patch:
         fail_to_save(patch, steps={40})
         assert loop.run(config(), tmp_path, stop) == 74
-        assert "the checkpoint of step 40 could not be saved" in capfd.readouterr().err
+        err = capfd.readouterr().err
+        assert "the checkpoint of step 40 could not be saved" in err
+        assert "The newest checkpoint is of step 30." in err
         assert events(tmp_path, "exit")[-1]["code"] == 74
         assert events(tmp_path, "exit")[-1]["step"] == 30
     with StopSignal() as stop:
@@ -326,7 +313,7 @@ def test_if_no_checkpoint_is_good_the_code_is_65_and_nothing_is_begun_anew(tmp_p
     with StopSignal() as stop:
         assert loop.run(config(steps=10), tmp_path, stop) == 0
         metrics = (tmp_path / "metrics.jsonl").read_bytes()
-        (tmp_path / "checkpoints" / "10" / "manifest" / "metadata").write_text("{")
+        (tmp_path / "checkpoints" / "10" / "manifest.json").write_text("{")
         assert loop.run(config(steps=10), tmp_path, stop) == 65
     assert "none of the checkpoints" in capfd.readouterr().err
     assert events(tmp_path, "exit")[-1]["code"] == 65
@@ -337,10 +324,14 @@ def test_a_bad_checkpoint_is_told_and_the_run_carries_on_from_the_one_before(tmp
     with StopSignal() as stop:
         assert loop.run(config(steps=20), tmp_path, stop) == 0
         sha = events(tmp_path, "exit")[-1]["state_sha256"]
-        (tmp_path / "checkpoints" / "20" / "manifest" / "metadata").write_text("{")
+        (tmp_path / "checkpoints" / "20" / "manifest.json").write_text("{")
         assert loop.run(config(steps=20), tmp_path, stop) == 0
-    assert "moved to" in capfd.readouterr().err
-    assert [event["step"] for event in events(tmp_path, "quarantine")] == [10]
+    refuge = tmp_path / "checkpoints" / "quarantine" / "20-bad-manifest"
+    assert "step 20: manifest.json cannot be understood" in (err := capfd.readouterr().err)
+    assert f"It was moved to {refuge}" in err
+    assert [(event["step"], event["moved_to"]) for event in events(tmp_path, "quarantine")] == [(20, str(refuge))]
+    assert [event["lost_steps"] for event in events(tmp_path, "resume")] == [10]
+    assert refuge.is_dir()
     assert events(tmp_path, "exit")[-1]["state_sha256"] == sha
 
 
@@ -402,6 +393,72 @@ def test_the_best_checkpoint_is_still_kept_after_a_resume(tmp_path, monkeypatch)
         with StopSignal() as stop:
             assert loop.run(config(**settings), tmp_path, stop) == 0
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [20, 60]
+
+
+def test_how_many_steps_were_lost_is_told(tmp_path, monkeypatch, capfd):
+    with StopSignal() as stop:
+        with monkeypatch.context() as patch:
+            fail_to_save(patch, steps={30, 40})
+            assert loop.run(config(eval_every_steps=40), tmp_path, stop) == 74
+        assert loop.run(config(eval_every_steps=40), tmp_path, stop) == 0
+        assert "20 steps or more after it are made again" in capfd.readouterr().out
+        assert loop.run(config(eval_every_steps=40), tmp_path, stop) == 0
+        assert "made again" not in capfd.readouterr().out
+    assert [(event["step"], event["lost_steps"]) for event in events(tmp_path, "resume")] == [(20, 20), (40, 0)]
+
+
+def test_steps_lost_before_the_first_checkpoint_are_told_of(tmp_path, monkeypatch, capfd):
+    with StopSignal() as stop:
+        with monkeypatch.context() as patch:
+            fail_to_save(patch, steps=range(100))
+            assert loop.run(config(), tmp_path, stop) == 74
+        assert "The newest checkpoint is none." in capfd.readouterr().err
+        assert loop.run(config(), tmp_path, stop) == 0
+    assert [(event["step"], event["lost_steps"]) for event in events(tmp_path, "lost")] == [(0, 40)]
+    assert "nothing had been saved yet: 40 steps or more are made again" in capfd.readouterr().out
+
+
+def test_lines_that_the_disk_does_not_take_are_kept_and_no_checkpoint_gets_ahead_of_them(tmp_path, monkeypatch, capfd):
+    settings = {"log_every_steps": 5, "eval_every_steps": 40}
+    with StopSignal() as stop:
+        assert loop.run(config(**settings), tmp_path / "undisturbed", stop) == 0
+    save_if_due = loop.Training.save_if_due
+
+    def fill_and_free(self):
+        for file in (self.journal._metrics, self.journal._events, self.journal._scalars):
+            if self.step == 5:
+                file._file = DiskThatTakesLittle(file._file)
+            if self.step == 25 and isinstance(file._file, DiskThatTakesLittle):
+                file._file = file._file.file
+        save_if_due(self)
+
+    monkeypatch.setattr(loop.Training, "save_if_due", fill_and_free)
+    with StopSignal() as stop:
+        assert loop.run(config(**settings), tmp_path / "run", stop) == 0
+    err = capfd.readouterr().err
+    assert err.count("lines of the journal cannot be written and are kept for later") == 1
+    assert "could not be written are written now" in err
+    assert [event["step"] for event in events(tmp_path / "run", "save_failed")] == [10, 20]
+    assert events(tmp_path / "run", "save")[0]["step"] == 30
+    undisturbed, run = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("undisturbed", "run"))
+    assert run == undisturbed
+
+
+class DiskThatTakesLittle:
+    """A file on a disk that has room for three more bytes, and then for none."""
+
+    def __init__(self, file):
+        self.file, self.room = file, 3
+
+    def write(self, data):
+        if not self.room and data:
+            raise OSError(28, "No space left on device")
+        written = self.file.write(data[: self.room])
+        self.room -= written
+        return written
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
 
 
 @pytest.mark.parametrize("place", ["a file", "under a file"])
