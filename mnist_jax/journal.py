@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -37,7 +38,8 @@ class Journal:
         # back, and writes in a thread, which a kill may find behind.
         tensorboard = workdir / "tensorboard"
         tensorboard.mkdir(exist_ok=True)
-        taken = [int(path.name[-10:]) for path in tensorboard.glob("events.out.tfevents." + 10 * "[0-9]")]
+        names = (re.fullmatch(r"events\.out\.tfevents\.([0-9]{10,20})", path.name) for path in tensorboard.iterdir())
+        taken = [int(name[1]) for name in names if name]
         self._scalars = _PatientFile(tensorboard / f"events.out.tfevents.{max(taken, default=-1) + 1:010d}", mode="xb")
         self._tensorboard = RecordWriter(self._scalars)
         self._show(file_version="brain.Event:2")
@@ -62,7 +64,7 @@ class Journal:
         """
         self._records, self._size, self._digest = [], 0, hashlib.sha256()
         furthest, is_known = max(step, self._last_step), True
-        for record, line in _read_records(self._metrics_path):
+        for record, line in read_metrics(self._metrics_path):
             furthest, is_known = max(furthest, record["step"]), is_known and record["step"] <= step
             if is_known:
                 self._keep(record, line)
@@ -156,6 +158,25 @@ class _PatientFile:
         self._file.close()
 
 
+def read_metrics(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """Yield the records of a metrics file, each with its line, up to the first line that is torn or none of ours."""
+    with path.open("rb") as lines:
+        for line in lines:
+            try:
+                record = json.loads(line)
+                whole = (
+                    line.endswith(b"\n")
+                    and _is_step(record["step"])
+                    and record["split"] in ("train", "test")
+                    and isinstance(record["accuracy"], float)
+                )
+            except (ValueError, TypeError, KeyError, RecursionError):
+                return
+            if not whole:
+                return
+            yield record, line
+
+
 def read_events(path: Path) -> list[dict[str, Any]]:
     """Return the history in an `events.jsonl`, without what a kill tore; empty where there is none."""
     if not path.exists():
@@ -191,25 +212,6 @@ def _ends_with_a_whole_line(path: Path) -> bool:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
         return file.read() in (b"", b"\n")
-
-
-def _read_records(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """Yield the records of a metrics file, each with its line, up to the first line that is torn or none of ours."""
-    with path.open("rb") as lines:
-        for line in lines:
-            try:
-                record = json.loads(line)
-                whole = (
-                    line.endswith(b"\n")
-                    and _is_step(record["step"])
-                    and record["split"] in ("train", "test")
-                    and isinstance(record["accuracy"], float)
-                )
-            except (ValueError, TypeError, KeyError, RecursionError):
-                return
-            if not whole:
-                return
-            yield record, line
 
 
 class Terminal:

@@ -14,11 +14,11 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from mnist_jax import config as configs
-from mnist_jax import lock
+from mnist_jax import lock, provenance
 from mnist_jax.checkpoint import Checkpoint, CheckpointError, Damaged, list_checkpoints
 from mnist_jax.command import leave, mend_standard_streams
 from mnist_jax.config import ConfigError
-from mnist_jax.journal import Terminal, read_events
+from mnist_jax.journal import Terminal, read_events, read_metrics
 
 HISTORY = (
     *("start", "lost", "resume", "quarantine", "metrics_changed", "unfinished_removed"),
@@ -121,19 +121,22 @@ def examine(workdir: Path, *, verify: bool) -> Status:
 
 
 class Look(NamedTuple):
-    """A checkpoint that was looked at: its manifest, or why there is none to rely on."""
+    """A checkpoint that was looked at: its size, and its manifest or why there is none to rely on."""
 
     checkpoint: Checkpoint
+    bytes: int
     manifest: dict[str, Any] | None
     error: CheckpointError | OSError | None
 
 
 def look(checkpoint: Checkpoint, *, verify: bool) -> Look:
     """Read the manifest of a checkpoint, or every byte of it."""
+    size = 0
     try:
-        return Look(checkpoint, checkpoint.verify() if verify else checkpoint.manifest(), None)
+        size = checkpoint.bytes
+        return Look(checkpoint, size, checkpoint.verify() if verify else checkpoint.manifest(), None)
     except (CheckpointError, OSError) as error:
-        return Look(checkpoint, None, error)
+        return Look(checkpoint, size, None, error)
 
 
 def examine_checkpoint(look: Look, *, verify: bool) -> CheckpointStatus:
@@ -142,7 +145,7 @@ def examine_checkpoint(look: Look, *, verify: bool) -> CheckpointStatus:
     return CheckpointStatus(
         look.checkpoint.step,
         _number(about.get("time")),
-        look.checkpoint.bytes,
+        look.bytes,
         about["reason"] if isinstance(about.get("reason"), str) else None,
         _number(about.get("test_accuracy")),
         look.error is None if verify else None,
@@ -178,21 +181,24 @@ def foresee(workdir: Path, looks: Sequence[Look], events: Sequence[dict[str, Any
         except ConfigError as wrong:
             return NextStart("refuse", None, 2, f"refuses: {wrong}")
     damaged = []
-    for checkpoint, manifest, error in reversed(looks):
+    for checkpoint, _, manifest, error in reversed(looks):
         if isinstance(error, Damaged):
             damaged.append(str(error))
             continue
         if manifest is None:
             return NextStart("refuse", None, 2, f"refuses: {error}")
         try:
-            about = manifest["about"]
-            config = config or configs.from_json(about.get("config"), checkpoint.path)
+            about = provenance.check_about(manifest)
+            began_as = configs.from_json(about["config"], checkpoint.path)
+            config = config or began_as
+            if differences := list(configs.contradictions(began_as, config)):
+                raise ConfigError(configs.describe_contradictions(workdir, differences))
             total = config.total_steps(int(about["data"]["train_images"]))
-        except (ConfigError, KeyError, TypeError, ValueError, OverflowError) as wrong:
-            text = f"refuses: the manifest of step {checkpoint.step} is not that of a run here ({wrong!r})"
+        except (CheckpointError, ConfigError, KeyError, TypeError, ValueError, OverflowError) as wrong:
+            text = f"refuses: the manifest of step {checkpoint.step} is not that of this run: {wrong}"
             return NextStart("refuse", None, 2, text)
         aside = "".join(f"; sets aside: {text}" for text in damaged)
-        if checkpoint.step >= total and about.get("test_accuracy") is not None:
+        if checkpoint.step >= total and _is_evaluated(workdir / "metrics.jsonl", checkpoint.step):
             text = f"does nothing, for the run is finished at step {total}{aside}"
             return NextStart("nothing", checkpoint.step, 0, text)
         caution = "" if verify else ", if that proves good"
@@ -203,6 +209,11 @@ def foresee(workdir: Path, looks: Sequence[Look], events: Sequence[dict[str, Any
     if any(event["event"] == "save" for event in events):
         return NextStart("refuse", None, 65, "refuses, for the checkpoints that the history tells of are gone")
     return NextStart("begin", 0, 0, "begins at step 0, for nothing has been saved yet")
+
+
+def _is_evaluated(metrics: Path, step: int) -> bool:
+    records = (record for record, _ in read_metrics(metrics)) if metrics.exists() else ()
+    return any(record["split"] == "test" and record["step"] == step for record in records)
 
 
 def describe(status: Status) -> str:

@@ -31,7 +31,7 @@ ROOMS = {
         *("checkpoint", "preemption", "distributed", "journal"),
     },
     "train": {"command", "config", "data", "lock", "preemption", "loop"},
-    "status": {"command", "config", "checkpoint", "journal", "lock"},
+    "status": {"command", "provenance", "config", "checkpoint", "journal", "lock"},
     "replay": {
         *("command", "config", "data", "updates", "provenance", "loop"),
         *("checkpoint", "preemption", "journal"),
