@@ -261,10 +261,11 @@ class CheckpointStore:
         self.pinned: set[int] = set()
         self._digests: dict[int, str | None] = dict.fromkeys(found.step for found in list_checkpoints(self.directory))
         # Orbax's own asynchronous mode makes the caller wait for the copy to the host and for 10 to 20 ms of set-up.
-        # Here all of that, and the digests, are the work of one thread of ours.
-        self._executor = ThreadPoolExecutor(
+        # Here all of that, and the digests, are the work of a thread of ours.
+        self._background = ThreadPoolExecutor(
             max_workers=1, thread_name_prefix="checkpoint", initializer=_yield_to_others
         )
+        self._foreground = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._pending_step: int | None = None
         self._results: queue.SimpleQueue[Saved | SaveFailed | Notice] = queue.SimpleQueue()
@@ -302,11 +303,8 @@ class CheckpointStore:
 
         How it went, `results` tells.
         """
-        if step in self._digests or (self.is_saving and self._pending_step == step):
-            return
-        self.wait()
-        self._pending_step = step
-        self._pending = self._executor.submit(self._write, step, _copy(tree), dict(about or {}), valid)
+        if not (self.is_saving and self._pending_step == step):
+            self._save(self._background, step, tree, about, valid)
 
     def save_and_wait(
         self, step: int, tree: Any, *, about: Mapping[str, Any] | None = None, valid: bool | jax.Array = True
@@ -316,13 +314,27 @@ class CheckpointStore:
         Raises:
             SaveFailed: it could not be written.
         """
-        self.wait()
-        self.save(step, tree, about=about, valid=valid)
+        # Whoever waits has nothing else to do: this thread yields to nobody. On 2 cores with six other processes at
+        # work a save took 119 ms in it, and 190 ms in the other.
+        self._save(self._foreground, step, tree, about, valid)
         self.wait()
         if step not in self._digests:
             assert self._last_failure is not None
             raise self._last_failure
         return self.sha256(step)
+
+    def _save(
+        self,
+        executor: ThreadPoolExecutor,
+        step: int,
+        tree: Any,
+        about: Mapping[str, Any] | None,
+        valid: bool | jax.Array,
+    ) -> None:
+        self.wait()
+        if step not in self._digests:
+            self._pending_step = step
+            self._pending = executor.submit(self._write, step, _copy(tree), dict(about or {}), valid)
 
     def results(self) -> list[Saved | SaveFailed | Notice]:
         """Return how the saves went that ended since the last call, and what else came to light in them."""
@@ -338,7 +350,8 @@ class CheckpointStore:
 
     def close(self) -> None:
         """Wait for the save that is being written, and let go of the directory."""
-        self._executor.shutdown(wait=True)
+        for executor in (self._background, self._foreground):
+            executor.shutdown(wait=True)
         os.close(self._parent)
 
     def sha256(self, step: int) -> str:
