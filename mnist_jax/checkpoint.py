@@ -431,7 +431,7 @@ class CheckpointStore:
             "about": dict(about),
         }
         _write_manifest(unfinished / "manifest.json", manifest)
-        for directory, _, files in os.walk(unfinished, topdown=False):
+        for directory, _, files in os.walk(unfinished):
             for name in (*files, "."):
                 _bring_to_disk(Path(directory, name))
         unfinished.rename(self.directory / str(step))
@@ -572,7 +572,11 @@ def _bring_to_disk(path: Path) -> None:
     try:
         os.fsync(file)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # Some file systems have no way to do it for directories.
+        if error.errno not in (
+            errno.EINVAL,
+            errno.ENOSYS,
+            errno.ENOTSUP,
+        ):  # Some file systems have no way to do it for directories.
             raise
     finally:
         os.close(file)

@@ -197,6 +197,13 @@ def test_leftovers_of_a_killed_process_never_count_and_are_removed_and_nothing_e
     assert (outside / "manifest.json").exists()
 
 
+def test_checkpoints_are_listed_by_their_numbers_oldest_first(store):
+    for step in (9, 10, 100):
+        store.save_and_wait(step, make_tree())
+    assert [found.step for found in list_checkpoints(store.directory)] == [9, 10, 100]
+    assert list_checkpoints(store.directory / "nowhere") == []
+
+
 def flip_a_bit_in_the_leaves(path: Path) -> None:
     flip_bit(largest_file(path), largest_file(path).stat().st_size // 2)
 
