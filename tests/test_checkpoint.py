@@ -419,6 +419,29 @@ def test_a_checkpoint_counts_when_the_disk_has_it_and_only_then_do_old_ones_go(t
     store.close()
 
 
+def test_the_names_that_lead_to_the_checkpoints_are_brought_to_the_disk(tmp_path, monkeypatch):
+    brought = []
+    monkeypatch.setattr(os, "fsync", lambda file: brought.append(os.readlink(f"/proc/self/fd/{file}")))
+    CheckpointStore(tmp_path / "runs" / "one" / "checkpoints").close()
+    directories = [tmp_path / "runs" / "one" / "checkpoints", tmp_path / "runs" / "one", tmp_path / "runs", tmp_path]
+    assert brought[:4] == [str(path) for path in directories]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere priorities are of processes")
+def test_a_save_in_the_background_yields_to_others_and_one_that_is_waited_for_does_not(store, monkeypatch):
+    priorities, commit = [], store._commit
+
+    def commit_and_look(*args):
+        priorities.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        return commit(*args)
+
+    monkeypatch.setattr(store, "_commit", commit_and_look)
+    store.save(1, make_tree())
+    store.save_and_wait(2, make_tree())
+    mine = os.getpriority(os.PRIO_PROCESS, 0)
+    assert priorities == [10, mine]
+
+
 def test_the_system_calls_of_a_save_bring_all_to_the_disk_before_the_rename(tmp_path):
     """The same, seen from outside: what TensorStore writes in C++ is in it."""
     if shutil.which("strace") is None:
