@@ -383,6 +383,8 @@ class Training:
                 self.terminal.warn(f"warning: {result}")
             else:
                 self._pin_best()
+                # A crash just before the next one is committed costs what lies between the two, and the time it takes.
+                self._next_save_s -= result.seconds
                 reason = result.manifest["about"]["reason"]
                 self.journal.event(
                     "save", step=result.step, reason=reason, seconds=result.seconds, sha256=result.sha256

@@ -83,6 +83,19 @@ def test_a_save_that_time_asked_for_and_that_failed_is_tried_again_soon(tmp_path
     assert failed[0] < failed[1] < first_saved["step"] < 400
 
 
+def test_the_next_save_begins_as_much_earlier_as_a_save_takes(tmp_path, monkeypatch):
+    """So a crash costs no more than the seconds between checkpoints, also when it comes in the middle of a save."""
+    results = CheckpointStore.results
+    monkeypatch.setattr(
+        CheckpointStore, "results", lambda self: [saved._replace(seconds=999.999) for saved in results(self)]
+    )
+    settings = {"checkpoint_every_steps": None, "checkpoint_every_s": 1000, "eval_every_steps": 10, "steps": 400}
+    with StopSignal() as stop:
+        assert loop.run(config(**settings), tmp_path, stop) == 0
+    reasons = [event["reason"] for event in events(tmp_path, "save")]
+    assert "time" in reasons
+
+
 def test_a_final_save_that_fails_has_code_74_and_the_older_checkpoint_is_named_and_whole(tmp_path, monkeypatch, capfd):
     with StopSignal() as stop, monkeypatch.context() as patch:
         fail_to_save(patch, steps={40})
