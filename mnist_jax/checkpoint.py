@@ -442,12 +442,9 @@ class CheckpointStore:
     def _check_place(self, step: int) -> None:
         """Make the directory anew if it was removed, and write to no other in its place, for that may be another's."""
         parent = self.directory.parent
-        try:
-            is_ours = os.path.samestat(os.fstat(self._parent), parent.stat())
-        except FileNotFoundError:
-            raise SaveFailed(step, f"{parent} was removed") from None
-        if not is_ours:
-            raise SaveFailed(step, f"{parent} was moved or removed, and another directory is in its place")
+        if not parent.exists() or not os.path.samestat(os.fstat(self._parent), parent.stat()):
+            self._digests = {}
+            raise SaveFailed(step, f"{parent} was moved or removed" + ", and another is in its place" * parent.exists())
         self.directory.mkdir(exist_ok=True)
         there = {found.step for found in list_checkpoints(self.directory)}
         if vanished := sorted(self._digests.keys() - there):
@@ -584,10 +581,10 @@ def _bring_to_disk(path: Path) -> None:
 
 def _remove(path: Path) -> None:
     """Remove what is there, if anything is; a symbolic link goes, and what it leads to stays."""
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.exists():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _yield_to_others() -> None:

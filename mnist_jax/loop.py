@@ -189,6 +189,7 @@ def restore(
         terminal.warn(
             f"warning: a checkpoint is not good, {damaged}. It was moved to {refuge}, and an older one is used."
         )
+    provenance.check_step(restored.step, restored.tree)
     about = provenance.check_about(restored.manifest)
     provenance.check_same_run(about, blueprint.config, dataset, where=store.directory)
     changed = provenance.changes(about, environment)

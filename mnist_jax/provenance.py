@@ -16,6 +16,7 @@ from mnist_jax import distributed
 from mnist_jax.checkpoint import Checkpoint, CheckpointError, Mismatch
 from mnist_jax.config import Config, ConfigError
 from mnist_jax.data import Dataset
+from mnist_jax.train_state import TrainState
 
 MOST_CPU_THREADS = 4096
 
@@ -52,6 +53,16 @@ def describe_data(dataset: Dataset) -> dict[str, Any]:
     """Return what a data set is, as JSON values."""
     sizes = {"train_images": len(dataset.train_labels), "test_images": len(dataset.test_labels)}
     return {"name": dataset.name, **sizes, "sha256": dataset.fingerprint}
+
+
+def check_step(step: int, state: TrainState) -> None:
+    """Check that a state has made as many updates as its checkpoint says.
+
+    Raises:
+        Mismatch: it has not; the checkpoint was not written by a run.
+    """
+    if int(state.step) != step:
+        raise Mismatch(f"the checkpoint of step {step} holds a state of step {int(state.step)}")
 
 
 def check_about(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -85,7 +85,10 @@ def replay(options: Options, stop: StopSignal, terminal: Terminal) -> list[str]:
     provenance.check_same_run(about, config, dataset, where=last.path)
     blueprint = loop.make_blueprint(config, dataset)
     like = blueprint.abstract_state()
-    wanted = host_leaves(last.read(like)[0])
+    wanted = last.read(like)[0]
+    provenance.check_step(last.step, wanted)
+    if last.step > blueprint.total_steps:
+        raise ConfigError(f"step {last.step} is beyond the run's end, step {blueprint.total_steps}")
     programs = stop.run(blueprint.compile)
     state = first.read(like)[0] if first else programs.create()
     updates = Updates(blueprint, programs, dataset, state)
@@ -97,7 +100,7 @@ def replay(options: Options, stop: StopSignal, terminal: Terminal) -> list[str]:
         updates.state.step.block_until_ready()
         if stop.received is not None:
             raise Stopped
-    return compare(wanted, host_leaves(updates.state))
+    return compare(host_leaves(wanted), host_leaves(updates.state))
 
 
 def choose(options: Options) -> tuple[Checkpoint | None, Checkpoint]:

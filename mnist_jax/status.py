@@ -4,6 +4,7 @@ It reads and writes nothing, also while a run is at work.
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -107,7 +108,7 @@ def examine(workdir: Path, *, verify: bool) -> Status:
     configs.check_directory(workdir)
     holder = lock.holder(workdir)
     looks = [look(checkpoint, verify=verify) for checkpoint in list_checkpoints(workdir / "checkpoints")]
-    looks = [look for look in looks if look.checkpoint.path.exists()]  # A run at work removes old ones.
+    looks = [look for look in looks if os.path.lexists(look.checkpoint.path)]  # A run at work removes old ones.
     events = read_events(workdir / "events.jsonl")
     quarantine = workdir / "checkpoints" / "quarantine"
     return Status(

@@ -59,6 +59,7 @@ def find_run(args: Sequence[str], asked: Config, stop: StopSignal, locks: contex
     """
 
     def lock(directory: Path) -> None:
+        configs.check_directory(directory)
         waiting = only_writer(
             directory, wait_s=asked.lock_wait_s, say=notice, give_up=lambda: stop.received is not None
         )
@@ -70,7 +71,6 @@ def find_run(args: Sequence[str], asked: Config, stop: StopSignal, locks: contex
             raise
         except OSError as error:
             raise ConfigError(f"{directory} cannot hold a run ({error}); choose another --workdir") from error
-        configs.check_directory(directory)
 
     def resolve() -> configs.DatasetName:
         return stop.run(lambda: data.resolve(asked.dataset, asked.data_dir, say=notice))

@@ -25,7 +25,7 @@ ROOMS = {
     "command": set(),
     "programs": {"config", "model", "train_state", "steps", "distributed"},
     "updates": {"data", "distributed", "programs", "steps", "train_state"},
-    "provenance": {"config", "data", "distributed", "checkpoint"},
+    "provenance": {"config", "data", "distributed", "checkpoint", "train_state"},
     "loop": {
         *("config", "data", "train_state", "programs", "updates", "provenance"),
         *("checkpoint", "preemption", "distributed", "journal"),
