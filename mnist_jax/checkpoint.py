@@ -23,6 +23,7 @@ import errno
 import glob
 import hashlib
 import json
+import operator
 import os
 import queue
 import re
@@ -157,8 +158,16 @@ class Checkpoint:
         request = ocp.args.PyTreeRestore(item=dict.fromkeys(as_numpy, 0), restore_args=as_numpy)
         try:
             with _orbax(self.path) as orbax:
+                # TensorStore believes what is stored, and a size that no memory holds ends the process.
+                stored = orbax.metadata(self.path / "state").item_metadata.tree
+                for name, wanted in manifest["leaves"].items():
+                    shape, chunk = stored[name].shape, stored[name].storage.chunk_shape
+                    if list(shape) != wanted["shape"] or any(map(operator.gt, chunk, np.maximum(shape, 1))):
+                        raise Damaged(
+                            self.step, "changed-leaf", f"leaf {name} is stored as {shape} in parts of {chunk}"
+                        )
                 leaves = orbax.restore(self.path / "state", args=request)
-        except MemoryError:
+        except (MemoryError, Damaged):
             raise
         except Exception as error:  # Whatever Orbax and TensorStore say of files that they cannot make sense of.
             raise Damaged(self.step, "unreadable", f"the state cannot be read: {error}") from error

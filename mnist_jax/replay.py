@@ -110,9 +110,11 @@ def choose(options: Options) -> tuple[Checkpoint | None, Checkpoint]:
         ConfigError: there are no such checkpoints.
     """
     kept = {checkpoint.step: checkpoint for checkpoint in list_checkpoints(options.workdir / "checkpoints")}
+    if not kept:
+        raise ConfigError(f"there are no checkpoints in {options.workdir}")
     last = max(kept, default=0) if options.last is None else options.last
     first = min((step for step in kept if step < last), default=0) if options.first is None else options.first
-    steps = ", ".join(map(str, kept)) or "none"
+    steps = ", ".join(map(str, kept))
     for step in {last, first} - {0}:
         if step not in kept:
             raise ConfigError(f"{options.workdir} has no checkpoint of step {step}; there are: {steps}")
