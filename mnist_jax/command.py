@@ -17,7 +17,15 @@ def mend_standard_streams() -> None:
 def notice(text: str) -> None:
     """Write a line on standard error, if anybody reads it."""
     with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print(visible(text), file=sys.stderr, flush=True)
+
+
+def visible(text: str) -> str:
+    """Return a text in which control characters are spelled out: what a file says may not command a terminal."""
+    return text.translate(_SPELLED_OUT)
+
+
+_SPELLED_OUT = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 def leave(code: int) -> NoReturn:

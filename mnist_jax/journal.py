@@ -22,6 +22,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from mnist_jax.command import visible
+
 
 class Journal:
     """The files of one run that people and their tools read."""
@@ -248,7 +250,7 @@ class Terminal:
         """Write a line that stays, on standard error."""
         self._clear()
         try:
-            print(text, file=sys.stderr, flush=True)
+            print(visible(text), file=sys.stderr, flush=True)
         except OSError:
             _give_up(sys.stderr)
 
@@ -272,7 +274,7 @@ class Terminal:
 
     def _write(self, text: str, end: str = "\n") -> None:
         with self._gone_is_well():
-            self._console.print(text, end=end)
+            self._console.print(visible(text), end=end)
 
     @contextlib.contextmanager
     def _gone_is_well(self) -> Iterator[None]:

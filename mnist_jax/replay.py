@@ -91,6 +91,7 @@ def replay(options: Options, stop: StopSignal, terminal: Terminal) -> list[str]:
         raise ConfigError(f"step {last.step} is beyond the run's end, step {blueprint.total_steps}")
     programs = stop.run(blueprint.compile)
     state = first.read(like)[0] if first else programs.create()
+    provenance.check_step(first.step if first else 0, state)
     updates = Updates(blueprint, programs, dataset, state)
     terminal.say(f"training from step {updates.step} to step {last.step} again")
     for change in provenance.changes(about, provenance.describe_environment()):

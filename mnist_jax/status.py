@@ -203,6 +203,7 @@ def foresee(workdir: Path, looks: Sequence[Look], events: Sequence[dict[str, Any
             text = f"does nothing, for the run is finished at step {total}{aside}"
             return NextStart("nothing", checkpoint.step, 0, text)
         caution = "" if verify else ", if that proves good"
+        caution += "" if (workdir / "config.json").exists() else "; config.json is gone: give the run's flags again"
         text = f"resumes from step {checkpoint.step} of {total}{caution}{aside}"
         return NextStart("resume", checkpoint.step, 0, text)
     if damaged:

@@ -1,7 +1,8 @@
 """What the tests share: the real data they run on, a folder of compiled programs, and an uninterrupted run."""
 
+import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,3 +59,16 @@ def new_run(tmp_path, environment) -> Callable[..., Run]:
         return Run(tmp_path / name, {**environment, **variables})
 
     return make
+
+
+@pytest.fixture(scope="module")
+def in_this_process(environment) -> Iterator[None]:
+    """Let runs be made in this process: each program is compiled once, and the environment is as before in the end."""
+    from mnist_jax.programs import Blueprint
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("XLA_FLAGS", "PJRT_NPROC"):  # A run sets them.
+            patch.setenv(name, os.environ.get(name, ""))
+        patch.setenv("XDG_CACHE_HOME", environment["XDG_CACHE_HOME"])
+        patch.setattr(Blueprint, "compile", functools.cache(Blueprint.compile))
+        yield

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -128,3 +129,16 @@ def in_new_process(function: Callable[..., Any], *arguments: Any, **variables: s
     )
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout)
+
+
+def snapshot(directory: Path) -> dict[str, tuple[int, int, str | bytes]]:
+    """Return all of a directory that somebody could have changed: names, kinds, times, bytes; no link is followed."""
+    found = {}
+    for path in (directory, *directory.rglob("*")):
+        about, content = path.lstat(), b""
+        if stat.S_ISLNK(about.st_mode):
+            content = os.readlink(path)
+        elif stat.S_ISREG(about.st_mode):
+            content = path.read_bytes()
+        found[str(path)] = (about.st_mode, about.st_mtime_ns, content)
+    return found

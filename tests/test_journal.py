@@ -21,7 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
-from mnist_jax.journal import Journal
+from mnist_jax.command import notice
+from mnist_jax.journal import Journal, Terminal
 
 Record = tuple[int, str, float, float]  # step, split, loss, accuracy
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
@@ -295,6 +296,14 @@ def test_a_line_is_written_as_it_is() -> None:
     program = f"from mnist_jax.journal import Terminal; Terminal().say({text!r}); Terminal().interval({text!r})"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, env=environment())
     assert ended.stdout.decode().splitlines() == [text, text]
+
+
+def test_what_a_file_says_does_not_command_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = Terminal()
+    for write in (terminal.say, terminal.warn, notice):
+        write("a\x1b[2Jb\x07c\x9bd\nf\x7f")
+    shown = "a\\x1b[2Jb\\x07c\\x9bd\nf\\x7f\n"
+    assert capsys.readouterr() == (shown, 2 * shown)
 
 
 def test_each_plain_line_comes_at_once() -> None:

@@ -17,6 +17,8 @@ from mnist_jax.journal import Journal, Terminal
 from mnist_jax.loop import Pace
 from mnist_jax.preemption import StopSignal
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
 
 def config(**settings) -> Config:
     settings = {"dataset": "digits", "steps": 40, "log_every_steps": 10, "checkpoint_every_steps": 10, **settings}
@@ -38,13 +40,6 @@ def fail_to_save(monkeypatch, *, steps) -> None:
         return commit(self, step, leaves, about)
 
     monkeypatch.setattr(CheckpointStore, "_commit", commit_or_fail)
-
-
-@pytest.fixture(autouse=True)
-def own_environment(monkeypatch, environment):
-    """Keep compiled programs in the tests' own cache, and XLA_FLAGS, which a run adds to, from the other tests."""
-    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
-    monkeypatch.setenv("XDG_CACHE_HOME", environment["XDG_CACHE_HOME"])
 
 
 def test_a_failed_background_save_is_told_and_training_goes_on_and_the_next_save_is_tried(tmp_path, monkeypatch, capfd):
@@ -149,12 +144,13 @@ def test_the_order_of_what_happens_to_a_run_that_is_stopped_and_carried_on(tmp_p
     happened = []
     spy(monkeypatch, Journal, "record", lambda step, split, **_: happened.append(f"line {split} {step}"))
     spy(monkeypatch, Journal, "sync", lambda: happened.append("sync"))
-    spy(
-        monkeypatch,
-        CheckpointStore,
-        "save",
-        lambda step, *_, about, **__: happened.append(f"save {step} {about['reason']}"),
-    )
+    for name in ("save", "save_and_wait"):
+        spy(
+            monkeypatch,
+            CheckpointStore,
+            name,
+            lambda step, *_, about, **__: happened.append(f"save {step} {about['reason']}"),
+        )
 
     def stop_after_25(self):
         if self.step == 25 and not os.path.exists(tmp_path / "stopped"):
