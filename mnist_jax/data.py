@@ -7,16 +7,16 @@ names) and as a verified downloader; TensorFlow itself is not needed. `digits` c
 import gzip
 import hashlib
 import os
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from threading import Thread
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -135,18 +135,28 @@ class Source(NamedTuple):
 
 def _sources(name: str) -> dict[str, Source]:
     """Return where each part of a data set comes from, as TensorFlow Datasets has it registered."""
-    import tensorflow_datasets as tfds  # 0.3 s that the built-in digits need not wait for
-
-    sources = {
-        info.filename: Source(url, int(info.size), info.checksum) for url, info in tfds.builder(name).url_infos.items()
-    }
+    infos = _builder(name).url_infos
+    sources = {info.filename: Source(url, int(info.size), info.checksum) for url, info in infos.items()}
     return {part: sources[file] for part, file in FILES.items()}
 
 
 def _class_names(name: str) -> tuple[str, ...]:
-    import tensorflow_datasets as tfds
+    return tuple(_builder(name).info.features["label"].names)
 
-    return tuple(tfds.builder(name).info.features["label"].names)
+
+@cache
+def _builder(name: str) -> Any:
+    """Return what TensorFlow Datasets knows of a data set."""
+    import tensorflow_datasets as tfds  # 0.3 s that the built-in digits need not wait for
+
+    # Its constructor (4.9.10) leaves an empty folder behind among the temporary files. This one goes with ours.
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory() as folder:
+        tempfile.tempdir = folder
+        try:
+            return tfds.builder(name)
+        finally:
+            tempfile.tempdir = before
 
 
 def _downloads() -> Path:
@@ -194,7 +204,9 @@ def _download(name: str, sources: Sequence[Source], downloads: Path) -> None:
     infos = {source.url: UrlInfo(source.size, source.sha256, source.url.rpartition("/")[2]) for source in sources}
     try:
         (downloads / name).mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=downloads, prefix=f"{name}.partial.", ignore_cleanup_errors=True) as partial:
+        with tempfile.TemporaryDirectory(
+            dir=downloads, prefix=f"{name}.partial.", ignore_cleanup_errors=True
+        ) as partial:
             manager = tfds.download.DownloadManager(download_dir=partial, dataset_name=name, url_infos=infos)
             arrived = _in_thread(lambda: manager.download(list(infos)))
             before = -1

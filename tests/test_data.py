@@ -9,6 +9,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -114,6 +115,17 @@ def folder(tmp_path: Path, mnist_dir: Path) -> Path:
 
 def test_a_folder_is_used_without_the_network(folder: Path, no_network: None, mnist: Dataset) -> None:
     assert data.load("mnist", folder, say=pytest.fail).fingerprint == mnist.fingerprint
+
+
+def test_loading_leaves_nothing_among_the_temporary_files(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    data._builder.cache_clear()
+    data.load("mnist", folder, say=print)
+    assert list((tmp_path / "temporary").iterdir()) == []
+    assert tempfile.tempdir == str(tmp_path / "temporary")
 
 
 @pytest.mark.parametrize("part", ARRAYS)

@@ -28,7 +28,7 @@ def assert_ended_like(reference, run: Run, ended: Ended) -> None:
 def test_a_run_stopped_again_and_again_ends_bit_for_bit_like_an_uninterrupted_one(reference, new_run, number):
     run, moments = new_run(), random.Random(number.name)
     args, stops = reference.args, 0
-    while stops < 4:
+    while stops < 3:
         process = run.start(*args)
         args = ()  # From now on the bare command, as soon as there is something to carry on.
         run.wait_for_phase(moments.choice(PHASES[1:3]), process)
@@ -70,41 +70,6 @@ def test_a_signal_in_any_phase_stops_the_run_and_loses_nothing(reference, new_ru
         assert run.steps()[-1] == 150
     assert took_s < 30  # Generous, for the machine may be busy: it was the compilation that was not waited for.
     assert_ended_like(reference, run, run.finish(*(reference.args if phase == "data" else ())))
-
-
-def test_a_run_killed_at_arbitrary_moments_ends_bit_for_bit_like_an_uninterrupted_one(reference, new_run):
-    run, moments = new_run(), random.Random("kill")
-    args = (*reference.args, "--checkpoint-every-steps", "25")
-    for _ in range(5):
-        process = run.start(*args)
-        run.wait_for_phase("train", process)
-        time.sleep(moments.uniform(0, 0.6))
-        process.kill()
-        assert end(process).code in (-signal.SIGKILL, 0)
-    assert len(run.events("start")) == 5
-    assert_ended_like(reference, run, run.finish())
-
-
-def test_a_run_killed_in_the_middle_of_saves_ends_bit_for_bit_like_an_uninterrupted_one(reference, new_run):
-    run, moments = new_run(), random.Random("kill in save")
-    checkpoints = run.workdir / "checkpoints"
-    args = (*reference.args, "--checkpoint-every-steps", "20")
-    torn = 0
-    for _ in range(8):
-        process = run.start(*args)
-        run.wait_for_phase("train", process)  # What the last kill left is gone by then.
-        time.sleep(moments.uniform(0, 0.3))
-        run.wait_for(lambda: bool(unfinished_saves(checkpoints)), process)
-        process.kill()
-        end(process)
-        torn += bool(unfinished_saves(checkpoints))
-    assert torn >= 2, "no kill came while a save was under way"
-    assert_ended_like(reference, run, run.finish())
-
-
-def unfinished_saves(checkpoints) -> set[str]:
-    names = [path.name for path in checkpoints.iterdir()] if checkpoints.exists() else []
-    return {name for name in names if name.endswith(".unfinished")}
 
 
 def test_ctrl_c_twice_in_a_terminal_leaves_at_once_with_130_and_the_rerun_resumes(reference, new_run):
@@ -326,13 +291,13 @@ def test_standard_output_that_is_closed_does_not_stop_the_training(reference, ne
 
 
 def test_a_run_over_many_epochs_stopped_and_killed_ends_bit_for_bit_like_an_uninterrupted_one(new_run):
-    args = ("--dataset", "digits", "--steps", "700", "--log-every-steps", "30", "--checkpoint-every-s", "0.5")
+    args = ("--dataset", "digits", "--steps", "350", "--log-every-steps", "30", "--checkpoint-every-s", "0.5")
     whole, run, moments = new_run("whole"), new_run(), random.Random("epochs")
     expected = whole.finish(*args)
     for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGINT):
         process = run.start(*args)
         run.wait_for_phase("train", process)
-        time.sleep(moments.uniform(0.3, 1.2))
+        time.sleep(moments.uniform(0.2, 0.8))
         stop(process, number)
     assert run.finish().last_line == expected.last_line
     assert run.metrics() == whole.metrics()
