@@ -443,7 +443,9 @@ class CheckpointStore:
         for directory, _, files in os.walk(unfinished):
             for name in (*files, "."):
                 _bring_to_disk(Path(directory, name))
-        unfinished.rename(self.directory / str(step))
+        if os.path.lexists(self._checkpoint(step).path):  # An earlier try got as far as this, and the disk no further.
+            self._quarantine(Damaged(step, "not-committed", "it did not come to the disk"))
+        unfinished.rename(self._checkpoint(step).path)
         _bring_to_disk(self.directory)
         self._digests = {**self._digests, step: str(manifest["sha256"])}
         return manifest
@@ -481,7 +483,7 @@ class CheckpointStore:
                 continue
             try:
                 leftover = self.directory / f"{old}.removed"
-                (self.directory / str(old)).rename(leftover)
+                self._checkpoint(old).path.rename(leftover)
                 self._digests = {kept: digest for kept, digest in self._digests.items() if kept != old}
                 _remove(leftover)
             except OSError as error:
@@ -495,8 +497,8 @@ class CheckpointStore:
         name = f"{damaged.step}-{damaged.kind}"
         names = (name if number == 1 else f"{name}-{number}" for number in count(1))
         refuge = next(path for name in names if not os.path.lexists(path := shelter / name))
-        (self.directory / str(damaged.step)).rename(refuge)
-        del self._digests[damaged.step]
+        self._checkpoint(damaged.step).path.rename(refuge)
+        self._digests.pop(damaged.step, None)
         return refuge
 
 

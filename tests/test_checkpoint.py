@@ -419,6 +419,25 @@ def test_a_checkpoint_counts_when_the_disk_has_it_and_only_then_do_old_ones_go(t
     store.close()
 
 
+def test_a_save_whose_name_did_not_come_to_the_disk_does_not_count_and_can_be_tried_again(store, monkeypatch):
+    bring_to_disk = checkpoint._bring_to_disk
+
+    def fail_for_the_name(path):
+        if path == store.directory:
+            raise OSError(errno.EIO, "Input/output error")
+        bring_to_disk(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_bring_to_disk", fail_for_the_name)
+        with pytest.raises(SaveFailed, match="Input/output error"):
+            store.save_and_wait(1, make_tree(1))
+    assert store.steps == []
+    store.save_and_wait(1, make_tree(2))
+    assert store.steps == [1]
+    assert bits(store.restore(like=make_tree()).tree) == bits(make_tree(2))
+    assert [path.name for path in (store.directory / "quarantine").iterdir()] == ["1-not-committed"]
+
+
 def test_the_names_that_lead_to_the_checkpoints_are_brought_to_the_disk(tmp_path, monkeypatch):
     brought = []
     monkeypatch.setattr(os, "fsync", lambda file: brought.append(os.readlink(f"/proc/self/fd/{file}")))
