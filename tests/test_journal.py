@@ -58,6 +58,37 @@ def test_rewind_leaves_the_lines_up_to_the_step_byte_for_byte(
             assert metrics(workdir) == expected
 
 
+def test_rewind_keeps_no_line_behind_one_that_is_cut(tmp_path: Path) -> None:
+    with journal(tmp_path) as written:
+        write(written, [(step, "train", 1.0, 0.5) for step in (10, 50, 20)])
+    first = lines(metrics(tmp_path))[0]
+    with journal(tmp_path) as rewound:
+        rewound.rewind(30)
+        assert metrics(tmp_path) == first
+        assert rewound.metrics_fingerprint()["bytes"] == len(first)
+
+
+def test_rewind_tells_how_far_the_run_had_come_by_its_lines_and_by_its_history(tmp_path: Path) -> None:
+    assert rewound_from(tmp_path, step=0) == 0
+    with journal(tmp_path) as written:
+        written.event("start", step=0)
+        write(written, [(10, "train", 1.0, 0.5), (20, "train", 1.0, 0.5)])
+    assert rewound_from(tmp_path, step=10) == 20
+    assert rewound_from(tmp_path, step=10) == 10  # The lines are cut, and are not counted twice.
+    with journal(tmp_path) as written:
+        written.event("save", step=35)
+    assert rewound_from(tmp_path, step=10) == 35
+    with journal(tmp_path) as written:
+        written.event("start", step=10)
+        written.event("phase", step=12, phase="train")
+    assert rewound_from(tmp_path, step=10) == 12  # What was lost before this start was told of at this start.
+
+
+def rewound_from(workdir: Path, *, step: int) -> int:
+    with journal(workdir) as rewound:
+        return rewound.rewind(step)
+
+
 WHOLE_LINE = b'{"step": 0, "split": "test", "loss": 1.0, "accuracy": 0.5, "learning_rate": 0.1}'
 TORN_TAILS = [
     WHOLE_LINE,
