@@ -156,17 +156,18 @@ class Checkpoint:
         _check_like(self.step, manifest["leaves"], like)
         as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in manifest["leaves"]}
         request = ocp.args.PyTreeRestore(item=dict.fromkeys(as_numpy, 0), restore_args=as_numpy)
+        state = self.path.absolute() / "state"  # Orbax finds no metadata under a relative path.
         try:
             with _orbax(self.path) as orbax:
                 # TensorStore believes what is stored, and a size that no memory holds ends the process.
-                stored = orbax.metadata(self.path / "state").item_metadata.tree
+                stored = orbax.metadata(state).item_metadata.tree
                 for name, wanted in manifest["leaves"].items():
                     shape, chunk = stored[name].shape, stored[name].storage.chunk_shape
                     if list(shape) != wanted["shape"] or any(map(operator.gt, chunk, np.maximum(shape, 1))):
                         raise Damaged(
                             self.step, "changed-leaf", f"leaf {name} is stored as {shape} in parts of {chunk}"
                         )
-                leaves = orbax.restore(self.path / "state", args=request)
+                leaves = orbax.restore(state, args=request)
         except (MemoryError, Damaged):
             raise
         except Exception as error:  # Whatever Orbax and TensorStore say of files that they cannot make sense of.

@@ -69,6 +69,15 @@ def test_what_is_saved_is_restored_bit_for_bit_by_another_store(store, tmp_path)
     assert restored.set_aside == ()
 
 
+def test_a_checkpoint_is_read_by_a_relative_path_too(store, tmp_path, monkeypatch):
+    store.save_and_wait(5, make_tree())
+    monkeypatch.chdir(tmp_path)
+    [found] = list_checkpoints(Path("checkpoints"))
+    tree, manifest = found.read(make_tree())
+    assert bits(tree) == bits(make_tree())
+    assert manifest == found.verify()
+
+
 def test_without_checkpoints_there_is_nothing_to_restore(store):
     assert store.restore(like=make_tree()) is None
     assert store.steps == []
