@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,9 @@ import pytest
 from runs import Run
 
 os.environ.pop("PYTHONUNBUFFERED", None)  # What is buffered when a reader goes away has to be tested too.
+# A shell's `&` and `nohup` have these ignored, also in the processes that the tests start, where they are to arrive.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
