@@ -358,13 +358,14 @@ def _kill(campaign: Campaign, run: FaultyRun, chances: random.Random, *, in_save
         run.wait_for(lambda: len(run.metrics()) >= far * len(campaign.whole.metrics()), process)
     if in_save:
         run.wait_for(lambda: any(name.endswith(kind) for name in _names(run)), process)
+    # The moment is any one in the phase; none of them is waited for, and none may fail.
     time.sleep(chances.uniform(0, 1.0 if phase == "import" else 0.2))
     process.kill()
     return end(process)
 
 
 def slow_saves() -> None:
-    """Have each file take its time to the disk, and each old checkpoint to go."""
+    """Have each file take its time to the disk, and each old checkpoint to go, so that a kill can come in between."""
     from mnist_jax import checkpoint
 
     before(checkpoint, "_bring_to_disk", lambda path: time.sleep(0.02 * (".unfinished" in str(path))))
@@ -708,7 +709,7 @@ def run_row(campaign: Campaign, fault: str, jobs: list[Job]) -> Row:
             row.results.extend(job())
         except CannotMount as error:
             print(f"{fault}: not injected, for a small disk cannot be mounted here: {error}")
-        except Exception:
+        except Exception:  # Told below the table, and the exit code is 1; the other faults still get their turn.
             row.broken.append(traceback.format_exc())
 
     # Restores are of this process, and a crowd is large enough.

@@ -130,7 +130,7 @@ def test_one_who_does_not_want_to_wait_is_not_refused_for_a_look(tmp_path, monke
         flock(file, operation)
         if operation & fcntl.LOCK_SH:
             look_began.set()
-            time.sleep(0.05)
+            time.sleep(0.05)  # The other asks for it meanwhile.
 
     monkeypatch.setattr(lock.fcntl, "flock", dwell)
     monkeypatch.setattr(lock, "INSTANT_S", 60)  # The machine may be busy: the order of events is meant, not the time.

@@ -297,7 +297,7 @@ def test_a_run_over_many_epochs_stopped_and_killed_ends_bit_for_bit_like_an_unin
     for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGINT):
         process = run.start(*args)
         run.wait_for_phase("train", process)
-        time.sleep(moments.uniform(0.2, 0.8))
+        time.sleep(moments.uniform(0.2, 0.8))  # any moment will do, in whichever epoch
         stop(process, number)
     assert run.finish().last_line == expected.last_line
     assert run.metrics() == whole.metrics()
@@ -326,7 +326,7 @@ def test_a_signal_while_jax_is_imported_stops_the_run(environment, tmp_path):
 IN_RESOLVE = """
 import sys, time
 from mnist_jax import data, train
-data.resolve = lambda *args, **kwargs: (print("asking", file=sys.stderr, flush=True), time.sleep(60))
+data.resolve = lambda *args, **kwargs: (print("asking", file=sys.stderr, flush=True), time.sleep(60))  # It is left.
 train.leave(train.main(sys.argv[1:]))
 """
 
