@@ -154,20 +154,8 @@ class Checkpoint:
         """
         manifest = self.verify()
         _check_like(self.step, manifest["leaves"], like)
-        as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in manifest["leaves"]}
-        request = ocp.args.PyTreeRestore(item=dict.fromkeys(as_numpy, 0), restore_args=as_numpy)
-        state = self.path.absolute() / "state"  # Orbax finds no metadata under a relative path.
         try:
-            with _orbax(self.path) as orbax:
-                # TensorStore believes what is stored, and a size that no memory holds ends the process.
-                stored = orbax.metadata(state).item_metadata.tree
-                for name, wanted in manifest["leaves"].items():
-                    shape, chunk = stored[name].shape, stored[name].storage.chunk_shape
-                    if list(shape) != wanted["shape"] or any(map(operator.gt, chunk, np.maximum(shape, 1))):
-                        raise Damaged(
-                            self.step, "changed-leaf", f"leaf {name} is stored as {shape} in parts of {chunk}"
-                        )
-                leaves = orbax.restore(state, args=request)
+            leaves = self._read_leaves(manifest["leaves"])
         except (MemoryError, Damaged):
             raise
         except Exception as error:  # Whatever Orbax and TensorStore say of files that they cannot make sense of.
@@ -177,6 +165,20 @@ class Checkpoint:
             if table.get(name) != wanted:
                 raise Damaged(self.step, "changed-leaf", f"leaf {name} is {table.get(name)}, and was {wanted}")
         return _place(leaves, like), manifest
+
+    def _read_leaves(self, table: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
+        """Return the leaves that a manifest's table names, if they are stored with the shapes that it says."""
+        as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in table}
+        request = ocp.args.PyTreeRestore(item=dict.fromkeys(as_numpy, 0), restore_args=as_numpy)
+        state = self.path.absolute() / "state"  # Orbax finds no metadata under a relative path.
+        with _orbax(self.path) as orbax:
+            # TensorStore believes what is stored, and a size that no memory holds ends the process.
+            stored = orbax.metadata(state).item_metadata.tree
+            for name, wanted in table.items():
+                shape, chunk = stored[name].shape, stored[name].storage.chunk_shape
+                if list(shape) != wanted["shape"] or any(map(operator.gt, chunk, np.maximum(shape, 1))):
+                    raise Damaged(self.step, "changed-leaf", f"leaf {name} is stored as {shape} in parts of {chunk}")
+            return orbax.restore(state, args=request)
 
     def _unread(self, error: OSError, kind: str) -> Exception:
         """Return what it means that a file could not be read: damage, unless it may be good all the same."""
@@ -432,7 +434,7 @@ class CheckpointStore:
         manifest = {
             "format": FORMAT,
             "step": step,
-            "sha256": hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest(),
+            "sha256": _json_sha256(table),
             "leaves": table,
             "files": {
                 name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
@@ -528,13 +530,13 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _seal(manifest: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of all that a manifest says."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+def _json_sha256(values: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of JSON values, in whatever order a file has them."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps({**manifest, "seal": _seal(manifest)}, indent=1) + "\n")
+    path.write_text(json.dumps({**manifest, "seal": _json_sha256(manifest)}, indent=1) + "\n")
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -551,7 +553,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     manifest = json.loads(path.read_bytes())
     if not isinstance(manifest, dict) or not manifest.keys() >= {"format", "step", "seal"}:
         raise ValueError("it lacks format, step or seal")
-    if manifest.pop("seal") != _seal(manifest):
+    if manifest.pop("seal") != _json_sha256(manifest):
         raise ValueError("its seal does not fit what it says")
     if manifest["format"] == FORMAT and not _is_complete(manifest):
         raise ValueError("it does not describe a checkpoint")
@@ -581,11 +583,8 @@ def _bring_to_disk(path: Path) -> None:
     try:
         os.fsync(file)
     except OSError as error:
-        if error.errno not in (
-            errno.EINVAL,
-            errno.ENOSYS,
-            errno.ENOTSUP,
-        ):  # Some file systems have no way to do it for directories.
+        # Some file systems have no way to do it for directories.
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
             raise
     finally:
         os.close(file)

@@ -180,6 +180,11 @@ def parse(args: Sequence[str], default: Config | None = None) -> Config:
     return tyro.cli(Config, prog="python -m mnist_jax.train", args=args, default=default)
 
 
+def holds_a_run(workdir: Path) -> bool:
+    """Tell whether a run has begun in a directory."""
+    return any((workdir / name).exists() for name in ("config.json", "events.jsonl", "checkpoints"))
+
+
 def check_directory(workdir: Path) -> None:
     """Check that what a run writes in its directory stays there.
 
@@ -210,17 +215,16 @@ def load(path: Path) -> Config:
         ConfigError: the file cannot be read, is not JSON, or its values are none of ours.
     """
     try:
-        if path.stat().st_size > _MOST_CONFIG_BYTES:
-            raise ConfigError(
-                f"{path} has more than {_MOST_CONFIG_BYTES} bytes; restore it, or start anew with --fresh"
-            )
-        values = json.loads(path.read_text())
-    except ConfigError:
-        raise
+        with path.open("rb") as file:
+            content = file.read(_MOST_CONFIG_BYTES + 1)
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be read ({error.strerror}); restore it, or start anew with --fresh"
         ) from error
+    if len(content) > _MOST_CONFIG_BYTES:
+        raise ConfigError(f"{path} has more than {_MOST_CONFIG_BYTES} bytes; restore it, or start anew with --fresh")
+    try:
+        values = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON ({error}); restore it, or start anew with --fresh") from error
     return from_json(values, path)
@@ -302,6 +306,17 @@ def contradictions(run: Config, asked: Config) -> Iterator[Difference]:
         before, now = getattr(run, name), getattr(asked, name)
         if before != now:
             yield Difference(name, before, now)
+
+
+def check_same_mathematics(run: Config, asked: Config, *, where: Path) -> None:
+    """Check that a run may be carried on with the settings that are asked; `where` says in the message where it lies.
+
+    Raises:
+        ConfigError: they would change its mathematics.
+    """
+    differences = list(contradictions(run, asked))
+    if differences:
+        raise ConfigError(describe_contradictions(where, differences))
 
 
 def describe_contradictions(workdir: Path, differences: Sequence[Difference]) -> str:

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -96,7 +96,7 @@ class Journal:
 
     def accuracy_at(self, step: int) -> float | None:
         """Return the test accuracy recorded at a step, or None."""
-        return next((r["accuracy"] for r in self._records if r["split"] == "test" and r["step"] == step), None)
+        return accuracy_at(step, self._records)
 
     def best(self) -> dict[str, Any] | None:
         """Return the record of the best test accuracy, the first of equals, or None."""
@@ -113,7 +113,7 @@ class Journal:
 
     def tells_of_saves(self) -> bool:
         """Tell whether the history knows of a checkpoint."""
-        return any(record["event"] == "save" for record in read_events(self._events_path))
+        return tells_of_saves(read_events(self._events_path))
 
     def sync(self) -> None:
         """Bring all lines to the disk. A checkpoint must not be there before the lines that lead to it.
@@ -179,6 +179,11 @@ def read_metrics(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
             yield record, line
 
 
+def accuracy_at(step: int, records: Iterable[dict[str, Any]]) -> float | None:
+    """Return the test accuracy that the records of a metrics file have at a step, or None."""
+    return next((r["accuracy"] for r in records if r["split"] == "test" and r["step"] == step), None)
+
+
 def read_events(path: Path) -> list[dict[str, Any]]:
     """Return the history in an `events.jsonl`, without what a kill tore; empty where there is none."""
     if not path.exists():
@@ -191,6 +196,11 @@ def read_events(path: Path) -> list[dict[str, Any]]:
                 if isinstance(record, dict) and isinstance(record.get("event"), str) and _is_step(record.get("step")):
                     events.append(record)
     return events
+
+
+def tells_of_saves(events: Iterable[dict[str, Any]]) -> bool:
+    """Tell whether a history knows of a checkpoint."""
+    return any(record["event"] == "save" for record in events)
 
 
 def _last_step(events: list[dict[str, Any]]) -> int:

@@ -88,9 +88,7 @@ def check_same_run(about: Mapping[str, Any], config: Config, dataset: Dataset, *
     Raises:
         ConfigError: the run began with other data, or its mathematics would change.
     """
-    differences = list(configs.contradictions(configs.from_json(about["config"], where), config))
-    if differences:
-        raise ConfigError(configs.describe_contradictions(where, differences))
+    configs.check_same_mathematics(configs.from_json(about["config"], where), config, where=where)
     if about["data"] != describe_data(dataset):
         raise ConfigError(f"the run began with other data: {about['data']}, and this is {describe_data(dataset)}")
 

@@ -113,7 +113,7 @@ def choose(options: Options) -> tuple[Checkpoint | None, Checkpoint]:
     kept = {checkpoint.step: checkpoint for checkpoint in list_checkpoints(options.workdir / "checkpoints")}
     if not kept:
         raise ConfigError(f"there are no checkpoints in {options.workdir}")
-    last = max(kept, default=0) if options.last is None else options.last
+    last = max(kept) if options.last is None else options.last
     first = min((step for step in kept if step < last), default=0) if options.first is None else options.first
     steps = ", ".join(map(str, kept))
     for step in {last, first} - {0}:

@@ -19,7 +19,7 @@ from mnist_jax import lock, provenance
 from mnist_jax.checkpoint import Checkpoint, CheckpointError, Damaged, list_checkpoints
 from mnist_jax.command import leave, mend_standard_streams
 from mnist_jax.config import ConfigError
-from mnist_jax.journal import Terminal, read_events, read_metrics
+from mnist_jax.journal import Terminal, accuracy_at, read_events, read_metrics, tells_of_saves
 
 HISTORY = (
     *("start", "lost", "resume", "quarantine", "metrics_changed", "unfinished_removed"),
@@ -103,7 +103,7 @@ def examine(workdir: Path, *, verify: bool) -> Status:
         ConfigError: there is no run in it.
         OSError: it cannot be read.
     """
-    if not any((workdir / name).exists() for name in ("config.json", "events.jsonl", "checkpoints")):
+    if not configs.holds_a_run(workdir):
         raise ConfigError(f"there is no run in {workdir}")
     configs.check_directory(workdir)
     holder = lock.holder(workdir)
@@ -192,8 +192,7 @@ def foresee(workdir: Path, looks: Sequence[Look], events: Sequence[dict[str, Any
             about = provenance.check_about(manifest)
             began_as = configs.from_json(about["config"], checkpoint.path)
             config = config or began_as
-            if differences := list(configs.contradictions(began_as, config)):
-                raise ConfigError(configs.describe_contradictions(workdir, differences))
+            configs.check_same_mathematics(began_as, config, where=workdir)
             total = config.total_steps(int(about["data"]["train_images"]))
         except (CheckpointError, ConfigError, KeyError, TypeError, ValueError, OverflowError) as wrong:
             text = f"refuses: the manifest of step {checkpoint.step} is not that of this run: {wrong}"
@@ -208,14 +207,14 @@ def foresee(workdir: Path, looks: Sequence[Look], events: Sequence[dict[str, Any
         return NextStart("resume", checkpoint.step, 0, text)
     if damaged:
         return NextStart("refuse", None, 65, f"refuses, for no checkpoint is good: {'; '.join(damaged)}")
-    if any(event["event"] == "save" for event in events):
+    if tells_of_saves(events):
         return NextStart("refuse", None, 65, "refuses, for the checkpoints that the history tells of are gone")
     return NextStart("begin", 0, 0, "begins at step 0, for nothing has been saved yet")
 
 
 def _is_evaluated(metrics: Path, step: int) -> bool:
     records = (record for record, _ in read_metrics(metrics)) if metrics.exists() else ()
-    return any(record["split"] == "test" and record["step"] == step for record in records)
+    return accuracy_at(step, records) is not None
 
 
 def describe(status: Status) -> str:

@@ -81,7 +81,7 @@ def find_run(args: Sequence[str], asked: Config, stop: StopSignal, locks: contex
         name = resolve()
         workdir = asked.workdir or RUNS / name
     lock(workdir)
-    if asked.fresh and _holds_a_run(workdir):
+    if asked.fresh and configs.holds_a_run(workdir):
         workdir = workdir.resolve()  # "." would move along with its directory, and of a link only the link.
         _move_aside(workdir)
         lock(workdir)  # It is another directory now. The lock on the old one is kept.
@@ -100,16 +100,11 @@ def _settings_of_old_run(args: Sequence[str], workdir: Path) -> Config:
     run = configs.load(workdir / "config.json")
     config = configs.parse(args, run)
     dataset = run.dataset if config.dataset == "auto" else config.dataset
-    differences = list(configs.contradictions(run, config))
-    if differences and any((workdir / "checkpoints").glob("[0-9]*")):
-        raise ConfigError(configs.describe_contradictions(workdir, differences))
+    if any((workdir / "checkpoints").glob("[0-9]*")):
+        configs.check_same_mathematics(run, config, where=workdir)
     if (config.model, dataset) != (run.model, run.dataset):  # Nothing has begun: the old settings are no guide.
         config = configs.parse(args, Config.of_recipe(config.model, dataset))
     return dataclasses.replace(config, dataset=dataset)
-
-
-def _holds_a_run(workdir: Path) -> bool:
-    return any((workdir / name).exists() for name in ("config.json", "events.jsonl", "checkpoints"))
 
 
 def _move_aside(workdir: Path) -> None:

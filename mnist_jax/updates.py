@@ -17,10 +17,8 @@ class Updates:
         """Put the data on the device; from then on an update needs nothing of the host but the word to begin."""
         config = blueprint.config
         self.state, self.step, self.total_steps = state, int(state.step), blueprint.total_steps
-        self.steps_per_epoch, self.log_every_steps = (
-            config.steps_per_epoch(blueprint.train_size),
-            config.log_every_steps,
-        )
+        self.steps_per_epoch = config.steps_per_epoch(blueprint.train_size)
+        self.log_every_steps = config.log_every_steps
         self._programs, self._everywhere = programs, distributed.replicated(blueprint.mesh)
         self._images, self._labels = (
             jax.device_put(array, self._everywhere) for array in (dataset.train_images, dataset.train_labels)
