@@ -624,6 +624,13 @@ def _is_key(leaf: Any) -> bool:
     return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
 
 
+def _kind_of_key(leaf: Any) -> Any:
+    """Return the implementation of a typed random key, of which only shape and type need to be there."""
+    kinds: list[Any] = []
+    jax.eval_shape(lambda key: kinds.append(jax.random.key_impl(key)), leaf)  # To make a key and ask it takes 30 ms.
+    return kinds[0]
+
+
 def _raw(leaf: Any) -> Any:
     """Return a leaf, and of a typed random key its numbers."""
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
@@ -665,8 +672,7 @@ def _place(leaves: Mapping[str, np.ndarray], like: Any) -> Any:
     def place(path: Any, wanted: Any) -> jax.Array:
         leaf: Any = leaves[jax.tree_util.keystr(path, simple=True, separator=".")]
         if _is_key(wanted):
-            kind = jax.random.key_impl(jnp.empty((), wanted.dtype))
-            leaf = jax.random.wrap_key_data(leaf, impl=kind)
+            leaf = jax.random.wrap_key_data(leaf, impl=_kind_of_key(wanted))
         return jax.device_put(leaf, wanted.sharding)
 
     return jax.tree_util.tree_map_with_path(place, like)

@@ -16,7 +16,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 
 DatasetName = Literal["auto", "mnist", "fashion_mnist", "kmnist", "digits"]
-ModelName = Literal["cnn", "original", "original-dropout", "original-normalized", "original-power"]
+ModelName = Literal["cnn", "cnn-large", "original", "original-dropout", "original-normalized", "original-power"]
+PresetName = Literal["fast", "accurate", "original"]
 
 
 class ConfigError(ValueError):
@@ -24,15 +25,28 @@ class ConfigError(ValueError):
 
 
 class Recipe(NamedTuple):
-    """How a model is trained unless the user says otherwise."""
+    """The settings of a preset: how is trained unless the user says otherwise."""
 
+    model: ModelName
     epochs: int
     batch_size: int
     learning_rate: float
+    adam_b1: float = 0.9
+    adam_b2: float = 0.999
+    label_smoothing: float = 0.0
+    shift_px: float = 0.0
+    rotation_deg: float = 0.0
+    zoom: float = 0.0
+    average_decay: float = 0.0
 
 
-CNN = Recipe(epochs=3, batch_size=64, learning_rate=7e-3)
-ORIGINAL = Recipe(epochs=10, batch_size=50, learning_rate=1e-4)
+PRESETS: dict[PresetName, Recipe] = {
+    "fast": Recipe("cnn", 2, 128, 7e-3, adam_b1=0.7, adam_b2=0.9, label_smoothing=0.1),
+    "accurate": Recipe(
+        "cnn-large", 20, 128, 3e-3, adam_b2=0.99, shift_px=2.0, rotation_deg=10.0, zoom=0.1, average_decay=0.999
+    ),
+    "original": Recipe("original", 10, 50, 1e-4),
+}
 DIGITS_EPOCHS_FACTOR = 10  # The built-in digits are so few that an epoch of them is soon over.
 
 
@@ -41,10 +55,14 @@ def _optional(metavar: str, default: str) -> Any:
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
 
 
-def _of_recipe(metavar: str, field: str) -> Any:
-    """Describe a flag whose default depends on the model."""
-    cnn, original = getattr(CNN, field), getattr(ORIGINAL, field)
-    return _optional(metavar, f"{cnn} for cnn, {original} for the others")
+def _one_of(names: Any) -> str:
+    """Return the metavar of a choice of names."""
+    return "{" + ",".join(typing.get_args(names)) + "}"
+
+
+def _of_preset(metavar: str, field: str) -> Any:
+    """Describe a flag whose default depends on the preset."""
+    return _optional(metavar, ", ".join(f"{preset} {getattr(recipe, field)}" for preset, recipe in PRESETS.items()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,16 +78,34 @@ class Config:
     """Images to learn. auto is MNIST where it is on disk or can be downloaded, the built-in digits elsewhere."""
     data_dir: Annotated[Path | None, _optional("DIR", "where TensorFlow Datasets keeps its data")] = None
     """Folder that holds the four official .gz files of the data set."""
-    model: ModelName = "cnn"
+    preset: Annotated[
+        PresetName | None, _optional(_one_of(PresetName), "original for the original models, fast otherwise")
+    ] = None
+    """Set of defaults: 99 % in seconds, more in minutes, or as the script trained that this program is modelled on."""
+    model: Annotated[ModelName, _of_preset(_one_of(ModelName), "model")] = "cnn"
     """Network to train."""
-    epochs: Annotated[int, _of_recipe("PASSES", "epochs")] = CNN.epochs
+    epochs: Annotated[int, _of_preset("PASSES", "epochs")] = 2
     """Length of the training, in passes over the training images; ten times that on the built-in digits."""
     steps: Annotated[int | None, _optional("STEPS", "as many as --epochs makes")] = None
     """Length of the training, in updates; wins over --epochs."""
-    batch_size: Annotated[int, _of_recipe("IMAGES", "batch_size")] = CNN.batch_size
+    batch_size: Annotated[int, _of_preset("IMAGES", "batch_size")] = 128
     """Images an update learns from, over all devices together."""
-    learning_rate: Annotated[float, _of_recipe("RATE", "learning_rate")] = CNN.learning_rate
-    """Learning rate of Adam. The cnn's rises to it and falls again over the run; the others' is constant."""
+    learning_rate: Annotated[float, _of_preset("RATE", "learning_rate")] = 7e-3
+    """Learning rate of Adam. It rises to this and falls again over the run; with the preset original it is constant."""
+    adam_b1: Annotated[float, _of_preset("DECAY", "adam_b1")] = 0.9
+    """Decay of Adam's average of the gradients, per update."""
+    adam_b2: Annotated[float, _of_preset("DECAY", "adam_b2")] = 0.999
+    """Decay of Adam's average of the squared gradients, per update."""
+    label_smoothing: Annotated[float, _of_preset("SHARE", "label_smoothing")] = 0.0
+    """Share of a label that is spread evenly over all classes in training."""
+    shift_px: Annotated[float, _of_preset("PIXELS", "shift_px")] = 0.0
+    """In training, images are shifted at random by up to so much, down and to the right and the other way."""
+    rotation_deg: Annotated[float, _of_preset("DEGREES", "rotation_deg")] = 0.0
+    """In training, images are rotated at random by up to so much, in both directions."""
+    zoom: Annotated[float, _of_preset("SHARE", "zoom")] = 0.0
+    """In training, images are stretched or shrunk at random by up to this share of their size."""
+    average_decay: Annotated[float, _of_preset("DECAY", "average_decay")] = 0.0
+    """Decay of an average of the weights, per update, that is evaluated in their place. 0 averages nothing."""
     seed: int = 0
     """Seed of the weights, of the order of the images and of dropout."""
     log_every_steps: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 100
@@ -99,20 +135,31 @@ class Config:
             value = getattr(self, name)
             if not 0 < value <= sys.float_info.max:
                 raise ConfigError(f"{name}={value} is out of range; use a finite value above 0")
+        for name in ("adam_b1", "adam_b2", "label_smoothing", "zoom", "average_decay"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ConfigError(f"{name}={value} is out of range; use a value from 0 to below 1")
         if not 0 <= self.lock_wait_s <= sys.float_info.max:
             raise ConfigError(f"lock_wait_s={self.lock_wait_s} is out of range; use a finite value of 0 or more")
 
     @classmethod
-    def of_recipe(cls, model: ModelName, dataset: DatasetName) -> "Config":
-        """Return the defaults for a model and a data set."""
-        recipe = CNN if model == "cnn" else ORIGINAL
-        factor = DIGITS_EPOCHS_FACTOR if dataset == "digits" else 1
-        return cls(model=model, dataset=dataset, **recipe._replace(epochs=factor * recipe.epochs)._asdict())
+    def of_preset(cls, preset: PresetName | None, model: ModelName, dataset: DatasetName) -> "Config":
+        """Return the defaults of a preset, or of the one that suits a model, for a data set.
+
+        The preset's own network takes the place of "cnn", which is what a config has that names none.
+        """
+        preset = preset or ("original" if model.startswith("original") else "fast")
+        recipe = PRESETS[preset]
+        recipe = recipe._replace(
+            model=recipe.model if model == "cnn" else model,
+            epochs=recipe.epochs * (DIGITS_EPOCHS_FACTOR if dataset == "digits" else 1),
+        )
+        return cls(preset=preset, dataset=dataset, **recipe._asdict())
 
     @property
     def schedule(self) -> Literal["one-cycle", "constant"]:
         """The course of the learning rate; "one-cycle" depends on the number of steps."""
-        return "one-cycle" if self.model == "cnn" else "constant"
+        return "constant" if self.preset == "original" else "one-cycle"
 
     def steps_per_epoch(self, train_size: int) -> int:
         """Return the number of whole batches in `train_size` images; the next order deals the others in again.
@@ -150,6 +197,8 @@ _RANGES = (
     ("epochs", 1, _MANY),
     ("steps", 1, _MANY),
     ("batch_size", 1, _MANY),
+    ("shift_px", 0, 28),
+    ("rotation_deg", 0, 180),
     ("seed", 0, 2**32 - 1),
     ("log_every_steps", 1, _MANY),
     ("eval_every_steps", 1, _MANY),
@@ -157,6 +206,7 @@ _RANGES = (
     ("keep", 1, _MANY),
     ("preempted_exit_code", 0, 255),
 )
+_MATHEMATICS = ("preset", *(field for field in Recipe._fields if field != "epochs"), "seed")
 _NOT_OF_THE_RUN = ("workdir", "lock_wait_s", "fresh")
 _MOST_CONFIG_BYTES = 2**20
 _FILES = ("config.json", "config.json.partial", "lock", "metrics.jsonl", "events.jsonl")
@@ -169,14 +219,14 @@ def parse(args: Sequence[str], default: Config | None = None) -> Config:
     Args:
         args: the arguments, without the program's name.
         default: what holds where they are silent: the settings of a run that is carried on. Without it, it is the
-            recipe of the model and the data set that the arguments name.
+            preset for the model and the data set that the arguments name.
 
     Raises:
         SystemExit: an unknown flag or a value out of range, after a message (code 2); or `--help` (code 0).
     """
     if default is None:
         named = parse(args, Config())
-        default = Config.of_recipe(named.model, named.dataset)
+        default = Config.of_preset(named.preset, named.model, named.dataset)
     return tyro.cli(Config, prog="python -m mnist_jax.train", args=args, default=default)
 
 
@@ -261,9 +311,9 @@ def _fits(value: object, kind: Any) -> bool:
     """Tell whether a JSON value is one of a field's type."""
     if typing.get_origin(kind) is Literal:
         return value in typing.get_args(kind)
-    options = typing.get_args(kind) or (kind,)
-    wanted = {str if option is Path else option for option in options}
-    return type(value) in wanted or (float in wanted and type(value) is int)
+    if options := typing.get_args(kind):
+        return any(_fits(value, option) for option in options)
+    return type(value) is (str if kind is Path else kind) or (kind is float and type(value) is int)
 
 
 def _is_path(path: Path) -> bool:
@@ -278,8 +328,10 @@ def _in_words(kind: Any) -> str:
     """Say what a JSON value of a field's type is."""
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(typing.get_args(kind))
+    if options := typing.get_args(kind):
+        return " or ".join(map(_in_words, options))
     words = {bool: "true or false", int: "a whole number", float: "a number", Path: "a path", type(None): "null"}
-    return " or ".join(words[option] for option in typing.get_args(kind) or (kind,))
+    return words[kind]
 
 
 class Difference(NamedTuple):
@@ -295,7 +347,7 @@ def contradictions(run: Config, asked: Config) -> Iterator[Difference]:
 
     Cadence and housekeeping may change freely. So may the number of steps, unless the learning rate depends on it.
     """
-    fields = ["model", "batch_size", "learning_rate", "seed"]
+    fields = [*_MATHEMATICS]
     if asked.dataset != "auto":
         fields.append("dataset")
     if run.schedule == "one-cycle":

@@ -18,9 +18,6 @@ from typing import Any, Literal, TextIO
 from rich.console import Console
 from rich.control import Control
 from rich.segment import ControlType
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
 
 from mnist_jax.command import visible
 
@@ -43,8 +40,7 @@ class Journal:
         names = (re.fullmatch(r"events\.out\.tfevents\.([0-9]{10,20})", path.name) for path in tensorboard.iterdir())
         taken = [int(name[1]) for name in names if name]
         self._scalars = _PatientFile(tensorboard / f"events.out.tfevents.{max(taken, default=-1) + 1:010d}", mode="xb")
-        self._tensorboard = RecordWriter(self._scalars)
-        self._show(file_version="brain.Event:2")
+        self._unshown: list[dict[str, Any]] = [{"file_version": "brain.Event:2"}]
         self._records: list[dict[str, Any]] = []
         self._size, self._digest = 0, hashlib.sha256()
 
@@ -72,7 +68,7 @@ class Journal:
                 self._keep(record, line)
         self._metrics.truncate(self._size)
         # TensorBoard forgets the scalars from this step on when it meets this mark.
-        self._show(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._unshown.append({"step": step + 1, "session_log": {"status": "START"}})
         return furthest
 
     def record(self, step: int, split: str, *, loss: float, accuracy: float, learning_rate: float) -> None:
@@ -82,17 +78,25 @@ class Journal:
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
         self._metrics.write(line)
         self._keep(record, line)
-        scalars = [Summary.Value(tag=f"{name}/{split}", simple_value=value) for name, value in values.items()]
-        self._show(step=step, summary=Summary(value=scalars))
+        scalars = [{"tag": f"{name}/{split}", "simple_value": value} for name, value in values.items()]
+        self._unshown.append({"step": step, "summary": {"value": scalars}})
+        self._show()
 
     def _keep(self, record: dict[str, Any], line: bytes) -> None:
         self._records.append(record)
         self._size += len(line)
         self._digest.update(line)
 
-    def _show(self, **event: Any) -> None:
-        """Add an event for TensorBoard, which may be watching."""
-        self._tensorboard.write(Event(wall_time=time.time(), **event).SerializeToString())
+    def _show(self) -> None:
+        """Write for TensorBoard, which may be watching, what it was not shown yet."""
+        # 0.1 s of imports, and the first step does not wait for them.
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        writer = RecordWriter(self._scalars)
+        for event in self._unshown:
+            writer.write(Event(wall_time=time.time(), **event).SerializeToString())
+        self._unshown.clear()
 
     def accuracy_at(self, step: int) -> float | None:
         """Return the test accuracy recorded at a step, or None."""

@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -27,7 +28,7 @@ from mnist_jax.data import DataError, Dataset
 from mnist_jax.journal import Journal, Terminal
 from mnist_jax.preemption import Stopped, StopSignal
 from mnist_jax.programs import Blueprint, Programs
-from mnist_jax.train_state import MetricSums
+from mnist_jax.train_state import MetricSums, TrainState
 from mnist_jax.updates import Updates
 
 T = TypeVar("T")
@@ -62,10 +63,10 @@ EXIT_CODES: dict[type[Exception], int] = {
 }
 
 
-def run(config: Config, workdir: Path, stop: StopSignal) -> int:
+def run(config: Config, workdir: Path, stop: StopSignal, loading: "Future[Dataset] | None" = None) -> int:
     """Train in `workdir` to the end or to a signal, tell how it went, and return the exit code.
 
-    The caller sees to it that no other process writes there meanwhile.
+    The caller sees to it that no other process writes there meanwhile, and may have begun to load the data.
     """
     provenance.prepare_jax(list_checkpoints(workdir / "checkpoints"))
     terminal = Terminal()
@@ -76,7 +77,7 @@ def run(config: Config, workdir: Path, stop: StopSignal) -> int:
         terminal.warn(f"error: {workdir} cannot hold a run ({error}); choose another --workdir")
         return 2
     try:
-        outcome = train(config, workdir, stop, store, journal, terminal)
+        outcome = train(config, workdir, stop, store, journal, terminal, loading)
         code = config.preempted_exit_code if outcome.word == "stopped" else 0
         journal.event("exit", outcome=outcome.word, code=code, **outcome.fields)
         terminal.say(str(outcome))
@@ -92,7 +93,13 @@ def run(config: Config, workdir: Path, stop: StopSignal) -> int:
 
 
 def train(
-    config: Config, workdir: Path, stop: StopSignal, store: CheckpointStore, journal: Journal, terminal: Terminal
+    config: Config,
+    workdir: Path,
+    stop: StopSignal,
+    store: CheckpointStore,
+    journal: Journal,
+    terminal: Terminal,
+    loading: "Future[Dataset] | None" = None,
 ) -> Outcome:
     """Carry a run on from its newest good checkpoint, or begin it, until its end or until a signal stops it.
 
@@ -111,7 +118,8 @@ def train(
         configs.save(config, workdir / "config.json")
     try:
         journal.event("phase", step=store.newest_step, phase="data")
-        dataset = stop.run(lambda: data.load(config.dataset, config.data_dir, say=terminal.say))
+        load = loading.result if loading else lambda: data.load(config.dataset, config.data_dir, say=terminal.say)
+        dataset = stop.run(load)
         blueprint = make_blueprint(config, dataset)
         restored = restore(blueprint, dataset, environment, store, journal, terminal)
         if restored is not None:  # Only now is it known that the config does not contradict the checkpoint.
@@ -127,9 +135,10 @@ def train(
             )
         journal.event("phase", step=step, phase="compile")
         programs = stop.run(blueprint.compile)
+        state = restored.tree if restored else stop.run(blueprint.create)
     except Stopped:
         return stopped(store.newest_step, stop, journal, store)
-    training = Training(blueprint, programs, dataset, restored, stop, store, journal, terminal, environment)
+    training = Training(blueprint, programs, dataset, state, stop, store, journal, terminal, environment)
     journal.event("phase", step=step, phase="train")
     training.evaluate_if_due()  # The last stop may have cut this very evaluation short.
     while not training.is_over and stop.received is None:
@@ -240,7 +249,7 @@ class Training:
         blueprint: Blueprint,
         programs: Programs,
         dataset: Dataset,
-        restored: Restored | None,
+        state: TrainState,
         stop: StopSignal,
         store: CheckpointStore,
         journal: Journal,
@@ -249,7 +258,7 @@ class Training:
     ) -> None:
         """Put the data and the state on the device."""
         self.config = blueprint.config
-        self.updates = Updates(blueprint, programs, dataset, restored.tree if restored else programs.create())
+        self.updates = Updates(blueprint, programs, dataset, state)
         self.eval_every_steps = self.config.eval_every_steps or self.updates.steps_per_epoch
         self.programs, self.stop, self.store, self.journal, self.terminal = programs, stop, store, journal, terminal
         self.about = {"config": self.config.to_json(), "data": provenance.describe_data(dataset), **environment}
@@ -328,7 +337,9 @@ class Training:
         calls: list[MetricSums] = []
         for first in range(0, len(self._test_labels), self.programs.eval_call_images):
             calls.append(
-                self.programs.evaluate(self.updates.state.params, self._test_images, self._test_labels, np.int32(first))
+                self.programs.evaluate(
+                    self.updates.state.params_to_use, self._test_images, self._test_labels, np.int32(first)
+                )
             )
             jax.block_until_ready(calls[-2:][0])
             if self.stop.received is not None:

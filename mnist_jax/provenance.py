@@ -40,7 +40,7 @@ def prepare_jax(checkpoints: Sequence[Checkpoint]) -> None:
 
 def describe_environment() -> dict[str, dict[str, Any]]:
     """Return the software, its settings and the devices that the bits of a run depend on, as JSON values."""
-    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
+    packages = ("mnist-jax", "jax", "jaxlib", "flax", "optax", "numpy")
     settings = ("jax_threefry_partitionable", "jax_default_prng_impl", "jax_default_matmul_precision")
     return {
         "software": {package: version(package) for package in packages},

@@ -90,7 +90,7 @@ def replay(options: Options, stop: StopSignal, terminal: Terminal) -> list[str]:
     if last.step > blueprint.total_steps:
         raise ConfigError(f"step {last.step} is beyond the run's end, step {blueprint.total_steps}")
     programs = stop.run(blueprint.compile)
-    state = first.read(like)[0] if first else programs.create()
+    state = first.read(like)[0] if first else stop.run(blueprint.create)
     provenance.check_step(first.step if first else 0, state)
     updates = Updates(blueprint, programs, dataset, state)
     terminal.say(f"training from step {updates.step} to step {last.step} again")

@@ -1,5 +1,6 @@
 """The mathematics of the training: pure functions of arrays. No file, no clock, no signal."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Sharding
 
+from mnist_jax.augment import unchanged
 from mnist_jax.model import Classifier
 from mnist_jax.train_state import MetricSums, TrainState, streams
 
@@ -34,6 +36,9 @@ def train_steps(
     optimizer: optax.GradientTransformation,
     batch_size: int,
     batch_sharding: Sharding,
+    distort: Callable[[jax.Array, jax.Array], jax.Array] = unchanged,
+    label_smoothing: float = 0.0,
+    average_decay: float = 0.0,
 ) -> tuple[TrainState, MetricSums]:
     """Make `n` updates, all in the epoch whose order `data` holds.
 
@@ -47,47 +52,51 @@ def train_steps(
         optimizer: what was given to `train_state.create`.
         batch_size: images an update learns from.
         batch_sharding: how a batch lies on the devices.
+        distort: takes the images of a batch and a random key, and returns them distorted.
+        label_smoothing: share of a label that is spread evenly over all classes, in [0, 1).
+        average_decay: share of the average of the params that an update leaves, in [0, 1), where the state has one.
 
     Returns:
         The state after `n` updates, and a copy of its metric sums that stays when the state is donated.
     """
 
-    def body(_: jax.Array, state: TrainState) -> TrainState:
-        return _train_step(state, data, model, optimizer, batch_size, batch_sharding)
+    def mean_loss(params: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits: Any = model.apply({"params": params}, images, train=True, rngs={"dropout": key})
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
+        return optax.softmax_cross_entropy(logits, targets).mean(), logits
 
-    state = jax.lax.fori_loop(0, n, body, state)
+    def update(_: jax.Array, state: TrainState) -> TrainState:
+        """Make one update: the step alone says which images, which random numbers, and which learning rate."""
+        steps_per_epoch = data.order.size // batch_size
+        first = state.step % steps_per_epoch * batch_size
+        rows = jax.lax.dynamic_slice_in_dim(data.order, first, batch_size)
+        rows = jax.lax.with_sharding_constraint(rows, batch_sharding)
+        labels = data.labels[rows]
+        dropout_key, distort_key = jax.random.split(jax.random.fold_in(state.rng, state.step))
+        images = distort(data.images[rows], distort_key)
+        gradient = jax.value_and_grad(mean_loss, has_aux=True)
+        (loss, logits), gradients = gradient(state.params, images, labels, dropout_key)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = MetricSums(
+            loss=state.metrics.loss + loss * batch_size,
+            correct=state.metrics.correct + count_correct(logits, labels),
+            images=state.metrics.images + batch_size,
+        )
+        average = None if state.average is None else _average(state, params, average_decay)
+        return state.replace(step=state.step + 1, params=params, average=average, opt_state=opt_state, metrics=metrics)
+
+    state = jax.lax.fori_loop(0, n, update, state)
     return state, state.metrics
 
 
-def _train_step(
-    state: TrainState,
-    data: TrainData,
-    model: Classifier,
-    optimizer: optax.GradientTransformation,
-    batch_size: int,
-    batch_sharding: Sharding,
-) -> TrainState:
-    """Make one update: the step alone says which images, which random numbers, and which learning rate."""
-    steps_per_epoch = data.order.size // batch_size
-    first = state.step % steps_per_epoch * batch_size
-    rows = jax.lax.dynamic_slice_in_dim(data.order, first, batch_size)
-    rows = jax.lax.with_sharding_constraint(rows, batch_sharding)
-    images, labels = data.images[rows], data.labels[rows]
-    rngs = {"dropout": jax.random.fold_in(state.rng, state.step)}
+def _average(state: TrainState, params: Any, decay: float) -> Any:
+    """Return the average of the params of all updates, to which the latest contribute most.
 
-    def mean_loss(params: Any) -> tuple[jax.Array, jax.Array]:
-        logits: Any = model.apply({"params": params}, images, train=True, rngs=rngs)
-        return cross_entropy(logits, labels).mean(), logits
-
-    (loss, logits), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    metrics = MetricSums(
-        loss=state.metrics.loss + loss * batch_size,
-        correct=state.metrics.correct + count_correct(logits, labels),
-        images=state.metrics.images + batch_size,
-    )
-    params = optax.apply_updates(state.params, updates)
-    return state.replace(step=state.step + 1, params=params, opt_state=opt_state, metrics=metrics)
+    At the start it forgets faster, so that the first params, which are random, are soon out of it.
+    """
+    kept = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
+    return optax.incremental_update(params, state.average, 1 - kept)
 
 
 def evaluate(

@@ -29,9 +29,15 @@ class TrainState(struct.PyTreeNode):
 
     step: jax.Array  # [] int32, number of updates made
     params: Any
+    average: Any  # of the params over the latest updates, None where config.average_decay is 0
     opt_state: optax.OptState
     rng: jax.Array  # [] typed key; step s draws from fold_in(rng, s), so it never changes
     metrics: MetricSums
+
+    @property
+    def params_to_use(self) -> Any:
+        """The params that answers are to be given with: the average, where there is one."""
+        return self.params if self.average is None else self.average
 
 
 def create(config: Config, model: Classifier, optimizer: optax.GradientTransformation) -> TrainState:
@@ -41,6 +47,7 @@ def create(config: Config, model: Classifier, optimizer: optax.GradientTransform
     return TrainState(
         step=jnp.int32(0),
         params=params,
+        average=params if config.average_decay else None,
         opt_state=optimizer.init(params),
         rng=steps_key,
         metrics=MetricSums.zeros(),
@@ -59,6 +66,6 @@ def make_schedule(config: Config, total_steps: int) -> optax.Schedule:
     return optax.cosine_onecycle_schedule(total_steps, config.learning_rate)
 
 
-def make_optimizer(schedule: optax.Schedule) -> optax.GradientTransformation:
+def make_optimizer(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Return Adam (D. P. Kingma and J. Ba, 2015) at a scheduled learning rate."""
-    return optax.adam(schedule)
+    return optax.adam(schedule, b1=config.adam_b1, b2=config.adam_b2)

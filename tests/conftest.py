@@ -41,18 +41,35 @@ class Reference:
     metrics: bytes
 
 
-@pytest.fixture(scope="session")
-def reference(tmp_path_factory, environment) -> Reference:
-    """A training on real MNIST (on the built-in digits where MNIST is not there) that nothing disturbed."""
+def data_flags() -> tuple[str, ...]:
+    """The flags for real MNIST, or for the built-in digits where MNIST is not there."""
     if "MNIST_DIR" in os.environ:
-        data = ("--data-dir", str(Path(os.environ["MNIST_DIR"]).absolute()), "--steps", "400")
-    else:
-        data = ("--dataset", "digits", "--steps", "400")
-    args = (*data, "--log-every-steps", "30", "--eval-every-steps", "150", "--checkpoint-every-s", "0.5")
-    run = Run(tmp_path_factory.mktemp("reference") / "run", environment)
+        return ("--data-dir", str(Path(os.environ["MNIST_DIR"]).absolute()))
+    return ("--dataset", "digits")
+
+
+def make_reference(workdir: Path, environment: dict[str, str], *args: str) -> Reference:
+    """Return how a training ends that nothing disturbed."""
+    run = Run(workdir, environment)
     ended = run.finish(*args)
     assert ended.code == 0, ended.err
     return Reference(args, ended.fields["state_sha256"], run.metrics())
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory, environment) -> Reference:
+    """A training with the default preset."""
+    cadence = ("--log-every-steps", "30", "--eval-every-steps", "150", "--checkpoint-every-s", "0.5")
+    workdir = tmp_path_factory.mktemp("reference") / "run"
+    return make_reference(workdir, environment, *data_flags(), "--steps", "600", *cadence)
+
+
+@pytest.fixture(scope="session")
+def accurate_reference(tmp_path_factory, environment) -> Reference:
+    """A training with the preset accurate: a larger network, distorted images, averaged weights."""
+    cadence = ("--log-every-steps", "15", "--eval-every-steps", "40", "--checkpoint-every-s", "0.5")
+    workdir = tmp_path_factory.mktemp("accurate") / "run"
+    return make_reference(workdir, environment, *data_flags(), "--preset", "accurate", "--steps", "100", *cadence)
 
 
 @pytest.fixture

@@ -15,15 +15,16 @@ ROOMS = {
     "config": set(),
     "data": {"config"},
     "model": set(),
+    "augment": set(),
     "train_state": {"config", "model"},
-    "steps": {"train_state", "model"},
+    "steps": {"train_state", "model", "augment"},
     "checkpoint": set(),
     "preemption": set(),
     "distributed": set(),
     "lock": set(),
     "command": set(),
     "journal": {"command"},
-    "programs": {"config", "model", "train_state", "steps", "distributed"},
+    "programs": {"config", "model", "augment", "train_state", "steps", "distributed"},
     "updates": {"data", "distributed", "programs", "steps", "train_state"},
     "provenance": {"config", "data", "distributed", "checkpoint", "train_state"},
     "loop": {
@@ -99,7 +100,7 @@ def test_each_package_has_one_owner(package):
 
 def test_steps_touch_no_file_no_clock_and_no_signal():
     third = {name.split(".")[0] for name in imports("steps")}
-    assert third == {"typing", "jax", "optax", "mnist_jax"}
+    assert third == {"collections", "typing", "jax", "optax", "mnist_jax"}
     assert not {
         name for name in imports("steps") if name.startswith(("jax.experimental", "jax.debug", "jax.monitoring"))
     }
@@ -107,12 +108,24 @@ def test_steps_touch_no_file_no_clock_and_no_signal():
     assert not names & {"open", "print", "input", "exec", "eval", "__import__"}
 
 
+def loaded_with(module: str) -> set[str]:
+    """Return the packages that a process has loaded after the import of one of our modules."""
+    script = f"import sys, mnist_jax.{module}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(ended.stdout.split())
+
+
 @pytest.mark.parametrize("module", ["config", "train"])
 def test_a_usage_error_does_not_wait_for_jax(module):
-    script = f"import sys, mnist_jax.{module}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
-    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    loaded = loaded_with(module)
     assert "mnist_jax" in loaded
-    assert not {"jax", "jaxlib", "flax", "optax", "orbax", "tensorflow_datasets", "sklearn"} & set(loaded)
+    assert not {"jax", "jaxlib", "flax", "optax", "orbax", "tensorflow_datasets", "sklearn"} & loaded
+
+
+def test_the_first_step_does_not_wait_for_what_serves_only_some_runs_or_only_later():
+    loaded = loaded_with("loop")
+    assert "orbax" in loaded
+    assert not {"sklearn", "tensorboard", "tensorflow_datasets"} & loaded
 
 
 def test_train_reads_as_a_table_of_contents():

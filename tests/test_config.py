@@ -26,7 +26,21 @@ DATASETS = typing.get_args(configs.DatasetName)
 MANY = 2**31 - 1
 
 # Every field is in one of these groups: what a run computes, how long it is, and all that may change freely.
-MATHEMATICS = ("model", "batch_size", "learning_rate", "seed", "dataset")
+MATHEMATICS = (
+    "preset",
+    "model",
+    "batch_size",
+    "learning_rate",
+    "adam_b1",
+    "adam_b2",
+    "label_smoothing",
+    "shift_px",
+    "rotation_deg",
+    "zoom",
+    "average_decay",
+    "seed",
+    "dataset",
+)
 LENGTH = ("epochs", "steps")
 FREE = (
     "workdir",
@@ -43,17 +57,26 @@ FREE = (
 FIELDS = tuple(field.name for field in dataclasses.fields(Config))
 
 COUNTS = st.integers(1, MANY)
+SHARES = st.floats(min_value=0, max_value=1, exclude_max=True)
 SECONDS_AND_RATES = st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False)
 FILE_NAMES = st.binary(min_size=1, max_size=20).filter(lambda name: not set(name) & set(b"\0/")).map(os.fsdecode)
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "workdir": st.none() | FILE_NAMES.map(Path),
     "dataset": st.sampled_from(DATASETS),
     "data_dir": st.none() | FILE_NAMES.map(Path),
+    "preset": st.none() | st.sampled_from(list(configs.PRESETS)),
     "model": st.sampled_from(MODELS),
     "epochs": COUNTS,
     "steps": st.none() | COUNTS,
     "batch_size": COUNTS,
     "learning_rate": SECONDS_AND_RATES,
+    "adam_b1": SHARES,
+    "adam_b2": SHARES,
+    "label_smoothing": SHARES,
+    "shift_px": st.floats(0, 28),
+    "rotation_deg": st.floats(0, 180),
+    "zoom": SHARES,
+    "average_decay": SHARES,
     "seed": st.integers(0, 2**32 - 1),
     "log_every_steps": COUNTS,
     "eval_every_steps": st.none() | COUNTS,
@@ -71,28 +94,38 @@ CONFIGS = st.builds(Config, **VALUES)
 
 
 @pytest.mark.parametrize(
-    ("args", "recipe", "epochs_factor"),
+    ("args", "preset", "model", "epochs_factor"),
     [
-        ([], configs.CNN, 1),
-        (["--model", "cnn", "--dataset", "mnist"], configs.CNN, 1),
-        (["--dataset", "kmnist"], configs.CNN, 1),
-        (["--dataset", "digits"], configs.CNN, 10),
-        (["--model", "original"], configs.ORIGINAL, 1),
-        (["--model", "original-dropout", "--dataset", "fashion_mnist"], configs.ORIGINAL, 1),
-        (["--model", "original-power", "--dataset", "digits"], configs.ORIGINAL, 10),
-        (["--dataset", "digits", "--model", "original-normalized"], configs.ORIGINAL, 10),
+        ([], "fast", "cnn", 1),
+        (["--model", "cnn", "--dataset", "mnist"], "fast", "cnn", 1),
+        (["--model", "cnn-large"], "fast", "cnn-large", 1),
+        (["--preset", "accurate"], "accurate", "cnn-large", 1),
+        (["--preset", "accurate", "--model", "cnn", "--dataset", "digits"], "accurate", "cnn", 10),
+        (["--preset", "accurate", "--model", "original-power"], "accurate", "original-power", 1),
+        (["--preset", "original"], "original", "original", 1),
+        (["--dataset", "kmnist"], "fast", "cnn", 1),
+        (["--dataset", "digits"], "fast", "cnn", 10),
+        (["--model", "original"], "original", "original", 1),
+        (["--model", "original-dropout", "--dataset", "fashion_mnist"], "original", "original-dropout", 1),
+        (["--model", "original-power", "--dataset", "digits"], "original", "original-power", 10),
+        (["--dataset", "digits", "--model", "original-normalized"], "original", "original-normalized", 10),
     ],
 )
-def test_the_defaults_are_the_recipe_of_the_model_and_the_data(
-    args: list[str], recipe: configs.Recipe, epochs_factor: int
+def test_the_defaults_are_those_of_the_preset_or_of_the_one_that_suits_the_model(
+    args: list[str], preset: configs.PresetName, model: configs.ModelName, epochs_factor: int
 ) -> None:
     config = configs.parse(args)
-    assert config.epochs == epochs_factor * recipe.epochs
-    assert (config.batch_size, config.learning_rate) == (recipe.batch_size, recipe.learning_rate)
-    assert config.steps is None
+    recipe = configs.PRESETS[preset]
+    assert (config.preset, config.steps) == (preset, None)
+    wanted = recipe._replace(model=model, epochs=epochs_factor * recipe.epochs)
+    assert configs.Recipe(*(getattr(config, name) for name in recipe._fields)) == wanted
 
 
-def test_a_flag_wins_over_the_recipe() -> None:
+def test_a_config_that_names_no_preset_is_one_of_the_fast_one() -> None:
+    assert dataclasses.replace(Config(), preset="fast").schedule == Config().schedule == "one-cycle"
+
+
+def test_a_flag_wins_over_the_preset() -> None:
     config = configs.parse(["--model", "original", "--epochs", "7", "--batch-size", "64", "--learning-rate", "0.5"])
     assert (config.model, config.epochs, config.batch_size, config.learning_rate) == ("original", 7, 64, 0.5)
 
@@ -113,6 +146,8 @@ WITH_RANGE = {
     "epochs": (1, MANY),
     "steps": (1, MANY),
     "batch_size": (1, MANY),
+    "shift_px": (0, 28),
+    "rotation_deg": (0, 180),
     "seed": (0, 2**32 - 1),
     "log_every_steps": (1, MANY),
     "eval_every_steps": (1, MANY),
@@ -122,12 +157,13 @@ WITH_RANGE = {
 }
 POSITIVE = ("learning_rate", "checkpoint_every_s")
 NOT_NEGATIVE = ("lock_wait_s",)
+BELOW_1 = ("adam_b1", "adam_b2", "label_smoothing", "zoom", "average_decay")
 
 
 def test_every_number_has_a_range() -> None:
     types = typing.get_type_hints(Config)
     numbers = {name for name in FIELDS if {int, float} & {types[name], *typing.get_args(types[name])}}
-    assert numbers == {*WITH_RANGE, *POSITIVE, *NOT_NEGATIVE}
+    assert numbers == {*WITH_RANGE, *POSITIVE, *NOT_NEGATIVE, *BELOW_1}
 
 
 @pytest.mark.parametrize(("field", "least", "most"), [(field, *limits) for field, limits in WITH_RANGE.items()])
@@ -136,9 +172,10 @@ def test_a_number_out_of_its_range_is_a_usage_error_that_names_field_value_and_r
 ) -> None:
     for value in (least, most):
         assert getattr(configs.parse([flag(field), str(value)]), field) == value
+    kind = type(getattr(configs.parse([flag(field), str(least)]), field))
     for value in (least - 1, most + 1):
         message = usage_error([flag(field), str(value)], capsys)
-        assert f"{field}={value} " in message
+        assert f"{field}={kind(value)} " in message
         assert f"from {least} to {most}" in message
 
 
@@ -150,6 +187,16 @@ def test_a_rate_or_time_that_is_not_positive_and_finite_is_a_usage_error(
     message = usage_error([flag(field), value], capsys)
     assert f"{field}={float(value)} " in message
     assert "finite value above 0" in message
+
+
+@pytest.mark.parametrize("field", BELOW_1)
+@pytest.mark.parametrize("value", ["-0.5", "1", "nan"])
+def test_a_share_that_is_negative_or_the_whole_is_a_usage_error(
+    field: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = usage_error([flag(field), value], capsys)
+    assert f"{field}={float(value)} " in message
+    assert "from 0 to below 1" in message
 
 
 @pytest.mark.parametrize("value", ["-0.5", "inf", "nan"])
@@ -187,7 +234,8 @@ def test_help_shows_every_field_with_a_sentence_and_a_default() -> None:
     for name, text in sections.items():
         assert re.search(r"[A-Z][\w'-]*( [^.]+){2,}\.", text), f"{name} has no sentence"
         assert re.search(r"\(default: [^)]+\)", text), f"{name} has no default"
-    assert f"(default: {configs.CNN.epochs} for cnn, {configs.ORIGINAL.epochs} for the others)" in sections["--epochs"]
+    epochs = ", ".join(f"{preset} {recipe.epochs}" for preset, recipe in configs.PRESETS.items())
+    assert f"(default: {epochs})" in sections["--epochs"]
 
 
 def test_help_and_usage_errors_come_without_the_slow_imports() -> None:
@@ -269,11 +317,14 @@ def test_a_setting_that_is_not_known_is_named(field: str, tmp_path: Path) -> Non
 WRONG_TYPES = {
     "dataset": ["imagenet", "", None, 1],
     "data_dir": [1, True, ["data"]],
+    "preset": ["slow", 1, ["fast"]],
     "model": ["resnet", None, 1, ["cnn"]],
     "epochs": ["3", 3.0, None, True],
     "steps": ["3", 3.0, True],
     "batch_size": ["3", 3.0, None, True],
     "learning_rate": ["0.1", None, True, [0.1]],
+    **{name: ["0.1", None, True] for name in ("adam_b1", "adam_b2", "label_smoothing", "zoom", "average_decay")},
+    **{name: ["2", None, True] for name in ("shift_px", "rotation_deg")},
     "seed": ["0", 0.0, None, False],
     "log_every_steps": ["3", 3.0, None],
     "eval_every_steps": ["3", 3.0, True],
@@ -343,7 +394,7 @@ def test_auto_never_contradicts(run: Config, asked: Config) -> None:
     assert "dataset" not in {difference.field for difference in configs.contradictions(run, asked)}
 
 
-@given(run=CONFIGS.filter(lambda run: run.model == "cnn"), epochs=VALUES["epochs"], steps=VALUES["steps"])
+@given(run=CONFIGS.filter(lambda run: run.preset != "original"), epochs=VALUES["epochs"], steps=VALUES["steps"])
 def test_the_length_contradicts_where_the_learning_rate_depends_on_it(
     run: Config, epochs: int, steps: int | None
 ) -> None:
@@ -352,7 +403,7 @@ def test_the_length_contradicts_where_the_learning_rate_depends_on_it(
     assert {difference.field for difference in configs.contradictions(run, asked)} == expected
 
 
-@given(run=CONFIGS.filter(lambda run: run.model != "cnn"), epochs=VALUES["epochs"], steps=VALUES["steps"])
+@given(run=CONFIGS.filter(lambda run: run.preset == "original"), epochs=VALUES["epochs"], steps=VALUES["steps"])
 def test_the_length_may_change_where_the_learning_rate_is_constant(run: Config, epochs: int, steps: int | None) -> None:
     asked = dataclasses.replace(run, epochs=epochs, steps=steps)
     # But other epochs that the steps win over would be ignored without a word.
@@ -425,7 +476,7 @@ def test_auto_becomes_the_data_that_there_is_and_its_recipe(here: Path, monkeypa
     monkeypatch.setattr(data, "resolve", lambda name, data_dir, *, say: "digits")
     config, workdir = find_run()
     assert (config.dataset, workdir) == ("digits", Path("runs/digits"))
-    assert config.epochs == 10 * configs.CNN.epochs
+    assert config.epochs == 10 * configs.PRESETS["fast"].epochs
 
 
 def test_the_settings_of_the_run_in_the_directory_are_the_defaults(here: Path) -> None:
@@ -451,7 +502,7 @@ def test_before_the_first_checkpoint_nothing_has_begun_and_any_setting_may_chang
     config, _ = find_run("--workdir", "one", "--seed", "6")
     assert (config.seed, config.dataset) == (6, "digits")
     config, _ = find_run("--workdir", "one", "--model", "original")
-    assert config == dataclasses.replace(Config.of_recipe("original", "digits"), workdir=Path("one"))
+    assert config == dataclasses.replace(Config.of_preset(None, "original", "digits"), workdir=Path("one"))
 
 
 def test_without_flags_the_run_that_is_there_is_carried_on(here: Path) -> None:
@@ -548,7 +599,7 @@ def help_sections() -> dict[str, str]:
     """Return what `--help` says about each flag."""
     command = [sys.executable, "-m", "mnist_jax.train", "--help"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    parts = re.split(r"^│ (--[a-z-]+)", text, flags=re.MULTILINE)
+    parts = re.split(r"^│ (--[a-z0-9-]+)", text, flags=re.MULTILINE)
     return {name: unframed(part) for name, part in zip(parts[1::2], parts[2::2], strict=True)}
 
 

@@ -34,7 +34,7 @@ pytestmark = [
     pytest.mark.timeout(60),  # A pipe that is opened is waited for without end.
 ]
 
-CONFIG = Config(dataset="digits", steps=40, log_every_steps=10, checkpoint_every_steps=10)
+CONFIG = Config(dataset="digits", steps=40, batch_size=64, log_every_steps=10, checkpoint_every_steps=10)
 START = ("--dataset", "digits", "--lock-wait-s", "0")
 
 

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 
 import jax
@@ -21,7 +23,14 @@ pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
 def config(**settings) -> Config:
-    settings = {"dataset": "digits", "steps": 40, "log_every_steps": 10, "checkpoint_every_steps": 10, **settings}
+    settings = {
+        "dataset": "digits",
+        "steps": 40,
+        "log_every_steps": 10,
+        "checkpoint_every_steps": 10,
+        "batch_size": 64,
+        **settings,
+    }
     return Config(**settings)
 
 
@@ -122,6 +131,24 @@ def test_a_refused_config_does_not_take_the_place_of_one_that_was_lost(tmp_path)
         assert not (tmp_path / "config.json").exists()
         assert loop.run(config(steps=10, seed=1), tmp_path, stop) == 0
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
+
+
+def test_data_that_the_caller_has_begun_to_load_is_waited_for_and_not_loaded_again(tmp_path, monkeypatch):
+    dataset = loop.data.load("digits", say=pytest.fail)
+    loading = Future()
+    threading.Timer(0.5, loading.set_result, [dataset]).start()
+    monkeypatch.setattr(loop.data, "load", pytest.fail)
+    with StopSignal() as stop:
+        assert loop.run(config(steps=10), tmp_path, stop, loading) == 0
+    assert events(tmp_path, "save")[-1]["step"] == 10
+
+
+def test_data_that_cannot_be_loaded_by_the_caller_ends_the_run_with_2_and_the_reason(tmp_path, capfd):
+    loading = Future()
+    loading.set_exception(loop.DataError("the file is damaged"))
+    with StopSignal() as stop:
+        assert loop.run(config(steps=10), tmp_path, stop, loading) == 2
+    assert capfd.readouterr().err == "error: the file is damaged\n"
 
 
 def test_other_data_than_the_run_began_with_is_refused(tmp_path, monkeypatch, capfd):

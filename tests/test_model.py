@@ -6,15 +6,14 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from jax import lax
 from jax.sharding import Mesh
 from runs import in_new_process
 
 from mnist_jax import data, distributed
-from mnist_jax.model import MODELS, conv, pooled_conv, pooled_conv_of_one_channel, power_of_relu
+from mnist_jax.model import MODELS, conv, pooled_conv, pooled_conv_of_one_channel, power_of_relu, slide
 
-ORIGINALS = [name for name in MODELS if name != "cnn"]
-DROPPING = ["original-dropout", "original-power"]
+ORIGINALS = [name for name in MODELS if name.startswith("original")]
+DROPPING = ["cnn-large", "original-dropout", "original-power"]
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +37,10 @@ def params_of(name: str):
     return jax.jit(functools.partial(MODELS[name].init, train=False))(jax.random.key(0), EMPTY_IMAGE)["params"]
 
 
-@functools.partial(jax.jit, static_argnames=("name", "train"))
-def logits(name, params, images, *, train=False, key=None):
+@functools.partial(jax.jit, static_argnames=("name", "train", "for_cpu"))
+def logits(name, params, images, *, train=False, key=None, for_cpu=True):
     rngs = None if key is None else {"dropout": key}
-    return MODELS[name].apply({"params": params}, images, train=train, rngs=rngs)
+    return MODELS[name].clone(for_cpu=for_cpu).apply({"params": params}, images, train=train, rngs=rngs)
 
 
 def whole_numbers(*shapes: tuple[int, ...]):
@@ -57,12 +56,8 @@ def numbers(*shapes: tuple[int, ...]):
         yield jnp.asarray(rng.normal(size=shape), jnp.float32)
 
 
-def plain_conv(x, kernel):
-    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-
-def plain_pooled_conv(x, kernel):
-    return nn.max_pool(plain_conv(x, kernel), (2, 2), (2, 2))
+def plain_pooled_conv(x, kernel, margin):
+    return nn.max_pool(slide(x, kernel, margin), (2, 2), (2, 2))
 
 
 def value_and_gradients(function, x, kernel, g):
@@ -75,54 +70,68 @@ def value_and_gradients(function, x, kernel, g):
     return jax.jit(compute)(x, kernel, g)
 
 
-# Kernel size, batch size, height, width, input channels, output channels.
+# Kernel size, margin, batch size, height, width, input channels, output channels.
 CONVOLUTIONS = [
-    (5, 7, 28, 28, 1, 16),
-    (5, 50, 14, 14, 16, 32),
-    (3, 64, 14, 14, 8, 16),
-    (3, 1, 14, 14, 8, 32),
-    (5, 3, 6, 10, 3, 5),
-    (1, 4, 9, 5, 2, 3),
-    (7, 2, 4, 4, 4, 1),
-    (3, 33, 12, 8, 1, 1),
+    (5, 2, 7, 28, 28, 1, 16),
+    (5, 2, 50, 14, 14, 16, 32),
+    (3, 0, 64, 12, 12, 8, 32),
+    (3, 1, 1, 14, 14, 8, 32),
+    (5, 0, 3, 6, 10, 3, 5),
+    (1, 0, 4, 9, 5, 2, 3),
+    (7, 3, 2, 4, 4, 4, 1),
+    (3, 1, 33, 12, 8, 1, 1),
 ]
 
 
-@pytest.mark.parametrize(("size", "batch", "height", "width", "inputs", "outputs"), CONVOLUTIONS)
+@pytest.mark.parametrize(("size", "margin", "batch", "height", "width", "inputs", "outputs"), CONVOLUTIONS)
 def test_conv_and_both_its_gradients_are_exactly_those_of_the_convolution_of_xla(
-    size, batch, height, width, inputs, outputs
+    size, margin, batch, height, width, inputs, outputs
 ):
+    less = size - 1 - 2 * margin
     arguments = tuple(
-        whole_numbers((batch, height, width, inputs), (size, size, inputs, outputs), (batch, height, width, outputs))
+        whole_numbers(
+            (batch, height, width, inputs),
+            (size, size, inputs, outputs),
+            (batch, height - less, width - less, outputs),
+        )
     )
-    found = value_and_gradients(conv, *arguments)
-    wanted = value_and_gradients(plain_conv, *arguments)
+    found = value_and_gradients(functools.partial(conv, margin=margin), *arguments)
+    wanted = value_and_gradients(functools.partial(slide, margin=margin), *arguments)
     for part, one, other in zip(("y", "dx", "dk"), found, wanted, strict=True):
         np.testing.assert_array_equal(one, other, err_msg=part)
 
 
-@pytest.mark.parametrize(("function", "inputs"), [(pooled_conv, 1), (pooled_conv, 6), (pooled_conv_of_one_channel, 1)])
-@pytest.mark.parametrize(
-    ("size", "batch", "height", "width"), [(5, 4, 28, 28), (3, 1, 8, 12), (7, 3, 6, 2), (1, 2, 4, 4)]
-)
-def test_a_pooled_conv_is_the_max_pooling_of_a_convolution(function, inputs, size, batch, height, width):
+POOLED = [(pooled_conv, 1), (pooled_conv, 6), (pooled_conv_of_one_channel, 1)]
+# Kernel size, margin, batch size, height, width.
+POOLED_SIZES = [
+    (5, 2, 4, 28, 28),
+    (5, 0, 4, 28, 28),
+    (3, 1, 1, 8, 12),
+    (3, 0, 2, 4, 6),
+    (7, 3, 3, 6, 2),
+    (1, 0, 2, 4, 4),
+]
+
+
+@pytest.mark.parametrize(("function", "inputs"), POOLED)
+@pytest.mark.parametrize(("size", "margin", "batch", "height", "width"), POOLED_SIZES)
+def test_a_pooled_conv_is_the_max_pooling_of_a_convolution(function, inputs, size, margin, batch, height, width):
     x, kernel = whole_numbers((batch, height, width, inputs), (size, size, inputs, 5))
-    np.testing.assert_array_equal(jax.jit(function)(x, kernel), plain_pooled_conv(x, kernel))
+    found = jax.jit(function, static_argnums=2)(x, kernel, margin)
+    np.testing.assert_array_equal(found, plain_pooled_conv(x, kernel, margin))
 
 
-@pytest.mark.parametrize(("function", "inputs"), [(pooled_conv, 1), (pooled_conv, 6), (pooled_conv_of_one_channel, 1)])
-@pytest.mark.parametrize(
-    ("size", "batch", "height", "width"), [(5, 4, 28, 28), (3, 1, 8, 12), (7, 3, 6, 2), (1, 2, 4, 4)]
-)
+@pytest.mark.parametrize(("function", "inputs"), POOLED)
+@pytest.mark.parametrize(("size", "margin", "batch", "height", "width"), POOLED_SIZES)
 def test_the_gradients_of_a_pooled_conv_are_those_of_the_max_pooling_of_a_convolution(
-    function, inputs, size, batch, height, width
+    function, inputs, size, margin, batch, height, width
 ):
     # Not whole numbers: of equal values in a square the two choose differently, and both gradients are right.
-    arguments = tuple(
-        numbers((batch, height, width, inputs), (size, size, inputs, 5), (batch, height // 2, width // 2, 5))
-    )
-    _, *found = value_and_gradients(function, *arguments)
-    _, *wanted = value_and_gradients(plain_pooled_conv, *arguments)
+    less = size - 1 - 2 * margin
+    shapes = (size, size, inputs, 5), (batch, (height - less) // 2, (width - less) // 2, 5)
+    arguments = tuple(numbers((batch, height, width, inputs), *shapes))
+    _, *found = value_and_gradients(functools.partial(function, margin=margin), *arguments)
+    _, *wanted = value_and_gradients(functools.partial(plain_pooled_conv, margin=margin), *arguments)
     for one, other in zip(found, wanted, strict=True):
         # Sums of at most 784 products of about 1 in float32: an error of 1e-5 of the largest is a hundred roundings.
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max())
@@ -134,8 +143,8 @@ def gradients_of_a_split_batch() -> list[bool]:
     mesh = Mesh(np.asarray(jax.devices()), (distributed.BATCH_AXIS,))
     split, everywhere = distributed.split_over_batch(mesh), distributed.replicated(mesh)
     placed = jax.device_put(x, split), jax.device_put(kernel, everywhere), jax.device_put(g, split)
-    _, *wanted = value_and_gradients(conv, x, kernel, g)
-    _, dx, dk = value_and_gradients(conv, *placed)
+    _, *wanted = value_and_gradients(functools.partial(conv, margin=2), x, kernel, g)
+    _, dx, dk = value_and_gradients(functools.partial(conv, margin=2), *placed)
     equal = [np.array_equal(one, other) for one, other in zip((dx, dk), wanted, strict=True)]
     return [*equal, dx.sharding.shard_shape(dx.shape)[0] == 2, dk.sharding.is_fully_replicated]
 
@@ -173,13 +182,15 @@ def test_the_layers_of_the_originals_are_those_of_the_old_script(name):
     }
 
 
-def test_the_layers_of_the_cnn_are_as_wide_as_its_fields_say():
-    model = MODELS["cnn"]
+@pytest.mark.parametrize("name", ["cnn", "cnn-large"])
+def test_the_layers_of_the_cnns_are_as_wide_as_their_fields_say(name):
+    model = MODELS[name]
     (one, two), (size1, size2) = model.features, model.kernel_sizes
-    assert jax.tree.map(jnp.shape, abstract_params("cnn")) == {
+    left = ((28 - size1 + 1) // 2 - size2 + 1) // 2
+    assert jax.tree.map(jnp.shape, abstract_params(name)) == {
         "conv1": {"kernel": (size1, size1, 1, one), "bias": (one,)},
         "conv2": {"kernel": (size2, size2, one, two), "bias": (two,)},
-        "dense1": {"kernel": (7 * 7 * two, model.hidden), "bias": (model.hidden,)},
+        "dense1": {"kernel": (left * left * two, model.hidden), "bias": (model.hidden,)},
         "logits": {"kernel": (model.hidden, 10), "bias": (10,)},
     }
 
@@ -192,17 +203,18 @@ def test_the_parameters_are_plain_dicts_of_float32(name):
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
 
 
+@pytest.mark.parametrize("for_cpu", [True, False])
 @pytest.mark.parametrize("name", MODELS)
-def test_each_model_is_the_plain_network_that_its_fields_describe(name, digits):
+def test_each_model_is_the_plain_network_that_its_fields_describe(name, for_cpu, digits):
     model, params = MODELS[name], params_of(name)
     images = digits.test_images[:16]
     x = (images.astype(np.float32) / 255 - model.pixel_mean) / model.pixel_std
     for layer, features, size in zip(("conv1", "conv2"), model.features, model.kernel_sizes, strict=True):
-        x = nn.Conv(features, (size, size)).apply({"params": params[layer]}, x)
+        x = nn.Conv(features, (size, size), padding=model.padding).apply({"params": params[layer]}, x)
         x = nn.max_pool(model.activation(x), (2, 2), (2, 2))
     x = model.activation(nn.Dense(model.hidden).apply({"params": params["dense1"]}, x.reshape(len(x), -1)))
     wanted = model.logits_activation(nn.Dense(10).apply({"params": params["logits"]}, x))
-    found = logits(name, params, images)
+    found = logits(name, params, images, for_cpu=for_cpu)
     assert found.shape == (16, 10)
     assert found.dtype == jnp.float32
     # Four layers of sums in float32, in another order.
@@ -214,11 +226,11 @@ def all_finite(tree):
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
-@functools.partial(jax.jit, static_argnames="name")
-def loss_and_gradients(name, params, images, labels):
+@functools.partial(jax.jit, static_argnames=("name", "for_cpu"))
+def loss_and_gradients(name, params, images, labels, *, for_cpu=True):
     def loss(params):
         return optax.softmax_cross_entropy_with_integer_labels(
-            logits(name, params, images, train=True, key=jax.random.key(1)), labels
+            logits(name, params, images, train=True, key=jax.random.key(1), for_cpu=for_cpu), labels
         ).mean()
 
     return jax.value_and_grad(loss)(params)
@@ -229,6 +241,18 @@ def test_the_loss_and_its_gradients_are_finite_at_the_start(name, digits):
     loss, gradients = loss_and_gradients(name, params_of(name), digits.train_images[:16], digits.train_labels[:16])
     assert all_finite((loss, gradients))
     assert all(np.any(leaf) for leaf in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize("name", ["cnn", "cnn-large", "original-dropout"])
+def test_the_form_for_cpus_learns_what_the_plain_form_learns(name, digits):
+    params = params_of(name)
+    # Not whole images: in the flat parts of an image values are equal, and of equal ones either may be the largest.
+    images = np.random.default_rng(0).uniform(size=(16, 28, 28, 1)).astype(np.float32)
+    found, wanted = (
+        loss_and_gradients(name, params, images, digits.train_labels[:16], for_cpu=for_cpu) for for_cpu in (True, False)
+    )
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * np.abs(other).max())
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -281,7 +305,7 @@ def test_at_evaluation_no_key_changes_anything(name, digits):
     np.testing.assert_array_equal(outputs[0], outputs[1])
 
 
-def test_the_models_that_drop_are_these_two():
+def test_the_models_that_drop_are_these():
     assert [name for name, model in MODELS.items() if model.dropout] == DROPPING
 
 

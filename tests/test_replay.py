@@ -21,7 +21,7 @@ from mnist_jax.updates import Updates
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
 # 22 steps an epoch. The signal comes in the middle of an interval of the log.
-CONFIG = Config(dataset="digits", steps=40, log_every_steps=10, checkpoint_every_steps=10, keep=9)
+CONFIG = Config(dataset="digits", steps=40, batch_size=64, log_every_steps=10, checkpoint_every_steps=10, keep=9)
 STOPPED_AT = 25
 
 

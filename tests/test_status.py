@@ -31,7 +31,7 @@ DIGITS = ("--dataset", "digits", "--steps", "40", "--log-every-steps", "10")
 def finished(tmp_path_factory) -> Path:
     """A run that nothing disturbed, with checkpoints 22, 30 and 40."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    settings = {"dataset": "digits", "steps": 40, "log_every_steps": 10, "checkpoint_every_steps": 10}
+    settings = {"dataset": "digits", "steps": 40, "log_every_steps": 10, "checkpoint_every_steps": 10, "batch_size": 64}
     with StopSignal() as stop:
         assert loop.run(Config(**settings), workdir, stop) == 0
     return workdir

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 
-from mnist_jax import data, distributed, steps, train_state
+from mnist_jax import augment, data, distributed, steps, train_state
 from mnist_jax.config import Config
 from mnist_jax.model import MODELS
 from mnist_jax.steps import TrainData
@@ -35,12 +35,14 @@ class Trainer:
         optimizer: optax.GradientTransformation | None = None,
         images: np.ndarray = DIGITS.train_images,
         donate: bool = False,
+        **options: Any,
     ) -> None:
         self.model, self.size, self.batch_size = model, size, batch_size
         self.steps_per_epoch = size // batch_size
         self.images, self.labels = jax.device_put((images[:size], DIGITS.train_labels[:size]), EVERYWHERE)
         schedule = train_state.make_schedule(Config(), 50)
-        self.optimizer = train_state.make_optimizer(schedule) if optimizer is None else optimizer
+        self.optimizer = train_state.make_optimizer(Config(), schedule) if optimizer is None else optimizer
+        self.options = options
         self.compilations = 0
         self._created: dict[int, train_state.TrainState] = {}
         self._order = jax.jit(partial(steps.epoch_order, size=size), out_shardings=EVERYWHERE)
@@ -56,11 +58,13 @@ class Trainer:
             optimizer=self.optimizer,
             batch_size=self.batch_size,
             batch_sharding=BATCH_SHARDING,
+            **self.options,
         )
 
     def create(self, seed: int = 0) -> train_state.TrainState:
         if seed not in self._created:
-            create = partial(train_state.create, Config(seed=seed), self.model, self.optimizer)
+            config = Config(seed=seed, average_decay=self.options.get("average_decay", 0.0))
+            create = partial(train_state.create, config, self.model, self.optimizer)
             self._created[seed] = jax.jit(create, out_shardings=EVERYWHERE)()
         return self._created[seed]
 
@@ -101,7 +105,9 @@ STEPS = 15  # 2.5 epochs of the trainer below
 
 @cache
 def dropping_trainer() -> Trainer:
-    return Trainer()
+    """A trainer that leaves nothing out: dropout, distorted images, smoothed labels, averaged weights."""
+    distort = partial(augment.distort, shift_px=2.0, rotation_deg=10.0, zoom=0.1)
+    return Trainer(distort=distort, label_smoothing=0.1, average_decay=0.9)
 
 
 @cache
@@ -237,6 +243,56 @@ def test_the_metric_sums_of_an_update_are_those_of_its_images_before_the_update(
     assert int(after.metrics.images) - int(before.metrics.images) == trainer.batch_size
 
 
+def test_the_loss_of_smoothed_labels_is_a_mean_of_those_of_all_classes():
+    trainer, smoothing = Trainer(model=MODELS["cnn"], label_smoothing=0.2), 0.2
+    start = trainer.create()
+    sums = trainer.run(start, 1).metrics
+    rows = np.asarray(trainer.epoch(0).order)[: trainer.batch_size]
+    logits = np.asarray(trainer.model.apply({"params": start.params}, DIGITS.train_images[rows], train=True))
+    by_class = [cross_entropies(logits, np.full(len(rows), label)) for label in range(10)]
+    right = cross_entropies(logits, DIGITS.train_labels[rows])
+    wanted = np.sum((1 - smoothing) * right + smoothing * np.mean(by_class, axis=0))
+    np.testing.assert_allclose(float(sums.loss), wanted, rtol=1e-5)
+
+
+def test_each_update_distorts_its_images_anew_by_its_step_and_the_key_of_the_state():
+    seen = []
+
+    def distort(images, key):
+        jax.debug.callback(
+            lambda key, images: seen.append((key.tobytes(), images.tobytes())), jax.random.key_data(key), images
+        )
+        return images
+
+    trainer = Trainer(distort=distort)
+    for _ in range(2):
+        trainer.run(trainer.create(), 3)
+    jax.effects_barrier()
+    assert seen[:3] == seen[3:]
+    assert len({key for key, _ in seen}) == 3
+    rows = np.asarray(trainer.epoch(0).order)[: trainer.batch_size]
+    assert seen[0][1] == DIGITS.train_images[rows].tobytes()
+
+
+def test_the_average_of_the_weights_follows_them_and_forgets_the_first_ones_soon():
+    trainer = Trainer(model=MODELS["cnn"], average_decay=0.5)
+    state = trainer.create()
+    wanted = np.asarray(state.params["conv1"]["kernel"], np.float64)
+    for step in range(12):
+        state = trainer.run(state, 1)
+        kept = min(0.5, (1 + step) / (10 + step))
+        wanted = kept * wanted + (1 - kept) * np.asarray(state.params["conv1"]["kernel"])
+    np.testing.assert_allclose(state.average["conv1"]["kernel"], wanted, rtol=0, atol=1e-6)
+    assert state.params_to_use is state.average
+
+
+def test_without_a_decay_there_is_no_average():
+    trainer = Trainer(model=MODELS["cnn"])
+    state = trainer.run(trainer.create(), 1)
+    assert state.average is None
+    assert state.params_to_use is state.params
+
+
 def test_a_call_may_take_its_state_for_itself_and_its_metric_sums_outlive_the_next_call():
     trainer = Trainer(donate=True)
     state, epoch_data = trainer.create(), trainer.epoch(0)
@@ -317,7 +373,7 @@ def test_one_number_that_is_not_finite_is_found_in_any_leaf(trainer, bad):
     assert is_finite(state)
     leaves, structure = jax.tree.flatten(state)
     floating = [index for index, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    assert len(floating) == 8 + 2 * 8 + 1  # kernels and biases, their two moments, the sum of the losses
+    assert len(floating) == 4 * 8 + 1  # kernels and biases, their average, their two moments, the sum of the losses
     for index in floating:
         damaged = np.array(leaves[index])
         damaged.reshape(-1)[-1] = bad

@@ -26,7 +26,18 @@ def assert_ended_like(reference, run: Run, ended: Ended) -> None:
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_run_stopped_again_and_again_ends_bit_for_bit_like_an_uninterrupted_one(reference, new_run, number):
-    run, moments = new_run(), random.Random(number.name)
+    stop_again_and_again(reference, new_run(), number)
+
+
+def test_a_run_of_the_preset_accurate_stopped_again_and_again_ends_like_an_uninterrupted_one(
+    accurate_reference, new_run
+):
+    stop_again_and_again(accurate_reference, new_run(), signal.SIGTERM)
+
+
+def stop_again_and_again(reference, run: Run, number: signal.Signals) -> None:
+    """Stop a run at arbitrary moments, carry it on each time, and compare its end with that of the undisturbed one."""
+    moments = random.Random(number.name)
     args, stops = reference.args, 0
     while stops < 3:
         process = run.start(*args)
@@ -127,7 +138,7 @@ def test_stopped_where_a_checkpoint_is_no_second_one_is_written(reference, new_r
     run.finish(*reference.args, "--keep", "100")
     saves = run.events("save")
     assert len({save["step"] for save in saves}) == len(saves)
-    assert run.steps()[-1] == 400
+    assert run.steps()[-1] == 600
 
 
 def test_a_finished_run_says_so_and_trains_nothing(reference, new_run):
@@ -152,7 +163,7 @@ def test_a_flag_that_contradicts_the_run_is_refused_with_a_table_and_changes_not
     assert refused.code == 2
     assert refused.out == ""
     assert "seed        0    5" in refused.err
-    assert "batch_size  64   32" in refused.err
+    assert "batch_size  128  32" in refused.err
     assert "--fresh" in refused.err
     assert (run.workdir / "config.json").read_bytes() == config
     # Cadence and housekeeping are free, and kept for the next start.
@@ -169,7 +180,7 @@ def test_fresh_moves_the_old_run_aside_and_begins_anew(reference, new_run):
     assert ended.fields["state_sha256"] != reference.sha256
     old = Run(run.workdir.with_name("run.old-1"))
     assert old.metrics() == reference.metrics
-    assert old.steps()[-1] == 400
+    assert old.steps()[-1] == 600
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(new_run):
