@@ -1,0 +1,102 @@
+"""The command `python -m benchmarks`: measure, print the table, and write the numbers."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Literal
+
+import tyro
+
+from benchmarks import gpu, images, interruptions, report, speed
+from benchmarks.bench import QUICK, Bench, Plan
+from benchmarks.report import Row
+from mnist_jax.data import DataError
+
+ROWS: dict[str, Callable[[Bench], Iterator[Row]]] = {
+    "throughput": speed.throughput,
+    "time-to-99": speed.time_to_99,
+    "torch-example": partial(speed.example, module="example_torch"),
+    "keras-example": partial(speed.example, module="example_keras"),
+    "flax-example": partial(speed.example, module="example_flax"),
+    "safety": interruptions.safety,
+    "save": interruptions.save,
+    "stop": interruptions.stop,
+    "resume": interruptions.resume,
+    "cold": interruptions.cold,
+    "gpu": gpu.gpu,
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure mnist_jax side by side with others. It takes more than half an hour; leave the machine to it."""
+
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder that holds the four official .gz files of MNIST; without it they are downloaded, once."""
+    quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """See that everything works, in a tiny form: the numbers mean nothing."""
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """File to write all numbers to."""
+    only: tuple[Literal[tuple(ROWS)], ...] = ()  # type: ignore[valid-type]
+    """What to measure; everything if nothing is named."""
+
+
+def main(options: Options) -> int:
+    """Measure, and return the exit code: 0, 1 where something could not be measured, 2 without the images."""
+    about = {**report.circumstances(), "quick": options.quick}
+    with TemporaryDirectory(prefix="benchmark.") as temporary:
+        os.environ["TMPDIR"] = temporary  # What a process leaves that has to be killed goes with the rest.
+        folders = [Path(temporary, name) for name in ("images", "runs")]
+        for folder in folders:
+            folder.mkdir()
+        try:
+            found = images.prepare(options.data_dir, folders[0], say=say, digits_may_do=options.quick)
+        except DataError as error:
+            way_out = "" if options.data_dir else ". --data-dir DIR takes MNIST from a folder."
+            say(f"error: {error}{way_out}")
+            return 2
+        bench = Bench(QUICK if options.quick else Plan(), found, folders[1], report.cores())
+        rows, failures = measure(bench, options.only or tuple(ROWS))
+    report.show(rows, about)
+    if options.quick:
+        print("This was --quick: the numbers mean nothing.")
+    if options.json:
+        report.write(options.json, rows, {**about, "failures": failures})
+    return 1 if failures else 0
+
+
+def measure(bench: Bench, names: tuple[str, ...]) -> tuple[list[Row], dict[str, str]]:
+    """Return the rows, and of what failed the reasons: what was measured before should not be lost."""
+    rows: list[Row] = []
+    failures = {}
+    for name in names:
+        if name == "gpu" and not gpu.is_there():
+            say("gpu: there is none")
+            continue
+        start_s = time.monotonic()
+        try:
+            rows += ROWS[name](bench)
+            say(f"{name}: measured in {time.monotonic() - start_s:.0f} s")
+        except Exception as error:
+            failures[name] = f"{type(error).__name__}: {error}"
+            say(f"{name}: {failures[name]}")
+    return rows, failures
+
+
+def say(text: str) -> None:
+    """Tell how it goes, not amid the table."""
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # So that no process and no folder is left behind.
+    try:
+        sys.exit(main(tyro.cli(Options, prog="scripts/benchmark")))
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,76 @@
+"""Our training as a worker: `python -m benchmarks.ours`, with the flags of `python -m mnist_jax.train`."""
+
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from benchmarks.processes import serve
+from mnist_jax import config as configs
+from mnist_jax import data, loop, provenance
+from mnist_jax.checkpoint import CheckpointStore
+from mnist_jax.journal import Journal, Terminal
+from mnist_jax.loop import Training
+from mnist_jax.preemption import StopSignal
+
+
+def main(args: Sequence[str]) -> None:
+    """Make what `loop.run` and `loop.train` make for a run, and train when told to."""
+    provenance.prepare_jax([])
+    config = configs.parse(args)
+    dataset = data.load(config.dataset, config.data_dir, say=print)
+    blueprint = loop.make_blueprint(config, dataset)
+    programs = blueprint.compile()
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = Path(folder)
+        journal, store = Journal(workdir), CheckpointStore(workdir / "checkpoints", keep=config.keep)
+        environment = provenance.describe_environment()
+        state, stop = blueprint.create(), StopSignal()
+        training = Training(blueprint, programs, dataset, state, stop, store, journal, Terminal(), environment)
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(training.updates.state.params))
+        commands = {"train": train, "train_and_save": train_and_save, "save": save}
+        serve({"parameters": parameters}, {name: partial(command, training) for name, command in commands.items()})
+        store.close()
+        journal.close()
+
+
+def train(training: Training, seconds: float, *, saves: bool = False) -> dict[str, Any]:
+    """Train for a while, and return how many updates that were, and how long they took."""
+    first, start_s = training.step, time.monotonic()
+    if saves:
+        training.save("benchmark")
+    while time.monotonic() - start_s < seconds:
+        training.advance()
+        training.report_saves()
+    training._pace.drain()  # Otherwise the pause that follows would count as the time of the calls in flight.
+    return {"steps": training.step - first, "seconds": time.monotonic() - start_s}
+
+
+def train_and_save(training: Training, seconds: float) -> dict[str, Any]:
+    """Train as `train` does, with a save at the beginning."""
+    return train(training, seconds, saves=True)
+
+
+def save(training: Training, count: float) -> dict[str, Any]:
+    """Save some times amid the training, and return how long it had to wait for each."""
+    waits_s = []
+    for _ in range(int(count)):
+        for _ in range(3):
+            training.advance()
+        while training.store.is_saving:
+            training.advance()
+        start_s = time.perf_counter()
+        training.save("benchmark")
+        waits_s.append(time.perf_counter() - start_s)
+        training.report_saves()
+    training._pace.drain()
+    return {"waits_s": waits_s}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,44 @@
+"""Our classifiers in PyTorch, for training in PyTorch's own way."""
+
+from collections.abc import Sequence
+
+import torch
+from flax import linen
+from torch import nn
+
+from mnist_jax.model import Classifier
+
+
+def of_classifier(model: Classifier) -> nn.Sequential:
+    """Return the network that a classifier of ours describes.
+
+    Raises:
+        ValueError: it has an activation that this does not know.
+    """
+    if model.activation is not linen.relu:
+        raise ValueError(f"activation={model.activation}, and only relu is known here")
+    return convolutional(
+        features=model.features,
+        kernel_sizes=model.kernel_sizes,
+        padding=model.padding.lower(),
+        hidden=model.hidden,
+        dropout=model.dropout,
+    )
+
+
+def convolutional(
+    *, features: Sequence[int], kernel_sizes: Sequence[int], padding: str, hidden: int, dropout: float = 0.0
+) -> nn.Sequential:
+    """Return convolutions with 2x2 max pooling, a dense layer, and ten logits.
+
+    The activation comes after the pooling, as in ours: the same values, of a quarter as many.
+    """
+    layers: list[nn.Module] = []
+    channels = 1
+    for outputs, size in zip(features, kernel_sizes, strict=True):
+        layers += [nn.Conv2d(channels, outputs, size, padding=padding), nn.MaxPool2d(2), nn.ReLU()]
+        channels = outputs
+    layers.append(nn.Flatten())
+    width = nn.Sequential(*layers)(torch.zeros(1, 1, 28, 28)).numel()
+    drop = [nn.Dropout(dropout)] if dropout else []
+    return nn.Sequential(*layers, nn.Linear(width, hidden), nn.ReLU(), *drop, nn.Linear(hidden, 10))
