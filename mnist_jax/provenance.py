@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+import mnist_jax
 from mnist_jax import config as configs
 from mnist_jax import distributed
 from mnist_jax.checkpoint import Checkpoint, CheckpointError, Mismatch
@@ -40,10 +41,10 @@ def prepare_jax(checkpoints: Sequence[Checkpoint]) -> None:
 
 def describe_environment() -> dict[str, dict[str, Any]]:
     """Return the software, its settings and the devices that the bits of a run depend on, as JSON values."""
-    packages = ("mnist-jax", "jax", "jaxlib", "flax", "optax", "numpy")
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
     settings = ("jax_threefry_partitionable", "jax_default_prng_impl", "jax_default_matmul_precision")
     return {
-        "software": {package: version(package) for package in packages},
+        "software": {"mnist_jax": mnist_jax.__version__, **{package: version(package) for package in packages}},
         "settings": {setting: str(getattr(jax.config, setting)) for setting in settings},
         "devices": distributed.describe_devices(),
     }

@@ -51,7 +51,7 @@ def test_where_nothing_changed_nothing_is_told(environment):
 def test_the_environment_as_a_run_describes_it_is_whole_and_without_changes_against_itself():
     environment = provenance.describe_environment()
     assert set(environment) == set(PARTS)
-    assert {"jax", "jaxlib", "flax", "optax", "numpy"} == set(environment["software"])
+    assert {"mnist_jax", "jax", "jaxlib", "flax", "optax", "numpy"} == set(environment["software"])
     about = {**ABOUT, **environment}
     assert provenance.check_about({"step": 3, "about": about}) == about
     assert provenance.changes(about, environment) == []
