@@ -20,6 +20,7 @@ def of_classifier(model: Classifier) -> nn.Sequential:
     return convolutional(
         features=model.features,
         kernel_sizes=model.kernel_sizes,
+        unpooled=model.unpooled,
         padding=model.padding.lower(),
         hidden=model.hidden,
         dropout=model.dropout,
@@ -27,16 +28,23 @@ def of_classifier(model: Classifier) -> nn.Sequential:
 
 
 def convolutional(
-    *, features: Sequence[int], kernel_sizes: Sequence[int], padding: str, hidden: int, dropout: float = 0.0
+    *,
+    features: Sequence[int],
+    kernel_sizes: Sequence[int],
+    padding: str,
+    hidden: int,
+    unpooled: Sequence[int] = (),
+    dropout: float = 0.0,
 ) -> nn.Sequential:
-    """Return convolutions with 2x2 max pooling, a dense layer, and ten logits.
+    """Return convolutions, all but the unpooled ones with 2x2 max pooling, a dense layer, and ten logits.
 
     The activation comes after the pooling, as in ours: the same values, of a quarter as many.
     """
     layers: list[nn.Module] = []
     channels = 1
-    for outputs, size in zip(features, kernel_sizes, strict=True):
-        layers += [nn.Conv2d(channels, outputs, size, padding=padding), nn.MaxPool2d(2), nn.ReLU()]
+    for number, (outputs, size) in enumerate(zip(features, kernel_sizes, strict=True), start=1):
+        pooling = [] if number in unpooled else [nn.MaxPool2d(2)]
+        layers += [nn.Conv2d(channels, outputs, size, padding=padding), *pooling, nn.ReLU()]
         channels = outputs
     layers.append(nn.Flatten())
     width = nn.Sequential(*layers)(torch.zeros(1, 1, 28, 28)).numel()

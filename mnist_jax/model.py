@@ -21,11 +21,12 @@ Padding = Literal["SAME", "VALID"]
 
 
 class Classifier(nn.Module):
-    """Convolutions with 2x2 max pooling, a dense layer, and ten logits.
+    """Convolutions, most with 2x2 max pooling, a dense layer, and ten logits.
 
     Attributes:
         features: output channels of the convolutions.
         kernel_sizes: height and width of their kernels, in pixels; odd.
+        unpooled: which of the convolutions no pooling follows, counted from 1.
         padding: "SAME" pads with zeros, so that a convolution keeps height and width; "VALID" does not.
         hidden: width of the dense layer.
         activation: of the hidden layers. It must not decrease, for it is taken after the pooling: the same values,
@@ -41,6 +42,7 @@ class Classifier(nn.Module):
     features: tuple[int, ...]
     kernel_sizes: tuple[int, ...]
     hidden: int
+    unpooled: tuple[int, ...] = ()
     padding: Padding = "VALID"
     activation: Callable[[Array], Array] = nn.relu
     logits_activation: Callable[[Array], Array] = lambda x: x
@@ -54,7 +56,7 @@ class Classifier(nn.Module):
     def __call__(self, images: Array, *, train: bool) -> Array:
         """Return logits [N, 10] float32 of images [N, H, W, C], uint8 or floats in [0, 1].
 
-        Each convolution must lead to an even height and width, which the pooling halves.
+        A convolution that is pooled must lead to an even height and width, which the pooling halves.
         """
         x = images / 255.0 if images.dtype == jnp.uint8 else images
         from_batch = self.batch_statistics and train
@@ -62,14 +64,15 @@ class Classifier(nn.Module):
         mean, std = (x.mean(), jnp.maximum(x.std(), 1e-6)) if from_batch else (self.pixel_mean, self.pixel_std)
         x = (x - mean) / std
         for number, (features, size) in enumerate(zip(self.features, self.kernel_sizes, strict=True), start=1):
-            x = self.activation(PooledConv(features, size, self.padding, self.for_cpu, name=f"conv{number}")(x))
+            convolution = Conv if number in self.unpooled else PooledConv
+            x = self.activation(convolution(features, size, self.padding, self.for_cpu, name=f"conv{number}")(x))
         x = self.activation(nn.Dense(self.hidden, name="dense1")(x.reshape(len(x), -1)))
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return self.logits_activation(nn.Dense(10, name="logits")(x))
 
 
-class PooledConv(nn.Module):
-    """Convolve, pool, and add a bias: after the pooling, where it is the same and a quarter of the work."""
+class Conv(nn.Module):
+    """Convolve, and add a bias."""
 
     features: int
     kernel_size: int
@@ -78,14 +81,25 @@ class PooledConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Return [N, H/2, W/2, features] of x [N, H, W, C]; "VALID" takes K - 1 off H and W first."""
+        """Return [N, H, W, features] of x [N, H, W, C]; "VALID" takes K - 1 off H and W first."""
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        margin = self.kernel_size // 2 if self.padding == "SAME" else 0
+        return self.convolve(x, kernel, self.kernel_size // 2 if self.padding == "SAME" else 0) + bias
+
+    def convolve(self, x: Array, kernel: Array, margin: int) -> Array:
+        """Return what the bias is added to."""
+        return (conv if self.for_cpu else slide)(x, kernel, margin)
+
+
+class PooledConv(Conv):
+    """Convolve, pool, and add a bias: after the pooling, where it is the same and a quarter of the work."""
+
+    def convolve(self, x: Array, kernel: Array, margin: int) -> Array:
+        """Return what the bias is added to, [N, H/2, W/2, features]."""
         if not self.for_cpu:
-            return nn.max_pool(slide(x, kernel, margin), (2, 2), (2, 2)) + bias
-        return (pooled_conv_of_one_channel if x.shape[-1] == 1 else pooled_conv)(x, kernel, margin) + bias
+            return nn.max_pool(slide(x, kernel, margin), (2, 2), (2, 2))
+        return (pooled_conv_of_one_channel if x.shape[-1] == 1 else pooled_conv)(x, kernel, margin)
 
 
 def power_of_relu(x: Array, *, exponent: float, chord: float = 1e-2) -> Array:
@@ -168,7 +182,7 @@ ORIGINAL = Classifier(
 
 MODELS: dict[str, Classifier] = {
     "cnn": Classifier(features=(8, 32), kernel_sizes=(5, 3), hidden=64),
-    "cnn-large": Classifier(features=(32, 64), kernel_sizes=(5, 3), hidden=256, dropout=0.3),
+    "cnn-large": Classifier(features=(32, 64, 64), kernel_sizes=(5, 3, 3), unpooled=(2,), hidden=256, dropout=0.3),
     "original": ORIGINAL,
     "original-dropout": ORIGINAL.clone(dropout=0.5),
     "original-normalized": ORIGINAL.clone(batch_statistics=True, pixel_mean=0.1307, pixel_std=0.3081),

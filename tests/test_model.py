@@ -182,16 +182,19 @@ def test_the_layers_of_the_originals_are_those_of_the_old_script(name):
     }
 
 
-@pytest.mark.parametrize("name", ["cnn", "cnn-large"])
-def test_the_layers_of_the_cnns_are_as_wide_as_their_fields_say(name):
-    model = MODELS[name]
-    (one, two), (size1, size2) = model.features, model.kernel_sizes
-    left = ((28 - size1 + 1) // 2 - size2 + 1) // 2
-    assert jax.tree.map(jnp.shape, abstract_params(name)) == {
-        "conv1": {"kernel": (size1, size1, 1, one), "bias": (one,)},
-        "conv2": {"kernel": (size2, size2, one, two), "bias": (two,)},
-        "dense1": {"kernel": (left * left * two, model.hidden), "bias": (model.hidden,)},
-        "logits": {"kernel": (model.hidden, 10), "bias": (10,)},
+def test_the_layers_of_the_cnns_are_as_wide_as_they_are_said_to_be():
+    assert jax.tree.map(jnp.shape, abstract_params("cnn")) == {
+        "conv1": {"kernel": (5, 5, 1, 8), "bias": (8,)},  # 28 - 4 = 24 -> 12 pixels
+        "conv2": {"kernel": (3, 3, 8, 32), "bias": (32,)},  # 12 - 2 = 10 -> 5 pixels
+        "dense1": {"kernel": (5 * 5 * 32, 64), "bias": (64,)},
+        "logits": {"kernel": (64, 10), "bias": (10,)},
+    }
+    assert jax.tree.map(jnp.shape, abstract_params("cnn-large")) == {
+        "conv1": {"kernel": (5, 5, 1, 32), "bias": (32,)},  # 28 - 4 = 24 -> 12 pixels
+        "conv2": {"kernel": (3, 3, 32, 64), "bias": (64,)},  # 12 - 2 = 10 pixels
+        "conv3": {"kernel": (3, 3, 64, 64), "bias": (64,)},  # 10 - 2 = 8 -> 4 pixels
+        "dense1": {"kernel": (4 * 4 * 64, 256), "bias": (256,)},
+        "logits": {"kernel": (256, 10), "bias": (10,)},
     }
 
 
@@ -209,9 +212,10 @@ def test_each_model_is_the_plain_network_that_its_fields_describe(name, for_cpu,
     model, params = MODELS[name], params_of(name)
     images = digits.test_images[:16]
     x = (images.astype(np.float32) / 255 - model.pixel_mean) / model.pixel_std
-    for layer, features, size in zip(("conv1", "conv2"), model.features, model.kernel_sizes, strict=True):
-        x = nn.Conv(features, (size, size), padding=model.padding).apply({"params": params[layer]}, x)
-        x = nn.max_pool(model.activation(x), (2, 2), (2, 2))
+    for number, (features, size) in enumerate(zip(model.features, model.kernel_sizes, strict=True), start=1):
+        layer = nn.Conv(features, (size, size), padding=model.padding)
+        x = model.activation(layer.apply({"params": params[f"conv{number}"]}, x))
+        x = x if number in model.unpooled else nn.max_pool(x, (2, 2), (2, 2))
     x = model.activation(nn.Dense(model.hidden).apply({"params": params["dense1"]}, x.reshape(len(x), -1)))
     wanted = model.logits_activation(nn.Dense(10).apply({"params": params["logits"]}, x))
     found = logits(name, params, images, for_cpu=for_cpu)

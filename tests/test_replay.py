@@ -112,7 +112,7 @@ def test_a_leaf_that_differs_is_named_with_how_many_values_and_by_how_much(run_i
         1,
         "training from step 30 to step 40 again\n"
         "not identical:\n"
-        "  leaf params.dense1.bias differs in 3 of 128 values, by 2.5 at most\n",
+        "  leaf params.dense1.bias differs in 3 of 64 values, by 2.5 at most\n",
     )
     assert replayed(run_in, "--from", 20, "--to", 30, capsys=capsys)[0] == 0
 
