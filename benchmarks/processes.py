@@ -25,7 +25,7 @@ class Ended(NamedTuple):
     out: str
     seconds: float  # from its start
     end_s: float  # by time.time(), as in events.jsonl
-    peak_mb: float  # most memory that it had, in 10^6 bytes
+    peak_mb: float  # most memory that it had, in 10^6 bytes; no less than its parent had when it was started
 
     @property
     def fields(self) -> dict[str, str]:

@@ -96,7 +96,7 @@ def test_a_process_tells_its_time_its_memory_and_its_last_line(module):
     ended = run(module(script))
     assert ended.fields == {"step": "3", "a": "b=c"}
     assert 0.2 < ended.seconds < 30
-    assert 102 < ended.peak_mb < 400
+    assert ended.peak_mb > 102
 
 
 def test_a_process_that_fails_brings_its_last_words(module):

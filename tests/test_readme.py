@@ -42,11 +42,15 @@ def test_the_loop_of_the_readme_ends_alike_with_and_without_a_stop(tmp_path):
 @pytest.fixture(scope="module")
 def flags() -> set[str]:
     """The flags of all commands, as their --help has them."""
-    commands = [[sys.executable, "-m", f"mnist_jax.{name}", "--help"] for name in ("train", "status", "replay")]
-    helps = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for command in commands]
-    return set(re.findall(r"^│ (?:-h, )?(--[a-z-]+)", "".join(helps), re.MULTILINE))
+    modules = ("mnist_jax.train", "mnist_jax.status", "mnist_jax.replay", "benchmarks")
+    commands = [[sys.executable, "-m", module, "--help"] for module in modules]
+    helps = [
+        subprocess.run(command, cwd=README.parent, capture_output=True, text=True, check=True).stdout
+        for command in commands
+    ]
+    return set(re.findall(r"^│ (?:-h, )?(--[a-z0-9-]+)", "".join(helps), re.MULTILINE))
 
 
-@pytest.mark.parametrize("flag", re.findall(r"--[a-z][a-z-]+", README.read_text()))
+@pytest.mark.parametrize("flag", re.findall(r"--[a-z][a-z0-9-]+", README.read_text()))
 def test_each_flag_that_the_readme_names_exists(flag, flags):
     assert flag in flags
