@@ -43,7 +43,7 @@ class Recipe(NamedTuple):
 PRESETS: dict[PresetName, Recipe] = {
     "fast": Recipe("cnn", 2, 128, 7e-3, adam_b1=0.7, adam_b2=0.9, label_smoothing=0.1),
     "accurate": Recipe(
-        *("cnn-large", 18, 128, 3e-3),
+        *("cnn-large", 15, 128, 3e-3),
         adam_b2=0.99,
         label_smoothing=0.1,
         shift_px=1.0,

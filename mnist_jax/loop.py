@@ -33,7 +33,7 @@ from mnist_jax.updates import Updates
 
 T = TypeVar("T")
 
-CALL_S = 0.04  # What a call should take. Two may be in flight, so a signal is seen within twice that.
+CALL_S = 0.06  # What a call should take. Two may be in flight, so a signal is seen within twice that.
 RETRY_SAVE_S = 5.0
 
 

@@ -29,7 +29,7 @@ def main(args: Sequence[str]) -> int:
     directory. 74: the last save failed, or the disk takes no more. A second signal n ends the process with 128+n.
     """
     mend_standard_streams()
-    asked = configs.parse(args)
+    asked = configs.parse(args, Config())  # The defaults of a preset depend on the data: they come with it.
     with StopSignal() as stop, contextlib.ExitStack() as locks:
         try:
             config, workdir = find_run(args, asked, stop, locks)

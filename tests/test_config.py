@@ -505,6 +505,36 @@ def test_before_the_first_checkpoint_nothing_has_begun_and_any_setting_may_chang
     assert config == dataclasses.replace(Config.of_preset(None, "original", "digits"), workdir=Path("one"))
 
 
+@pytest.mark.parametrize(
+    ("args", "preset", "model"),
+    [
+        (["--preset", "accurate"], "accurate", "cnn-large"),
+        (["--preset", "accurate", "--model", "cnn"], "accurate", "cnn"),
+        (["--model", "original-power"], "original", "original-power"),
+        (["--preset", "accurate", "--model", "original"], "accurate", "original"),
+    ],
+)
+def test_before_the_first_checkpoint_another_preset_or_model_brings_its_defaults(
+    args: list[str], preset: configs.PresetName, model: configs.ModelName, here: Path
+) -> None:
+    make_run("one", Config.of_preset("fast", "cnn", "digits"))
+    config, _ = find_run("--workdir", "one", *args)
+    assert config == dataclasses.replace(Config.of_preset(preset, model, "digits"), model=model, workdir=Path("one"))
+
+
+def test_before_the_first_checkpoint_other_data_leave_preset_and_model_as_they_were(here: Path) -> None:
+    make_run("one", Config.of_preset("accurate", "cnn", "mnist"))
+    config, _ = find_run("--workdir", "one", "--dataset", "digits")
+    assert config == dataclasses.replace(Config.of_preset("accurate", "cnn", "digits"), workdir=Path("one"))
+
+
+def test_another_preset_contradicts_a_run_that_has_begun(here: Path) -> None:
+    make_run("one", Config.of_preset("fast", "cnn", "digits"))
+    Path("one/checkpoints/7").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"  preset +fast +accurate"):
+        find_run("--workdir", "one", "--preset", "accurate")
+
+
 def test_without_flags_the_run_that_is_there_is_carried_on(here: Path) -> None:
     make_run("runs/digits", Config(dataset="digits", seed=5))
     config, workdir = find_run()
@@ -621,7 +651,7 @@ def refused(tmp_path: Path, content: bytes, *named: str) -> str:
 
 def find_run(*args: str) -> tuple[Config, Path]:
     with contextlib.ExitStack() as locks:
-        return train.find_run(args, configs.parse(args), StopSignal(), locks)
+        return train.find_run(args, configs.parse(args, Config()), StopSignal(), locks)
 
 
 def make_run(directory: str, config: Config) -> Config:

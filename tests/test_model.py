@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from runs import in_new_process
 
 from mnist_jax import data, distributed
-from mnist_jax.model import MODELS, conv, pooled_conv, pooled_conv_of_one_channel, power_of_relu, slide
+from mnist_jax.model import MODELS, conv, pool, pooled_conv_of_one_channel, power_of_relu, slide
 
 ORIGINALS = [name for name in MODELS if name.startswith("original")]
 DROPPING = ["cnn-large", "original-dropout", "original-power"]
@@ -54,6 +54,10 @@ def numbers(*shapes: tuple[int, ...]):
     rng = np.random.default_rng(0)
     for shape in shapes:
         yield jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+
+def pooled_conv(x, kernel, margin):
+    return pool(conv(x, kernel, margin))
 
 
 def plain_pooled_conv(x, kernel, margin):
