@@ -43,7 +43,7 @@ class Options:
     """See that everything works, in a tiny form: the numbers mean nothing."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """File to write all numbers to."""
-    only: tuple[Literal[tuple(ROWS)], ...] = ()  # type: ignore[valid-type]
+    only: tuple[Literal[tuple(ROWS)], ...] = ()  # type: ignore[valid-type]  # The names stand in one place: ROWS.
     """What to measure; everything if nothing is named."""
 
 

@@ -62,5 +62,5 @@ def wait_for_phase(phase: str, workdir: Path, process: Process) -> float:
                 return event["time"]
         if has_ended:
             break
-        time.sleep(0.01)
+        time.sleep(0.01)  # A closer look would take time from what is measured.
     raise process.failed(f"did not come to the phase {phase}")

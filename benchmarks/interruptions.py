@@ -57,7 +57,7 @@ def stop_once(bench: Bench, workdir: Path, after_s: float) -> tuple[float, Ended
     """Begin the run in `workdir` or carry it on, and return how long it took to stop, and its end."""
     with bench.start(workdir, *ENDLESS) as process:
         wait_for_phase("train", workdir, process)
-        time.sleep(after_s)
+        time.sleep(after_s)  # Until it trains steadily; at random, so that no moment of a call is preferred.
         signal_s = process.stop()
         ended = process.wait()
     if "\nstopped step=" not in ended.out:

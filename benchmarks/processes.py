@@ -41,6 +41,7 @@ class Process:
         """Start it; `pipes` go to `Popen`."""
         self._module = module
         # Files and not pipes: nobody has to empty them, so that the parent can sleep while a process is measured.
+        # They live as long as the process, and `__exit__` closes them.
         self._out, self._err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # noqa: SIM115
         streams = {"stdin": subprocess.DEVNULL, "stdout": self._out, "stderr": self._err, **pipes}
         self.start_s = time.time()

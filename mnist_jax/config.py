@@ -90,13 +90,13 @@ class Config:
     """Set of defaults: 99 % in seconds, more in minutes, or as the script trained that this program is modelled on."""
     model: Annotated[ModelName, _of_preset(_one_of(ModelName), "model")] = "cnn"
     """Network to train."""
-    epochs: Annotated[int, _of_preset("PASSES", "epochs")] = 2
+    epochs: Annotated[int, _of_preset("PASSES", "epochs")] = PRESETS["fast"].epochs
     """Length of the training, in passes over the training images; ten times that on the built-in digits."""
     steps: Annotated[int | None, _optional("STEPS", "as many as --epochs makes")] = None
     """Length of the training, in updates; wins over --epochs."""
-    batch_size: Annotated[int, _of_preset("IMAGES", "batch_size")] = 128
+    batch_size: Annotated[int, _of_preset("IMAGES", "batch_size")] = PRESETS["fast"].batch_size
     """Images an update learns from, over all devices together."""
-    learning_rate: Annotated[float, _of_preset("RATE", "learning_rate")] = 7e-3
+    learning_rate: Annotated[float, _of_preset("RATE", "learning_rate")] = PRESETS["fast"].learning_rate
     """Learning rate of Adam. It rises to this and falls again over the run; with the preset original it is constant."""
     adam_b1: Annotated[float, _of_preset("DECAY", "adam_b1")] = 0.9
     """Decay of Adam's average of the gradients, per update."""
@@ -353,7 +353,7 @@ def contradictions(run: Config, asked: Config) -> Iterator[Difference]:
 
     Cadence and housekeeping may change freely. So may the number of steps, unless the learning rate depends on it.
     """
-    fields = [*_MATHEMATICS]
+    fields = list(_MATHEMATICS)
     if asked.dataset != "auto":
         fields.append("dataset")
     if run.schedule == "one-cycle":

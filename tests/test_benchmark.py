@@ -125,7 +125,7 @@ def test_a_worker_that_fails_brings_its_last_words(module):
 
 def test_a_worker_that_works_while_it_should_be_idle_is_found_out(module):
     with Worker(module(RESTLESS)) as worker:
-        time.sleep(0.3)
+        time.sleep(0.3)  # Its turn to be idle; what it does meanwhile is measured.
         with pytest.raises(Failed, match="while it was another's turn"):
             worker.ask("train", 1)
 
