@@ -353,8 +353,13 @@ class Training:
             self.save("signal SIGUSR2")
         elif every_steps is not None and self.step % every_steps == 0:
             self.save("steps")
-        elif time.monotonic() >= self._next_save_s and not self.store.is_saving:
+        elif time.monotonic() >= self._next_save_s and not self.store.is_saving and not self._has_sums_in_flight:
             self.save("time")
+
+    @property
+    def _has_sums_in_flight(self) -> bool:
+        """Whether a save would wait for the sums of an interval, and one after the next call would not."""
+        return self._interval is not None and self.config.log_every_steps > self._pace.steps_per_call
 
     def save(self, reason: str) -> None:
         """Begin to save the state."""

@@ -84,6 +84,12 @@ def test_without_checkpoints_there_is_nothing_to_restore(store):
     assert store.newest_step == 0
 
 
+def test_two_leaves_of_one_name_are_refused_for_one_would_be_lost(store):
+    with pytest.raises(ValueError, match="the same name"):
+        store.save(1, {"a": {"b": jnp.zeros(1)}, "a.b": jnp.ones(1)})
+    assert store.steps == []
+
+
 def test_the_digest_tells_trees_apart_by_value_name_shape_and_type(store):
     trees = [
         {"a": jnp.zeros(4)},
@@ -152,7 +158,7 @@ def test_a_failed_save_is_told_changes_nothing_and_can_be_tried_again(store, mon
     store.save_and_wait(1, make_tree(1))
     store.results()
     with monkeypatch.context() as patch:
-        patch.setattr(ocp.Checkpointer, "save", fail_with(OSError(28, "No space left on device")))
+        patch.setattr(ocp.PyTreeCheckpointHandler, "save", fail_with(OSError(28, "No space left on device")))
         store.save(2, make_tree(2))
         store.wait()
         [failure] = store.results()
@@ -293,15 +299,15 @@ def test_a_leaf_that_is_read_otherwise_than_it_was_saved_is_named(store, monkeyp
     """Its files are whole: what is wrong is the memory, or what reads them."""
     store.save_and_wait(1, make_tree(1))
     store.save_and_wait(2, make_tree(2))
-    restore = ocp.Checkpointer.restore
+    restore = ocp.PyTreeCheckpointHandler.restore
 
     def restore_wrongly(self, path, **kwargs):
         leaves = restore(self, path, **kwargs)
         if "2" in path.parts:
-            leaves["params.dense.kernel"].view(np.uint32)[3, 4] ^= 1
+            leaves["float32"].view(np.uint32)[123] ^= 1
         return leaves
 
-    monkeypatch.setattr(ocp.Checkpointer, "restore", restore_wrongly)
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", restore_wrongly)
     restored = store.restore(like=make_tree())
     assert restored.step == 1
     [(damaged, refuge)] = restored.set_aside
@@ -382,8 +388,8 @@ def test_a_checkpoint_of_another_format_is_refused_and_stays(store):
     store.save_and_wait(1, make_tree(1))
     store.save_and_wait(2, make_tree(2))
     path = store.directory / "2" / "manifest.json"
-    checkpoint._write_manifest(path, {**Checkpoint(path.parent).manifest(), "format": 3})
-    with pytest.raises(Mismatch, match="step 2 has format 3, and not 2"):
+    checkpoint._write_manifest(path, {**Checkpoint(path.parent).manifest(), "format": 2})
+    with pytest.raises(Mismatch, match="step 2 has format 2, and not 3"):
         store.restore(like=make_tree())
     assert store.steps == [1, 2]
 

@@ -461,10 +461,10 @@ OF_ANOTHER = {
     "no leaf at all": with_value({}, "leaves"),
     "a leaf with dots": with_value({"shape": [], "dtype": "int32", "sha256": ""}, "leaves", "../../x"),
     "a type that is none": with_value("O", "leaves", "step", "dtype"),
-    "format 3": with_value(3, "format"),
-    "format text": with_value("2", "format"),
+    "format 2": with_value(2, "format"),
+    "format text": with_value("3", "format"),
     "format null": with_value(None, "format"),
-    "format a list": with_value([2], "format"),
+    "format a list": with_value([3], "format"),
     "config a list": with_value([], "about", "config"),
     "config empty": with_value({}, "about", "config"),
     "config with a zero in its path": with_value("a\0b", "about", "config", "data_dir"),
@@ -545,9 +545,9 @@ def test_what_a_forged_manifest_says_besides_does_no_harm(run_in, outside, tell,
         b"null",
         b"\xff\xfe",
         100_000 * b"[",
-        b'{"format": 2, "step": 40, "seal": ' + 900 * b"[" + 900 * b"]" + b"}",
-        b'{"format": 2, "step": 40, "seal": null}',
-        b'{"format": 2, "step": 40, "seal": NaN}',
+        b'{"format": 3, "step": 40, "seal": ' + 900 * b"[" + 900 * b"]" + b"}",
+        b'{"format": 3, "step": 40, "seal": null}',
+        b'{"format": 3, "step": 40, "seal": NaN}',
         b'{"format": 1' + 5000 * b"0" + b"}",
     ],
     ids=lambda content: content[:40].decode("latin-1"),
@@ -655,7 +655,7 @@ except Damaged as error:
 
 def test_an_array_that_is_larger_than_the_manifest_says_is_damage(tmp_path):
     """TensorStore would make room for all of it, and end the process where there is none: so it has its own."""
-    store = CheckpointStore(tmp_path / "[1]" / "checkpoints")  # Under such a path each leaf has a folder.
+    store = CheckpointStore(tmp_path / "checkpoints")
     store.save_and_wait(7, {"w": jax.numpy.ones(5)})
     store.close()
     [path] = (store.directory / "7" / "state").rglob(".zarray")

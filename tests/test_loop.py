@@ -43,10 +43,10 @@ def fail_to_save(monkeypatch, *, steps) -> None:
     """Have the disk be full whenever one of these steps is saved."""
     commit = CheckpointStore._commit
 
-    def commit_or_fail(self, step, leaves, about):
+    def commit_or_fail(self, step, *args):
         if step in steps:
             raise OSError(28, "No space left on device")
-        return commit(self, step, leaves, about)
+        return commit(self, step, *args)
 
     monkeypatch.setattr(CheckpointStore, "_commit", commit_or_fail)
 
@@ -70,11 +70,11 @@ def test_a_save_that_time_asked_for_and_that_failed_is_tried_again_soon(tmp_path
     failed = []
     commit = CheckpointStore._commit
 
-    def fail_twice(self, step, leaves, about):
+    def fail_twice(self, step, *args):
         if len(failed) < 2:
             failed.append(step)
             raise OSError(28, "No space left on device")
-        return commit(self, step, leaves, about)
+        return commit(self, step, *args)
 
     monkeypatch.setattr(CheckpointStore, "_commit", fail_twice)
     monkeypatch.setattr(loop, "RETRY_SAVE_S", 0.01)
@@ -85,6 +85,20 @@ def test_a_save_that_time_asked_for_and_that_failed_is_tried_again_soon(tmp_path
     first_saved = events(tmp_path, "save")[0]
     assert first_saved["reason"] == "time"
     assert failed[0] < failed[1] < first_saved["step"] < 400
+
+
+# The evaluation at the end waits for all calls anyway.
+@pytest.mark.parametrize(("log_every_steps", "steps"), [(1, [1, 2, 3, 4, 5, 6]), (2, [1, 3, 5, 6])])
+def test_a_save_that_time_asks_for_waits_for_no_interval_unless_each_call_ends_one(
+    tmp_path, monkeypatch, log_every_steps, steps
+):
+    saved = []
+    monkeypatch.setattr(loop.Training, "save", lambda training, reason: saved.append((training.step, reason)))
+    monkeypatch.setattr(loop, "CALL_S", 1e-9)  # Each call makes one step.
+    settings = {"checkpoint_every_steps": None, "checkpoint_every_s": 1e-9, "log_every_steps": log_every_steps}
+    with StopSignal() as stop:
+        assert loop.run(config(**settings, eval_every_steps=7, steps=6), tmp_path, stop) == 0
+    assert [step for step, reason in saved if reason == "time"] == steps
 
 
 def test_the_next_save_begins_as_much_earlier_as_a_save_takes(tmp_path, monkeypatch):

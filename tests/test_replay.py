@@ -176,10 +176,10 @@ def test_a_damaged_checkpoint_is_told_with_65(run_in, capsys, step, damage):
 
 
 def test_a_checkpoint_of_another_format_is_refused_with_2(run_in, capsys):
-    _write_manifest(run_in / "checkpoints" / "40" / "manifest.json", {"format": 3, "step": 40})
+    _write_manifest(run_in / "checkpoints" / "40" / "manifest.json", {"format": 2, "step": 40})
     code, _, err = replayed(run_in, capsys=capsys)
     assert code == 2
-    assert "step 40 has format 3, and not 2" in err
+    assert "step 40 has format 2, and not 3" in err
 
 
 def test_other_data_is_refused_with_2(run_in, monkeypatch, capsys):

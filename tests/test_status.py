@@ -233,7 +233,7 @@ def contradict_the_config(workdir: Path) -> None:
 
 
 def write_another_format(workdir: Path) -> None:
-    rewrite(workdir, format=3)
+    rewrite(workdir, format=2)
 
 
 def forget_the_devices(workdir: Path) -> None:
