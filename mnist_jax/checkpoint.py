@@ -3,8 +3,7 @@
 A checkpoint is a directory named by its step:
 
     120/manifest.json   the SHA-256 of each leaf and of each file, and what the caller wants to remember
-    120/state/          the leaves of a tree, laid end to end in one array for each type, written by Orbax, which keeps
-                        no checksum of them
+    120/state/          the bytes of the leaves of a tree, end to end, written by Orbax, which keeps no checksum of them
 
 It is written under another name. When the disk has all of it, it is renamed; when the disk has that too, it counts,
 and older ones may go. So a kill or a power cut leaves a checkpoint that is whole, or leftovers that never count.
@@ -31,7 +30,6 @@ import stat
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -153,10 +151,10 @@ class Checkpoint:
             Mismatch: it is of a tree with other names, shapes or types, or of another format.
         """
         manifest = self.verify()
-        wanted = _raw_shapes(like)
-        _check_same_tree(self.step, manifest["leaves"], wanted)
+        shapes = _raw_shapes(like)
+        _check_same_tree(self.step, manifest["leaves"], shapes)
         try:
-            leaves = self._read_leaves(wanted)
+            leaves = self._read_leaves(shapes)
         except (MemoryError, Damaged):
             raise
         except Exception as error:  # Whatever Orbax and TensorStore say of files that they cannot make sense of.
@@ -167,22 +165,18 @@ class Checkpoint:
                 raise Damaged(self.step, "changed-leaf", f"leaf {name} is {table[name]}, and was {row}")
         return _place(leaves, like), manifest
 
-    def _read_leaves(self, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
-        """Return the leaves that are wanted, if what is stored has their size."""
-        sizes: Counter[str] = Counter()
-        for leaf in wanted.values():
-            sizes[str(leaf.dtype)] += leaf.size
-        as_numpy = {dtype: ocp.RestoreArgs(restore_type=np.ndarray) for dtype in sizes}
-        request = ocp.args.PyTreeRestore(item=dict.fromkeys(sizes, 0), restore_args=as_numpy)
+    def _read_leaves(self, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
+        """Return the leaves with these shapes and types, if what is stored has their size."""
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in shapes.values())
+        as_numpy = {"leaves": ocp.RestoreArgs(restore_type=np.ndarray)}
+        request = ocp.args.PyTreeRestore(item={"leaves": 0}, restore_args=as_numpy)
         state = self.path.absolute() / "state"  # Orbax finds no metadata under a relative path.
         with contextlib.closing(_orbax()) as orbax:
             # TensorStore believes what is stored, and a size that no memory holds ends the process.
-            stored = orbax.metadata(state).tree
-            for dtype, size in sizes.items():
-                shape, chunk = stored[dtype].shape, stored[dtype].storage.chunk_shape
-                if shape != (size,) or chunk[0] > max(size, 1):
-                    raise Damaged(self.step, "changed-leaf", f"{dtype} is {shape} in parts of {chunk}, not ({size},)")
-            return _unpack(orbax.restore(state, args=request), wanted)
+            stored = orbax.metadata(state).tree["leaves"]
+            if stored.shape != (size,) or stored.dtype != np.uint8 or stored.storage.chunk_shape[0] > max(size, 1):
+                raise Damaged(self.step, "changed-size", f"{stored} is stored, and not {size} bytes")
+            return _unpack(orbax.restore(state, args=request)["leaves"], shapes)
 
     def _unread(self, error: OSError, kind: str) -> Exception:
         """Return what it means that a file could not be read: damage, unless it may be good all the same."""
@@ -350,8 +344,7 @@ class CheckpointStore:
         self.wait()
         if step not in self._digests:
             self._pending_step = step
-            like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
-            self._pending = executor.submit(self._write, step, _pack(tree), like, dict(about or {}), valid)
+            self._pending = executor.submit(self._write, step, _pack(tree), _raw_shapes(tree), dict(about or {}), valid)
 
     def results(self) -> list[Saved | SaveFailed | Notice]:
         """Return how the saves went that ended since the last call, and what else came to light in them."""
@@ -415,7 +408,7 @@ class CheckpointStore:
         self,
         step: int,
         packed: Mapping[str, jax.Array],
-        like: Any,
+        shapes: Mapping[str, jax.ShapeDtypeStruct],
         about: Mapping[str, Any],
         valid: bool | jax.Array,
     ) -> None:
@@ -425,9 +418,9 @@ class CheckpointStore:
             if not valid:
                 raise InvalidState(step, "its values are not finite")
             self._check_place(step)
-            arrays = {dtype: np.asarray(array) for dtype, array in packed.items()}
-            self._look_at_free_space(step, sum(array.nbytes for array in arrays.values()))
-            manifest = self._commit(step, arrays, describe_leaves(_unpack(arrays, _raw_shapes(like))), about)
+            content = _bytes(packed)
+            self._look_at_free_space(step, content.nbytes)
+            manifest = self._commit(step, content, describe_leaves(_unpack(content, shapes)), about)
         except Exception as error:
             failure = error if isinstance(error, SaveFailed) else SaveFailed(step, f"{type(error).__name__}: {error}")
             self._last_failure = failure
@@ -437,14 +430,14 @@ class CheckpointStore:
             self._remove_old(step)
 
     def _commit(
-        self, step: int, arrays: Mapping[str, np.ndarray], table: Mapping[str, Any], about: Mapping[str, Any]
+        self, step: int, content: np.ndarray, table: Mapping[str, Any], about: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Write a checkpoint and return its manifest when the disk has all of it."""
         unfinished = self.directory / f"{step}.unfinished"
         _remove(unfinished)  # An earlier try may have broken off.
         (unfinished / "state").mkdir(parents=True)
         with contextlib.closing(_orbax()) as orbax:
-            orbax.save(unfinished / "state", args=ocp.args.PyTreeSave(arrays))
+            orbax.save(unfinished / "state", args=ocp.args.PyTreeSave({"leaves": content}))
         manifest = {
             "format": FORMAT,
             "step": step,
@@ -527,8 +520,8 @@ def _orbax() -> ocp.PyTreeCheckpointHandler:
     """Return what writes and reads arrays.
 
     It is the part of Orbax below its `Checkpointer`, whose own way to commit, under another name again, is not needed
-    here. Neither is OCDBT, its layout of few files for many arrays, which loses all where the path has a `[`; nor a
-    compression, for the bits of trained weights look like noise.
+    here. Neither is OCDBT, its layout for many arrays, which loses all where the path has a `[`; nor a compression,
+    for the bits of trained weights look like noise.
     """
     return ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
 
@@ -626,9 +619,7 @@ def _yield_to_others() -> None:
 def _pack(tree: Any) -> dict[str, jax.Array]:
     """Return the leaves of a tree laid end to end, in the order of their names, in one array for each type.
 
-    They are copies: the buffers of the tree may be donated while a save reads these. And they are few: each array
-    costs Orbax over half a millisecond of a processor's time, which training misses, and a small model with Adam has
-    30 leaves.
+    They are copies: the buffers of the tree may be donated while a save reads these.
     """
     parts: dict[str, list[jax.Array]] = {}
     for _, leaf in sorted(_named_leaves(jax.tree.map(_raw, tree)).items()):
@@ -637,13 +628,21 @@ def _pack(tree: Any) -> dict[str, jax.Array]:
     return {dtype: jnp.copy(jnp.concatenate(leaves)) for dtype, leaves in parts.items()}
 
 
-def _unpack(packed: Mapping[str, np.ndarray], like: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
-    """Return views of the leaves that `_pack` laid end to end."""
-    leaves, ends = {}, dict.fromkeys(packed, 0)
-    for name, leaf in sorted(like.items()):
-        dtype = str(leaf.dtype)
-        first, ends[dtype] = ends[dtype], ends[dtype] + leaf.size
-        leaves[name] = packed[dtype][first : ends[dtype]].reshape(leaf.shape)
+def _bytes(packed: Mapping[str, jax.Array]) -> np.ndarray:
+    """Return the bytes of what `_pack` returned, fetched, in the order of the types' names.
+
+    Each array costs Orbax over a millisecond of a processor's time, which the training misses; a small model with
+    Adam has 30 leaves, of three types.
+    """
+    return np.concatenate([np.asarray(packed[dtype]).view(np.uint8) for dtype in sorted(packed)])
+
+
+def _unpack(content: np.ndarray, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
+    """Return views of the leaves in what `_bytes` returned."""
+    leaves, end = {}, 0
+    for name, leaf in sorted(shapes.items(), key=lambda item: (str(item[1].dtype), item[0])):
+        first, end = end, end + leaf.size * leaf.dtype.itemsize
+        leaves[name] = content[first:end].view(leaf.dtype).reshape(leaf.shape)
     return leaves
 
 
@@ -695,12 +694,20 @@ def describe_leaves(leaves: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any
 
 def _raw_shapes(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """Return shape and type of each leaf as it is stored."""
-    return _named_leaves(jax.eval_shape(lambda tree: jax.tree.map(_raw, tree), tree))
+
+    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+        if _is_key(leaf):
+            return jax.eval_shape(_raw, leaf)
+        return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
+
+    return {name: shape(leaf) for name, leaf in _named_leaves(tree).items()}
 
 
-def _check_same_tree(step: int, table: Mapping[str, Mapping[str, Any]], like: Mapping[str, Any]) -> None:
+def _check_same_tree(
+    step: int, table: Mapping[str, Mapping[str, Any]], shapes: Mapping[str, jax.ShapeDtypeStruct]
+) -> None:
     """Raise Mismatch unless a manifest's leaves have the names, shapes and types that are expected."""
-    expected = {name: f"{list(leaf.shape)} {leaf.dtype}" for name, leaf in like.items()}
+    expected = {name: f"{list(leaf.shape)} {leaf.dtype}" for name, leaf in shapes.items()}
     found = {name: f"{row['shape']} {row['dtype']}" for name, row in table.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):

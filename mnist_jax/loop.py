@@ -182,7 +182,7 @@ def restore(
         ConfigError: the run began with other data, or with other settings than a config that was changed since.
         NoReadableCheckpoint: none is good, or all are gone.
     """
-    restored = store.restore(like=blueprint.abstract_state())
+    restored = store.restore(like=blueprint.abstract_state)
     if restored is None:
         if journal.tells_of_saves():
             raise NoReadableCheckpoint(

@@ -1,7 +1,8 @@
 """The pure functions of `steps.py`, compiled for the devices at hand."""
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -42,7 +43,8 @@ class Programs(NamedTuple):
     is_finite: Callable[[TrainState], jax.Array]
 
 
-class Blueprint(NamedTuple):
+@dataclass(frozen=True)
+class Blueprint:
     """What the programs are made from."""
 
     config: Config
@@ -51,8 +53,9 @@ class Blueprint(NamedTuple):
     test_size: int
     mesh: Mesh
 
+    @cached_property
     def abstract_state(self) -> TrainState:
-        """Return the shapes, types and shardings of the train state."""
+        """The shapes, types and shardings of the train state."""
         everywhere = distributed.replicated(self.mesh)
         state = jax.eval_shape(self._create)
         return jax.tree.map(lambda leaf: ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), state)
@@ -64,7 +67,7 @@ class Blueprint(NamedTuple):
     def compile(self) -> Programs:
         """Compile all programs: seconds where they are new, and much less where JAX's cache on disk has them."""
         config, mesh = self.config, self.mesh
-        state = self.abstract_state()
+        state = self.abstract_state
         number = _integers()
         on_batch: Any = {"model": self._model, "batch_sharding": distributed.split_over_batch(mesh)}
         eval_call_images = -(-EVAL_CALL_IMAGES // mesh.size) * mesh.size

@@ -84,7 +84,7 @@ def replay(options: Options, stop: StopSignal, terminal: Terminal) -> list[str]:
     dataset = stop.run(lambda: data.load(config.dataset, config.data_dir, say=terminal.say))
     provenance.check_same_run(about, config, dataset, where=last.path)
     blueprint = loop.make_blueprint(config, dataset)
-    like = blueprint.abstract_state()
+    like = blueprint.abstract_state
     wanted = last.read(like)[0]
     provenance.check_step(last.step, wanted)
     if last.step > blueprint.total_steps:

@@ -193,7 +193,7 @@ def read_pristine(whole: Run) -> Pristine:
 
     config = configs.load(whole.workdir / "config.json")
     blueprint = loop.make_blueprint(config, data.load(config.dataset, config.data_dir, say=print))
-    like, saved = blueprint.abstract_state(), {}
+    like, saved = blueprint.abstract_state, {}
     told = {record["step"]: record["sha256"] for record in whole.events("save")}
     for checkpoint in list_checkpoints(whole.workdir / "checkpoints"):
         tree, manifest = checkpoint.read(like)

@@ -31,12 +31,14 @@ from mnist_jax.checkpoint import (
 
 
 def make_tree(seed: int = 0) -> dict:
-    """A train state in small: parameters, a counter, a typed random key, nesting, several types."""
+    """A train state in small: parameters, a counter, a typed random key, nesting, several types, an odd size, none."""
     rng = np.random.default_rng(seed)
     return {
         "params": {"dense": {"kernel": jnp.asarray(rng.standard_normal((30, 20)), jnp.float32)}},
         "opt_state": (jnp.asarray(rng.standard_normal(7), jnp.bfloat16), {"count": jnp.int32(seed)}),
         "rng": jax.random.key(seed),
+        "mask": jnp.asarray([True, False, bool(seed % 2)]),
+        "none": jnp.zeros((0, 3)),
     }
 
 
@@ -304,7 +306,7 @@ def test_a_leaf_that_is_read_otherwise_than_it_was_saved_is_named(store, monkeyp
     def restore_wrongly(self, path, **kwargs):
         leaves = restore(self, path, **kwargs)
         if "2" in path.parts:
-            leaves["float32"].view(np.uint32)[123] ^= 1
+            leaves["leaves"][123] ^= 1
         return leaves
 
     monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", restore_wrongly)

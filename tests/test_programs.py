@@ -62,7 +62,7 @@ def programs(source) -> Programs:
 
 
 def test_the_state_is_created_as_the_abstract_state_says(source, programs):
-    abstract, state = source.abstract_state(), source.create()
+    abstract, state = source.abstract_state, source.create()
     assert jax.tree.structure(abstract) == jax.tree.structure(state)
     for wanted, leaf in zip(jax.tree.leaves(abstract), jax.tree.leaves(state), strict=True):
         assert (leaf.shape, leaf.dtype) == (wanted.shape, wanted.dtype)
