@@ -21,6 +21,7 @@ from mnist_jax.data import DataError
 ROWS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "throughput": speed.throughput,
     "time-to-99": speed.time_to_99,
+    "accurate": speed.accurate,
     "torch-example": partial(speed.example, module="example_torch"),
     "keras-example": partial(speed.example, module="example_keras"),
     "flax-example": partial(speed.example, module="example_flax"),
@@ -35,7 +36,7 @@ ROWS: dict[str, Callable[[Bench], Iterator[Row]]] = {
 
 @dataclass(frozen=True)
 class Options:
-    """Measure mnist_jax side by side with others. It takes more than half an hour; leave the machine to it."""
+    """Measure mnist_jax side by side with others. It takes more than an hour; leave the machine to it."""
 
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder that holds the four official .gz files of MNIST; without it they are downloaded, once."""

@@ -18,6 +18,7 @@ class Plan(NamedTuple):
     rounds: int = 15
     window_s: float = 2.0
     seeds: int = 10
+    accurate_seeds: int = 5
     steps: int | None = None  # of the trainings that otherwise go to their end
     save_rounds: int = 60
     save_window_s: float = 1.0
@@ -27,7 +28,7 @@ class Plan(NamedTuple):
     cold_starts: int = 5
 
 
-QUICK = Plan(1, 0.3, 1, 3, save_rounds=1, save_window_s=0.3, saves=5, stops=3, resumes=1, cold_starts=1)
+QUICK = Plan(1, 0.3, 1, 1, 3, save_rounds=1, save_window_s=0.3, saves=5, stops=3, resumes=1, cold_starts=1)
 
 
 class Bench(NamedTuple):

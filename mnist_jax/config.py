@@ -43,10 +43,10 @@ class Recipe(NamedTuple):
 PRESETS: dict[PresetName, Recipe] = {
     "fast": Recipe("cnn", 2, 128, 7e-3, adam_b1=0.7, adam_b2=0.9, label_smoothing=0.1),
     "accurate": Recipe(
-        *("cnn-large", 15, 128, 3e-3),
+        *("cnn-large", 10, 128, 3e-3),
         adam_b2=0.99,
         label_smoothing=0.1,
-        shift_px=1.0,
+        shift_px=2.0,
         rotation_deg=10.0,
         zoom=0.1,
         average_decay=0.999,

@@ -189,7 +189,7 @@ ORIGINAL = Classifier(
 
 MODELS: dict[str, Classifier] = {
     "cnn": Classifier(features=(8, 32), kernel_sizes=(5, 3), hidden=64),
-    "cnn-large": Classifier(features=(32, 64, 64), kernel_sizes=(5, 3, 3), unpooled=(2,), hidden=256, dropout=0.3),
+    "cnn-large": Classifier(features=(48, 96, 96), kernel_sizes=(5, 3, 3), unpooled=(2,), hidden=256, dropout=0.5),
     "original": ORIGINAL,
     "original-dropout": ORIGINAL.clone(dropout=0.5),
     "original-normalized": ORIGINAL.clone(batch_statistics=True, pixel_mean=0.1307, pixel_std=0.3081),
