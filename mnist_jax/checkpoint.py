@@ -22,6 +22,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import queue
 import re
@@ -41,6 +42,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+
+# What goes wrong in a thread of Orbax it logs as a traceback, and raises as well. `SaveFailed` tells it in a line.
+logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
 
 FORMAT = 3
 MOST_MANIFEST_BYTES = 2**26
