@@ -130,20 +130,22 @@ def pooled_conv_of_one_channel(x: Array, kernel: Array, margin: int) -> Array:
     Each 2x2 square of pixels becomes one pixel of four channels. The four values that a pooling compares become four
     groups of channels: all of them look at one square of K + 1 by K + 1 pixels, with the kernel in one corner each.
     That is 36/25 of the arithmetic for K = 5, and still quicker: a convolution of one channel has little to sum over.
-    So small are the squares then that they can be written out, as rows of a matrix: its product with the kernel takes
-    less time than the convolution where a group of channels fills a vector, and more where it does not.
+    Where such a group fills a vector, a product of matrices takes less time than the convolution, and else more.
     """
     x = jnp.pad(x, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
     kernel = jnp.concatenate([jnp.pad(kernel, ((i, 1 - i), (j, 1 - j), (0, 0), (0, 0))) for i, j in CORNERS], axis=-1)
     x = jnp.concatenate([x[:, i::2, j::2] for i, j in CORNERS], axis=-1)
     kernel = jnp.concatenate([kernel[i::2, j::2] for i, j in CORNERS], axis=-2)
-    if kernel.shape[-1] < len(CORNERS) * VECTOR:
-        return functools.reduce(jnp.maximum, jnp.split(conv(x, kernel, 0), len(CORNERS), axis=-1))
+    y = conv(x, kernel, 0) if kernel.shape[-1] < len(CORNERS) * VECTOR else conv_by_product(x, kernel)
+    return functools.reduce(jnp.maximum, jnp.split(y, len(CORNERS), axis=-1))
+
+
+def conv_by_product(x: Array, kernel: Array) -> Array:
+    """Return `slide(x, kernel, 0)` as a product of matrices: what the kernel looks at from each pixel is a row."""
     size, height, width = len(kernel), *(pixels - len(kernel) + 1 for pixels in x.shape[1:3])
     squares = [x[:, i : i + height, j : j + width] for i in range(size) for j in range(size)]
     rows = jnp.concatenate(squares, axis=-1).reshape(-1, kernel[..., 0].size)
-    y = functools.reduce(jnp.maximum, jnp.split(rows @ kernel.reshape(rows.shape[1], -1), len(CORNERS), axis=-1))
-    return y.reshape(len(x), height, width, -1)
+    return (rows @ kernel.reshape(rows.shape[1], -1)).reshape(len(x), height, width, -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
