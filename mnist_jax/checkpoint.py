@@ -43,8 +43,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-# What goes wrong in a thread of Orbax it logs as a traceback, and raises as well. `SaveFailed` tells it in a line.
-logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+# What goes wrong in a thread of Orbax it logs there as a traceback, and raises later. `SaveFailed` tells it in a line.
+logging.getLogger("absl").addFilter(
+    lambda record: not (record.exc_info and record.pathname.endswith("orbax/checkpoint/_src/futures/future.py"))
+)
 
 FORMAT = 3
 MOST_MANIFEST_BYTES = 2**26
