@@ -28,7 +28,19 @@ class Plan(NamedTuple):
     cold_starts: int = 5
 
 
-QUICK = Plan(1, 0.3, 1, 1, 3, save_rounds=1, save_window_s=0.3, saves=5, stops=3, resumes=1, cold_starts=1)
+QUICK = Plan(
+    rounds=1,
+    window_s=0.3,
+    seeds=1,
+    accurate_seeds=1,
+    steps=3,
+    save_rounds=1,
+    save_window_s=0.3,
+    saves=5,
+    stops=3,
+    resumes=1,
+    cold_starts=1,
+)
 
 
 class Bench(NamedTuple):
