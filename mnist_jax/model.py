@@ -130,22 +130,16 @@ def pooled_conv_of_one_channel(x: Array, kernel: Array, margin: int) -> Array:
     Each 2x2 square of pixels becomes one pixel of four channels. The four values that a pooling compares become four
     groups of channels: all of them look at one square of K + 1 by K + 1 pixels, with the kernel in one corner each.
     That is 36/25 of the arithmetic for K = 5, and still quicker: a convolution of one channel has little to sum over.
-    Where such a group fills a vector, a product of matrices takes less time than the convolution, and else more.
+    So small are these squares then that they can be written out, as the rows of a matrix, and be multiplied at once.
     """
     x = jnp.pad(x, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
     kernel = jnp.concatenate([jnp.pad(kernel, ((i, 1 - i), (j, 1 - j), (0, 0), (0, 0))) for i, j in CORNERS], axis=-1)
     x = jnp.concatenate([x[:, i::2, j::2] for i, j in CORNERS], axis=-1)
     kernel = jnp.concatenate([kernel[i::2, j::2] for i, j in CORNERS], axis=-2)
-    y = conv(x, kernel, 0) if kernel.shape[-1] < len(CORNERS) * VECTOR else conv_by_product(x, kernel)
-    return functools.reduce(jnp.maximum, jnp.split(y, len(CORNERS), axis=-1))
-
-
-def conv_by_product(x: Array, kernel: Array) -> Array:
-    """Return `slide(x, kernel, 0)` as a product of matrices: what the kernel looks at from each pixel is a row."""
     size, height, width = len(kernel), *(pixels - len(kernel) + 1 for pixels in x.shape[1:3])
-    squares = [x[:, i : i + height, j : j + width] for i in range(size) for j in range(size)]
-    rows = jnp.concatenate(squares, axis=-1).reshape(-1, kernel[..., 0].size)
-    return (rows @ kernel.reshape(rows.shape[1], -1)).reshape(len(x), height, width, -1)
+    rows = jnp.concatenate([x[:, i : i + height, j : j + width] for i in range(size) for j in range(size)], axis=-1)
+    y = rows.reshape(-1, kernel[..., 0].size) @ kernel.reshape(-1, kernel.shape[-1])
+    return y.reshape(len(x), height, width, len(CORNERS), -1).max(axis=-2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
