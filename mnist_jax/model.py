@@ -33,6 +33,7 @@ class Classifier(nn.Module):
             of a quarter as many.
         logits_activation: of the last layer.
         dropout: share of the hidden units dropped in training, in [0, 1); needs `rngs={"dropout": key}`.
+        features_dropout: share dropped of what goes into the dense layer, likewise.
         pixel_mean, pixel_std: what is taken off pixels scaled to [0, 1], and what they are then divided by.
         batch_statistics: in training, take these two from the batch instead. Evaluation keeps the fixed ones, which
             the batch's are estimates of: the answer for an image must not hang on the images next to it.
@@ -47,6 +48,7 @@ class Classifier(nn.Module):
     activation: Callable[[Array], Array] = nn.relu
     logits_activation: Callable[[Array], Array] = lambda x: x
     dropout: float = 0.0
+    features_dropout: float = 0.0
     pixel_mean: float = 0.1307  # these two are those of the 60,000 training images of MNIST
     pixel_std: float = 0.3081
     batch_statistics: bool = False
@@ -66,7 +68,8 @@ class Classifier(nn.Module):
         for number, (features, size) in enumerate(zip(self.features, self.kernel_sizes, strict=True), start=1):
             convolution = Conv if number in self.unpooled else PooledConv
             x = self.activation(convolution(features, size, self.padding, self.for_cpu, name=f"conv{number}")(x))
-        x = self.activation(nn.Dense(self.hidden, name="dense1")(x.reshape(len(x), -1)))
+        x = nn.Dropout(self.features_dropout, deterministic=not train, name="features_dropout")(x.reshape(len(x), -1))
+        x = self.activation(nn.Dense(self.hidden, name="dense1")(x))
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return self.logits_activation(nn.Dense(10, name="logits")(x))
 
@@ -185,7 +188,9 @@ ORIGINAL = Classifier(
 
 MODELS: dict[str, Classifier] = {
     "cnn": Classifier(features=(8, 32), kernel_sizes=(5, 3), hidden=64),
-    "cnn-large": Classifier(features=(48, 96, 96), kernel_sizes=(5, 3, 3), unpooled=(2,), hidden=256, dropout=0.5),
+    "cnn-large": Classifier(
+        features=(48, 96, 96), kernel_sizes=(5, 3, 3), unpooled=(2,), hidden=256, features_dropout=0.3, dropout=0.5
+    ),
     "original": ORIGINAL,
     "original-dropout": ORIGINAL.clone(dropout=0.5),
     "original-normalized": ORIGINAL.clone(batch_statistics=True, pixel_mean=0.1307, pixel_std=0.3081),

@@ -93,9 +93,10 @@ def train_steps(
 def _average(state: TrainState, params: Any, decay: float) -> Any:
     """Return the average of the params of all updates, to which the latest contribute most.
 
-    At the start it forgets faster, so that the first params, which are random, are soon out of it.
+    At the start it forgets faster, so that the first params, which are random, are soon out of it: until `decay` is
+    the smaller, the params of update t have a weight in proportion to about t ** 3.
     """
-    kept = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
+    kept = jnp.minimum(decay, (1 + state.step) / (5 + state.step))
     return optax.incremental_update(params, state.average, 1 - kept)
 
 

@@ -280,7 +280,7 @@ def test_the_average_of_the_weights_follows_them_and_forgets_the_first_ones_soon
     wanted = np.asarray(state.params["conv1"]["kernel"], np.float64)
     for step in range(12):
         state = trainer.run(state, 1)
-        kept = min(0.5, (1 + step) / (10 + step))
+        kept = min(0.5, (1 + step) / (5 + step))
         wanted = kept * wanted + (1 - kept) * np.asarray(state.params["conv1"]["kernel"])
     np.testing.assert_allclose(state.average["conv1"]["kernel"], wanted, rtol=0, atol=1e-6)
     assert state.params_to_use is state.average
