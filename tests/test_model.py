@@ -315,6 +315,24 @@ def test_dropout_follows_its_key_in_training(name, digits):
     assert not np.array_equal(outputs[0], outputs[2])
 
 
+def test_the_larger_cnn_drops_three_in_ten_features_and_scales_the_others(digits):
+    def features(*, train: bool):
+        _, seen = MODELS["cnn-large"].apply(
+            {"params": params_of("cnn-large")},
+            digits.test_images[:16],
+            train=train,
+            rngs={"dropout": jax.random.key(0)},
+            capture_intermediates=lambda module, _: module.name == "features_dropout",
+            mutable=["intermediates"],
+        )
+        return np.asarray(seen["intermediates"]["features_dropout"]["__call__"][0])
+
+    whole, dropped = features(train=False), features(train=True)
+    is_dropped = dropped[whole > 0] == 0
+    assert is_dropped.mean() == pytest.approx(0.3, abs=0.02)
+    np.testing.assert_allclose(dropped[whole > 0][~is_dropped], whole[whole > 0][~is_dropped] / 0.7, rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_at_evaluation_no_key_changes_anything(name, digits):
     images = digits.test_images[:8]
