@@ -338,7 +338,7 @@ class Training:
         for first in range(0, len(self._test_labels), self.programs.eval_call_images):
             calls.append(
                 self.programs.evaluate(
-                    self.updates.state.params_to_use, self._test_images, self._test_labels, np.int32(first)
+                    self.updates.state.variables_to_use, self._test_images, self._test_labels, np.int32(first)
                 )
             )
             jax.block_until_ready(calls[-2:][0])

@@ -33,7 +33,9 @@ class Classifier(nn.Module):
             of a quarter as many.
         logits_activation: of the last layer.
         dropout: share of the hidden units dropped in training, in [0, 1); needs `rngs={"dropout": key}`.
-        features_dropout: share dropped of what goes into the dense layer, likewise.
+        batch_norm: normalize what goes into the hidden activations (S. Ioffe and C. Szegedy, 2015), like them after the
+            pooling. The collection "batch_stats" then holds the running means and variances that evaluation uses; in
+            training they change, and so must be named in `mutable`.
         pixel_mean, pixel_std: what is taken off pixels scaled to [0, 1], and what they are then divided by.
         batch_statistics: in training, take these two from the batch instead. Evaluation keeps the fixed ones, which
             the batch's are estimates of: the answer for an image must not hang on the images next to it.
@@ -48,7 +50,7 @@ class Classifier(nn.Module):
     activation: Callable[[Array], Array] = nn.relu
     logits_activation: Callable[[Array], Array] = lambda x: x
     dropout: float = 0.0
-    features_dropout: float = 0.0
+    batch_norm: bool = False
     pixel_mean: float = 0.1307  # these two are those of the 60,000 training images of MNIST
     pixel_std: float = 0.3081
     batch_statistics: bool = False
@@ -65,21 +67,29 @@ class Classifier(nn.Module):
         # A batch of one single grey has no spread to divide by.
         mean, std = (x.mean(), jnp.maximum(x.std(), 1e-6)) if from_batch else (self.pixel_mean, self.pixel_std)
         x = (x - mean) / std
+
+        def normalize(x: Array, name: str) -> Array:
+            norm = nn.BatchNorm(use_running_average=not train, momentum=0.99, name=name)
+            return norm(x) if self.batch_norm else x
+
+        use_bias = not self.batch_norm  # A mean that is taken off takes the bias with it, and then has one of its own.
         for number, (features, size) in enumerate(zip(self.features, self.kernel_sizes, strict=True), start=1):
             convolution = Conv if number in self.unpooled else PooledConv
-            x = self.activation(convolution(features, size, self.padding, self.for_cpu, name=f"conv{number}")(x))
-        x = nn.Dropout(self.features_dropout, deterministic=not train, name="features_dropout")(x.reshape(len(x), -1))
-        x = self.activation(nn.Dense(self.hidden, name="dense1")(x))
+            x = convolution(features, size, self.padding, use_bias, self.for_cpu, name=f"conv{number}")(x)
+            x = self.activation(normalize(x, f"conv{number}_norm"))
+        x = nn.Dense(self.hidden, use_bias, name="dense1")(x.reshape(len(x), -1))
+        x = self.activation(normalize(x, "dense1_norm"))
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return self.logits_activation(nn.Dense(10, name="logits")(x))
 
 
 class Conv(nn.Module):
-    """Convolve, and add a bias."""
+    """Convolve, and add a bias if there is one."""
 
     features: int
     kernel_size: int
     padding: Padding
+    use_bias: bool
     for_cpu: bool
 
     @nn.compact
@@ -87,8 +97,8 @@ class Conv(nn.Module):
         """Return [N, H, W, features] of x [N, H, W, C]; "VALID" takes K - 1 off H and W first."""
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return self.convolve(x, kernel, self.kernel_size // 2 if self.padding == "SAME" else 0) + bias
+        y = self.convolve(x, kernel, self.kernel_size // 2 if self.padding == "SAME" else 0)
+        return y + self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else y
 
     def convolve(self, x: Array, kernel: Array, margin: int) -> Array:
         """Return what the bias is added to."""
@@ -96,7 +106,7 @@ class Conv(nn.Module):
 
 
 class PooledConv(Conv):
-    """Convolve, pool, and add a bias: after the pooling, where it is the same and a quarter of the work."""
+    """Convolve, pool, and add a bias if there is one: after the pooling it is the same, and a quarter of the work."""
 
     def convolve(self, x: Array, kernel: Array, margin: int) -> Array:
         """Return what the bias is added to, [N, H/2, W/2, features]."""
@@ -189,7 +199,7 @@ ORIGINAL = Classifier(
 MODELS: dict[str, Classifier] = {
     "cnn": Classifier(features=(8, 32), kernel_sizes=(5, 3), hidden=64),
     "cnn-large": Classifier(
-        features=(48, 96, 96), kernel_sizes=(5, 3, 3), unpooled=(2,), hidden=256, features_dropout=0.3, dropout=0.5
+        features=(32, 64, 96, 128), kernel_sizes=(5, 3, 3, 3), unpooled=(2, 3), hidden=256, batch_norm=True, dropout=0.5
     ),
     "original": ORIGINAL,
     "original-dropout": ORIGINAL.clone(dropout=0.5),

@@ -37,7 +37,9 @@ class Programs(NamedTuple):
 
     train_steps: Callable[[TrainState, TrainData, Any], tuple[TrainState, MetricSums]]  # donates the state
     epoch_order: Callable[[Any], jax.Array]  # epoch -> [N] int32
-    evaluate: Callable[[Any, jax.Array, jax.Array, Any], MetricSums]  # params, images, labels, index of the first one
+    evaluate: Callable[
+        [Any, jax.Array, jax.Array, Any], MetricSums
+    ]  # variables, images, labels, index of the first one
     eval_call_images: int
     learning_rate: Callable[[Any], jax.Array]  # number of updates made -> [] float32
     is_finite: Callable[[TrainState], jax.Array]
@@ -90,7 +92,7 @@ class Blueprint:
             epoch_order=self._compile(partial(steps.epoch_order, config.seed, size=self.train_size), number),
             evaluate=self._compile(
                 partial(steps.evaluate, size=eval_call_images, **on_batch),
-                state.params,
+                state.variables,
                 _images(self.test_size),
                 _integers(self.test_size),
                 number,

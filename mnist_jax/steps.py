@@ -60,10 +60,14 @@ def train_steps(
         The state after `n` updates, and a copy of its metric sums that stays when the state is donated.
     """
 
-    def mean_loss(params: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits: Any = model.apply({"params": params}, images, train=True, rngs={"dropout": key})
+    def mean_loss(
+        params: Any, batch_stats: Any, images: jax.Array, labels: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+        variables = {"params": params, "batch_stats": batch_stats}
+        logits: Any
+        logits, changed = model.apply(variables, images, train=True, rngs={"dropout": key}, mutable=["batch_stats"])
         targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
-        return optax.softmax_cross_entropy(logits, targets).mean(), logits
+        return optax.softmax_cross_entropy(logits, targets).mean(), (logits, changed.get("batch_stats", {}))
 
     def update(_: jax.Array, state: TrainState) -> TrainState:
         """Make one update: the step alone says which images, which random numbers, and which learning rate."""
@@ -75,7 +79,9 @@ def train_steps(
         dropout_key, distort_key = jax.random.split(jax.random.fold_in(state.rng, state.step))
         images = distort(data.images[rows], distort_key)
         gradient = jax.value_and_grad(mean_loss, has_aux=True)
-        (loss, logits), gradients = gradient(state.params, images, labels, dropout_key)
+        (loss, (logits, batch_stats)), gradients = gradient(
+            state.params, state.batch_stats, images, labels, dropout_key
+        )
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = MetricSums(
@@ -83,25 +89,29 @@ def train_steps(
             correct=state.metrics.correct + count_correct(logits, labels),
             images=state.metrics.images + batch_size,
         )
-        average = None if state.average is None else _average(state, params, average_decay)
-        return state.replace(step=state.step + 1, params=params, average=average, opt_state=opt_state, metrics=metrics)
+        if state.average is not None:
+            variables = {"params": params, "batch_stats": batch_stats}
+            state = state.replace(average=_average(variables, state.average, state.step, average_decay))
+        return state.replace(
+            step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state, metrics=metrics
+        )
 
     state = jax.lax.fori_loop(0, n, update, state)
     return state, state.metrics
 
 
-def _average(state: TrainState, params: Any, decay: float) -> Any:
-    """Return the average of the params of all updates, to which the latest contribute most.
+def _average(variables: Any, average: Any, step: jax.Array, decay: float) -> Any:
+    """Return the average of the variables after all updates, to which the latest contribute most.
 
     At the start it forgets faster, so that the first params, which are random, are soon out of it: until `decay` is
     the smaller, the params of update t have a weight in proportion to about t ** 3.
     """
-    kept = jnp.minimum(decay, (1 + state.step) / (5 + state.step))
-    return optax.incremental_update(params, state.average, 1 - kept)
+    kept = jnp.minimum(decay, (1 + step) / (5 + step))
+    return optax.incremental_update(variables, average, 1 - kept)
 
 
 def evaluate(
-    params: Any,
+    variables: Any,
     images: jax.Array,
     labels: jax.Array,
     first: int | jax.Array,
@@ -113,7 +123,7 @@ def evaluate(
     """Return the metric sums over images `first` to `first + size`, or to the last one where there are fewer.
 
     Args:
-        params: the network's parameters.
+        variables: the network's parameters and running statistics.
         images: [N, 28, 28, 1] uint8.
         labels: [N] int32 in [0, 10).
         first: [] int32, index of the first image.
@@ -124,7 +134,7 @@ def evaluate(
     rows = jax.lax.with_sharding_constraint(first + jnp.arange(size), batch_sharding)
     there = rows < labels.size
     rows = jnp.minimum(rows, labels.size - 1)
-    logits: Any = model.apply({"params": params}, images[rows], train=False)
+    logits: Any = model.apply(variables, images[rows], train=False)
     losses = cross_entropy(logits, labels[rows])
     return MetricSums(
         loss=jnp.sum(losses, where=there),

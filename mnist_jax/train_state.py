@@ -29,26 +29,32 @@ class TrainState(struct.PyTreeNode):
 
     step: jax.Array  # [] int32, number of updates made
     params: Any
-    average: Any  # of the params over the latest updates, None where config.average_decay is 0
+    batch_stats: Any  # running means and variances of batch normalization, {} where the model has none
+    average: Any  # of the variables over the latest updates, None where config.average_decay is 0
     opt_state: optax.OptState
     rng: jax.Array  # [] typed key; step s draws from fold_in(rng, s), so it never changes
     metrics: MetricSums
 
     @property
-    def params_to_use(self) -> Any:
-        """The params that answers are to be given with: the average, where there is one."""
-        return self.params if self.average is None else self.average
+    def variables(self) -> dict[str, Any]:
+        """What `Classifier.apply` takes first."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+    @property
+    def variables_to_use(self) -> dict[str, Any]:
+        """The variables that answers are to be given with: the average, where there is one."""
+        return self.variables if self.average is None else self.average
 
 
 def create(config: Config, model: Classifier, optimizer: optax.GradientTransformation) -> TrainState:
     """Return the state before the first update, a pure function of the config."""
     params_key, steps_key, _ = streams(config.seed)
-    params = model.init(params_key, jnp.zeros((1, 28, 28, 1), jnp.uint8), train=False)["params"]
+    variables = {"batch_stats": {}, **model.init(params_key, jnp.zeros((1, 28, 28, 1), jnp.uint8), train=False)}
     return TrainState(
         step=jnp.int32(0),
-        params=params,
-        average=params if config.average_decay else None,
-        opt_state=optimizer.init(params),
+        **variables,
+        average=variables if config.average_decay else None,
+        opt_state=optimizer.init(variables["params"]),
         rng=steps_key,
         metrics=MetricSums.zeros(),
     )

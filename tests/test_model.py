@@ -30,17 +30,25 @@ def abstract_params(name: str):
 
 
 @functools.cache
-def params_of(name: str):
-    """Return a model's first parameters; the originals have the same ones."""
+def variables_of(name: str):
+    """Return a model's first variables; the originals have the same ones."""
     if name in ORIGINALS[1:]:
-        return params_of(ORIGINALS[0])
-    return jax.jit(functools.partial(MODELS[name].init, train=False))(jax.random.key(0), EMPTY_IMAGE)["params"]
+        return variables_of(ORIGINALS[0])
+    return jax.jit(functools.partial(MODELS[name].init, train=False))(jax.random.key(0), EMPTY_IMAGE)
+
+
+def params_of(name: str):
+    return variables_of(name)["params"]
 
 
 @functools.partial(jax.jit, static_argnames=("name", "train", "for_cpu"))
-def logits(name, params, images, *, train=False, key=None, for_cpu=True):
+def logits(name, params, images, *, train=False, key=None, for_cpu=True, batch_stats=None):
+    variables = {**variables_of(name), "params": params}
+    if batch_stats is not None:
+        variables["batch_stats"] = batch_stats
     rngs = None if key is None else {"dropout": key}
-    return MODELS[name].clone(for_cpu=for_cpu).apply({"params": params}, images, train=train, rngs=rngs)
+    model = MODELS[name].clone(for_cpu=for_cpu)
+    return model.apply(variables, images, train=train, rngs=rngs, mutable=["batch_stats"])[0]
 
 
 def whole_numbers(*shapes: tuple[int, ...]):
@@ -202,10 +210,16 @@ def test_the_layers_of_the_cnns_are_as_wide_as_they_are_said_to_be():
         "logits": {"kernel": (64, 10), "bias": (10,)},
     }
     assert jax.tree.map(jnp.shape, abstract_params("cnn-large")) == {
-        "conv1": {"kernel": (5, 5, 1, 48), "bias": (48,)},  # 28 - 4 = 24 -> 12 pixels
-        "conv2": {"kernel": (3, 3, 48, 96), "bias": (96,)},  # 12 - 2 = 10 pixels
-        "conv3": {"kernel": (3, 3, 96, 96), "bias": (96,)},  # 10 - 2 = 8 -> 4 pixels
-        "dense1": {"kernel": (4 * 4 * 96, 256), "bias": (256,)},
+        "conv1": {"kernel": (5, 5, 1, 32)},  # 28 - 4 = 24 -> 12 pixels
+        "conv1_norm": {"scale": (32,), "bias": (32,)},
+        "conv2": {"kernel": (3, 3, 32, 64)},  # 12 - 2 = 10 pixels
+        "conv2_norm": {"scale": (64,), "bias": (64,)},
+        "conv3": {"kernel": (3, 3, 64, 96)},  # 10 - 2 = 8 pixels
+        "conv3_norm": {"scale": (96,), "bias": (96,)},
+        "conv4": {"kernel": (3, 3, 96, 128)},  # 8 - 2 = 6 -> 3 pixels
+        "conv4_norm": {"scale": (128,), "bias": (128,)},
+        "dense1": {"kernel": (3 * 3 * 128, 256)},
+        "dense1_norm": {"scale": (256,), "bias": (256,)},
         "logits": {"kernel": (256, 10), "bias": (10,)},
     }
 
@@ -218,19 +232,40 @@ def test_the_parameters_are_plain_dicts_of_float32(name):
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
 
 
+def random_batch_stats(name: str):
+    """Return running means and variances that change what is normalized by them."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: rng.uniform(0.5, 1.5, leaf.shape).astype(leaf.dtype), variables_of(name).get("batch_stats", {})
+    )
+
+
 @pytest.mark.parametrize("for_cpu", [True, False])
 @pytest.mark.parametrize("name", MODELS)
 def test_each_model_is_the_plain_network_that_its_fields_describe(name, for_cpu, digits):
     model, params = MODELS[name], params_of(name)
     images = digits.test_images[:16]
+    batch_stats = random_batch_stats(name)
+
+    def apply(layer, x):
+        return layer.apply({"params": params[layer.name]}, x)
+
+    def activate(x, name):
+        if model.batch_norm:
+            norm = {"params": params[f"{name}_norm"], "batch_stats": batch_stats[f"{name}_norm"]}
+            x = nn.BatchNorm(use_running_average=True).apply(norm, x)
+        return model.activation(x)
+
     x = (images.astype(np.float32) / 255 - model.pixel_mean) / model.pixel_std
+    use_bias = not model.batch_norm
     for number, (features, size) in enumerate(zip(model.features, model.kernel_sizes, strict=True), start=1):
-        layer = nn.Conv(features, (size, size), padding=model.padding)
-        x = model.activation(layer.apply({"params": params[f"conv{number}"]}, x))
+        layer = nn.Conv(features, (size, size), padding=model.padding, use_bias=use_bias, name=f"conv{number}")
+        x = apply(layer, x)
         x = x if number in model.unpooled else nn.max_pool(x, (2, 2), (2, 2))
-    x = model.activation(nn.Dense(model.hidden).apply({"params": params["dense1"]}, x.reshape(len(x), -1)))
-    wanted = model.logits_activation(nn.Dense(10).apply({"params": params["logits"]}, x))
-    found = logits(name, params, images, for_cpu=for_cpu)
+        x = activate(x, layer.name)
+    x = activate(apply(nn.Dense(model.hidden, use_bias=use_bias, name="dense1"), x.reshape(len(x), -1)), "dense1")
+    wanted = model.logits_activation(apply(nn.Dense(10, name="logits"), x))
+    found = logits(name, params, images, for_cpu=for_cpu, batch_stats=batch_stats)
     assert found.shape == (16, 10)
     assert found.dtype == jnp.float32
     # Four layers of sums in float32, in another order.
@@ -315,22 +350,32 @@ def test_dropout_follows_its_key_in_training(name, digits):
     assert not np.array_equal(outputs[0], outputs[2])
 
 
-def test_the_larger_cnn_drops_three_in_ten_features_and_scales_the_others(digits):
-    def features(*, train: bool):
-        _, seen = MODELS["cnn-large"].apply(
-            {"params": params_of("cnn-large")},
-            digits.test_images[:16],
+def test_the_larger_cnn_normalizes_by_the_batch_in_training_and_by_the_running_numbers_at_evaluation(digits):
+    model, variables = MODELS["cnn-large"], variables_of("cnn-large")
+
+    def first_layer(images, *, train: bool):
+        _, seen = model.apply(
+            variables,
+            images,
             train=train,
             rngs={"dropout": jax.random.key(0)},
-            capture_intermediates=lambda module, _: module.name == "features_dropout",
-            mutable=["intermediates"],
+            capture_intermediates=lambda module, _: module.name in ("conv1", "conv1_norm"),
+            mutable=["intermediates", "batch_stats"],
         )
-        return np.asarray(seen["intermediates"]["features_dropout"]["__call__"][0])
+        outputs = [np.asarray(seen["intermediates"][name]["__call__"][0]) for name in ("conv1", "conv1_norm")]
+        return *outputs, seen["batch_stats"]["conv1_norm"]
 
-    whole, dropped = features(train=False), features(train=True)
-    is_dropped = dropped[whole > 0] == 0
-    assert is_dropped.mean() == pytest.approx(0.3, abs=0.02)
-    np.testing.assert_allclose(dropped[whole > 0][~is_dropped], whole[whole > 0][~is_dropped] / 0.7, rtol=1e-6)
+    pixels = (0, 1, 2)
+    raw, normalized, after = first_layer(digits.train_images[:64], train=True)
+    np.testing.assert_allclose(normalized.mean(pixels), 0, atol=1e-4)
+    np.testing.assert_allclose(normalized.std(pixels), 1, atol=1e-3)
+    np.testing.assert_allclose(after["mean"], 0.01 * raw.mean(pixels), atol=1e-5)
+    np.testing.assert_allclose(after["var"], 0.99 + 0.01 * raw.var(pixels), rtol=1e-4)
+
+    _, among_others, unchanged = first_layer(digits.train_images[:64], train=False)
+    _, alone, _ = first_layer(digits.train_images[:1], train=False)
+    np.testing.assert_allclose(among_others[:1], alone, atol=1e-5)
+    np.testing.assert_array_equal(unchanged["mean"], variables["batch_stats"]["conv1_norm"]["mean"])
 
 
 @pytest.mark.parametrize("name", MODELS)

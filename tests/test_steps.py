@@ -21,6 +21,7 @@ BATCH_SHARDING = distributed.split_over_batch(ONE_DEVICE)
 EVERYWHERE = distributed.replicated(ONE_DEVICE)
 DIGITS = data.load("digits", say=print)
 DROPPING_CNN = MODELS["cnn"].clone(dropout=0.5)
+NORMALIZING_CNN = MODELS["cnn"].clone(dropout=0.5, batch_norm=True)
 
 
 class Trainer:
@@ -105,9 +106,9 @@ STEPS = 15  # 2.5 epochs of the trainer below
 
 @cache
 def dropping_trainer() -> Trainer:
-    """A trainer that leaves nothing out: dropout, distorted images, smoothed labels, averaged weights."""
+    """A trainer that leaves nothing out: dropout, running statistics, distortions, smoothed labels, an average."""
     distort = partial(augment.distort, shift_px=2.0, rotation_deg=10.0, zoom=0.1)
-    return Trainer(distort=distort, label_smoothing=0.1, average_decay=0.9)
+    return Trainer(model=NORMALIZING_CNN, distort=distort, label_smoothing=0.1, average_decay=0.9)
 
 
 @cache
@@ -178,8 +179,8 @@ class Sightings:
     def init(self, key, images, *, train):
         return {"params": jnp.zeros(self.SIZE)}
 
-    def apply(self, variables, images, *, train, rngs):
-        return variables["params"][images[:, 0, 0, 0], None] * jnp.eye(10)[0]
+    def apply(self, variables, images, *, train, rngs, mutable):
+        return variables["params"][images[:, 0, 0, 0], None] * jnp.eye(10)[0], {}
 
 
 def test_an_epoch_shows_each_image_once_but_for_those_that_fill_no_batch():
@@ -282,15 +283,38 @@ def test_the_average_of_the_weights_follows_them_and_forgets_the_first_ones_soon
         state = trainer.run(state, 1)
         kept = min(0.5, (1 + step) / (5 + step))
         wanted = kept * wanted + (1 - kept) * np.asarray(state.params["conv1"]["kernel"])
-    np.testing.assert_allclose(state.average["conv1"]["kernel"], wanted, rtol=0, atol=1e-6)
-    assert state.params_to_use is state.average
+    np.testing.assert_allclose(state.average["params"]["conv1"]["kernel"], wanted, rtol=0, atol=1e-6)
+    assert state.variables_to_use is state.average
+
+
+def test_running_statistics_are_those_that_the_updates_leave_and_are_averaged_like_the_weights():
+    trainer = Trainer(model=NORMALIZING_CNN, average_decay=0.5, optimizer=optax.set_to_zero())
+    start = trainer.create()
+    end = trainer.run(start, 3)
+    variables, means = start.variables, []
+    for rows in np.split(np.asarray(trainer.epoch(0).order)[: 3 * trainer.batch_size], 3):
+        _, changed = trainer.model.apply(
+            variables,
+            DIGITS.train_images[rows],
+            train=True,
+            rngs={"dropout": jax.random.key(0)},  # It changes no mean of the first layer.
+            mutable=["batch_stats"],
+        )
+        variables = {**variables, **changed}
+        means.append(np.asarray(variables["batch_stats"]["conv1_norm"]["mean"]))
+    np.testing.assert_allclose(end.batch_stats["conv1_norm"]["mean"], means[-1], rtol=1e-4, atol=1e-6)
+    average = np.zeros_like(means[0])
+    for step, mean in enumerate(means):
+        kept = min(0.5, (1 + step) / (5 + step))
+        average = kept * average + (1 - kept) * mean
+    np.testing.assert_allclose(end.average["batch_stats"]["conv1_norm"]["mean"], average, rtol=1e-4, atol=1e-6)
 
 
 def test_without_a_decay_there_is_no_average():
     trainer = Trainer(model=MODELS["cnn"])
     state = trainer.run(trainer.create(), 1)
     assert state.average is None
-    assert state.params_to_use is state.params
+    assert state.variables_to_use == state.variables
 
 
 def test_a_call_may_take_its_state_for_itself_and_its_metric_sums_outlive_the_next_call():
@@ -337,15 +361,15 @@ def test_an_evaluation_counts_each_image_once_whatever_the_size_of_its_calls(tra
     compilations = []
 
     @jax.jit
-    def evaluate(params, images, labels, first):
+    def evaluate(variables, images, labels, first):
         compilations.append(first)
         return steps.evaluate(
-            params, images, labels, first, model=trainer.model, batch_sharding=BATCH_SHARDING, size=size
+            variables, images, labels, first, model=trainer.model, batch_sharding=BATCH_SHARDING, size=size
         )
 
     images, labels = DIGITS.test_images, DIGITS.test_labels
     assert len(labels) == 359
-    calls = [evaluate(state.params, images, labels, np.int32(first)) for first in range(0, len(labels), size)]
+    calls = [evaluate(state.variables, images, labels, np.int32(first)) for first in range(0, len(labels), size)]
     assert len(compilations) == 1
     assert [int(sums.images) for sums in calls[:-1]] == [size] * (len(calls) - 1)
     logits = np.asarray(trainer.model.apply({"params": state.params}, images, train=False))
@@ -373,7 +397,8 @@ def test_one_number_that_is_not_finite_is_found_in_any_leaf(trainer, bad):
     assert is_finite(state)
     leaves, structure = jax.tree.flatten(state)
     floating = [index for index, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    assert len(floating) == 4 * 8 + 1  # kernels and biases, their average, their two moments, the sum of the losses
+    params, running = 11, 6  # 4 kernels, 4 biases and 3 scales; 3 means and variances
+    assert len(floating) == 4 * params + 2 * running + 1  # each also averaged, two moments, the sum of the losses
     for index in floating:
         damaged = np.array(leaves[index])
         damaged.reshape(-1)[-1] = bad

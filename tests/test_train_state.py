@@ -111,11 +111,11 @@ def test_the_learning_rate_of_the_shortest_trainings_is_a_number_above_0(total_s
 
 def test_an_average_is_in_the_state_where_it_is_asked_for_and_begins_as_the_weights_do(state):
     assert state.average is None
-    assert state.params_to_use is state.params
+    assert state.variables_to_use == {"params": state.params, "batch_stats": {}}
     averaged = create(Config(average_decay=0.9))
-    for one, other in zip(numbers(averaged.average), numbers(averaged.params), strict=True):
+    for one, other in zip(numbers(averaged.average), numbers(averaged.variables), strict=True):
         np.testing.assert_array_equal(one, other)
-    assert averaged.params_to_use is averaged.average
+    assert averaged.variables_to_use is averaged.average
 
 
 def test_the_decays_of_adam_are_those_of_the_config():
