@@ -66,7 +66,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "data_dir": st.none() | FILE_NAMES.map(Path),
     "preset": st.none() | st.sampled_from(list(configs.PRESETS)),
     "model": st.sampled_from(MODELS),
-    "epochs": COUNTS,
+    "epochs": SECONDS_AND_RATES,
     "steps": st.none() | COUNTS,
     "batch_size": COUNTS,
     "learning_rate": SECONDS_AND_RATES,
@@ -143,7 +143,6 @@ def test_a_flag_changes_its_field_of_the_run_and_no_other(run: Config, seed: int
 
 
 WITH_RANGE = {
-    "epochs": (1, MANY),
     "steps": (1, MANY),
     "batch_size": (1, MANY),
     "shift_px": (0, 28),
@@ -155,7 +154,7 @@ WITH_RANGE = {
     "keep": (1, MANY),
     "preempted_exit_code": (0, 255),
 }
-POSITIVE = ("learning_rate", "checkpoint_every_s")
+POSITIVE = ("epochs", "learning_rate", "checkpoint_every_s")
 NOT_NEGATIVE = ("lock_wait_s",)
 BELOW_1 = ("adam_b1", "adam_b2", "label_smoothing", "zoom", "average_decay")
 
@@ -214,7 +213,7 @@ def test_a_wait_that_is_negative_or_without_end_is_a_usage_error(
     [
         (["--learning-rte", "0.1"], ["--learning-rte"]),
         (["5"], ["5"]),
-        (["--epochs", "1.5"], ["--epochs", "1.5"]),
+        (["--steps", "1.5"], ["--steps", "1.5"]),
         (["--model", "resnet"], ["--model", "resnet", *MODELS]),
         (["--dataset", "imagenet"], ["--dataset", "imagenet", *DATASETS]),
         (["--steps"], ["--steps"]),
@@ -319,7 +318,7 @@ WRONG_TYPES = {
     "data_dir": [1, True, ["data"]],
     "preset": ["slow", 1, ["fast"]],
     "model": ["resnet", None, 1, ["cnn"]],
-    "epochs": ["3", 3.0, None, True],
+    "epochs": ["3", None, True],
     "steps": ["3", 3.0, True],
     "batch_size": ["3", 3.0, None, True],
     "learning_rate": ["0.1", None, True, [0.1]],
@@ -396,7 +395,7 @@ def test_auto_never_contradicts(run: Config, asked: Config) -> None:
 
 @given(run=CONFIGS.filter(lambda run: run.preset != "original"), epochs=VALUES["epochs"], steps=VALUES["steps"])
 def test_the_length_contradicts_where_the_learning_rate_depends_on_it(
-    run: Config, epochs: int, steps: int | None
+    run: Config, epochs: float, steps: int | None
 ) -> None:
     asked = dataclasses.replace(run, epochs=epochs, steps=steps)
     expected = {name for name in LENGTH if getattr(run, name) != getattr(asked, name)}
@@ -404,7 +403,9 @@ def test_the_length_contradicts_where_the_learning_rate_depends_on_it(
 
 
 @given(run=CONFIGS.filter(lambda run: run.preset == "original"), epochs=VALUES["epochs"], steps=VALUES["steps"])
-def test_the_length_may_change_where_the_learning_rate_is_constant(run: Config, epochs: int, steps: int | None) -> None:
+def test_the_length_may_change_where_the_learning_rate_is_constant(
+    run: Config, epochs: float, steps: int | None
+) -> None:
     asked = dataclasses.replace(run, epochs=epochs, steps=steps)
     # But other epochs that the steps win over would be ignored without a word.
     ignored = steps is not None and epochs != run.epochs
@@ -441,6 +442,19 @@ def test_the_length_is_the_epochs_unless_steps_are_given() -> None:
     assert Config(batch_size=128, epochs=3).total_steps(60_000) == 3 * 468
     assert Config(batch_size=128, epochs=3, steps=7).total_steps(60_000) == 7
     assert Config(batch_size=1438, epochs=3).total_steps(1438) == 3
+
+
+def test_part_of_an_epoch_is_the_nearest_number_of_steps() -> None:
+    for epochs, steps in ((1.5, 702), (1.15, 538), (0.002, 1), (0.0011, 1), (MANY / 468, MANY)):
+        assert Config(batch_size=128, epochs=epochs).total_steps(60_000) == steps
+
+
+@pytest.mark.parametrize("epochs", [0.001, 5e6, 1e300])
+def test_epochs_that_make_no_step_or_too_many_are_refused(epochs: float) -> None:
+    with pytest.raises(
+        ConfigError, match=re.escape(f"epochs={epochs} makes ") + f".* steps; use as many as make 1 to {MANY}"
+    ):
+        Config(batch_size=128, epochs=epochs).total_steps(60_000)
 
 
 @pytest.mark.parametrize("steps", [None, 10])
