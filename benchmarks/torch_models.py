@@ -13,10 +13,12 @@ def of_classifier(model: Classifier) -> nn.Sequential:
     """Return the network that a classifier of ours describes.
 
     Raises:
-        ValueError: it has an activation that this does not know.
+        ValueError: it has an activation that this does not know, or normalizes.
     """
     if model.activation is not linen.relu:
         raise ValueError(f"activation={model.activation}, and only relu is known here")
+    if model.batch_norm:
+        raise ValueError("batch_norm is not known here")
     return convolutional(
         features=model.features,
         kernel_sizes=model.kernel_sizes,

@@ -91,7 +91,7 @@ class Config:
     model: Annotated[ModelName, _of_preset(_one_of(ModelName), "model")] = "cnn"
     """Network to train."""
     epochs: Annotated[float, _of_preset("PASSES", "epochs")] = PRESETS["fast"].epochs
-    """Length of the training, in passes over the training images; ten times that on the built-in digits."""
+    """Length of the training, in passes over the training images, whole or not; ten times that on built-in digits."""
     steps: Annotated[int | None, _optional("STEPS", "as many as --epochs makes")] = None
     """Length of the training, in updates; wins over --epochs."""
     batch_size: Annotated[int, _of_preset("IMAGES", "batch_size")] = PRESETS["fast"].batch_size
@@ -111,7 +111,7 @@ class Config:
     zoom: Annotated[float, _of_preset("SHARE", "zoom")] = 0.0
     """In training, images are stretched or shrunk at random by up to this share of their size."""
     average_decay: Annotated[float, _of_preset("DECAY", "average_decay")] = 0.0
-    """Decay of an average of the weights, per update, that is evaluated in their place. 0 averages nothing."""
+    """Decay of an average of the weights, per update, that is evaluated in their place. 0: there is no average."""
     seed: int = 0
     """Seed of the weights, of the order of the images and of dropout."""
     log_every_steps: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 100
@@ -186,9 +186,9 @@ class Config:
         steps_per_epoch = self.steps_per_epoch(train_size)
         if self.steps is not None:
             return self.steps
-        total = self.epochs * steps_per_epoch
+        total = float(self.epochs) * steps_per_epoch
         if not 0.5 < total <= _MANY:
-            raise ConfigError(f"epochs={self.epochs} makes {total:g} steps; use as many as make 1 to {_MANY}")
+            raise ConfigError(f"epochs={self.epochs} makes {total:.10g} steps; use as many as make 1 to {_MANY}")
         return round(total)
 
     def to_json(self) -> dict[str, Any]:

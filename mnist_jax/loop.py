@@ -83,8 +83,13 @@ def run(config: Config, workdir: Path, stop: StopSignal, loading: "Future[Datase
         terminal.say(str(outcome))
     except tuple(EXIT_CODES) as error:
         code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
-        newest = f"of step {store.newest_step}" if store.steps else "none"
-        terminal.warn(f"error: {error}" + f"\nThe newest checkpoint is {newest}." * (code == 74))
+        terminal.warn(f"error: {error}")
+        if code == 74:
+            terminal.warn(f"The newest checkpoint is {f'of step {store.newest_step}' if store.steps else 'none'}.")
+        elif isinstance(error, Mismatch):
+            terminal.warn(
+                "If another version of this program wrote it, carry on with that, or begin anew with --fresh."
+            )
         journal.event("exit", outcome="failed", code=code, step=store.newest_step, error=str(error))
     finally:
         store.close()

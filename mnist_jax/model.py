@@ -1,8 +1,8 @@
 """The classifiers: a few convolutions each, with a form of their own for CPUs, where the usual one is slow.
 
 model = MODELS["cnn"]
-params = model.init(key, images, train=False)["params"]
-logits = model.apply({"params": params}, images, train=False)
+variables = model.init(key, images, train=False)
+logits = model.apply(variables, images, train=False)
 """
 
 import functools
@@ -33,9 +33,10 @@ class Classifier(nn.Module):
             of a quarter as many.
         logits_activation: of the last layer.
         dropout: share of the hidden units dropped in training, in [0, 1); needs `rngs={"dropout": key}`.
-        batch_norm: normalize what goes into the hidden activations (S. Ioffe and C. Szegedy, 2015), like them after the
-            pooling. The collection "batch_stats" then holds the running means and variances that evaluation uses; in
-            training they change, and so must be named in `mutable`.
+        batch_norm: normalize what the hidden activations are taken of (S. Ioffe and C. Szegedy, 2015), by the batch in
+            training and by running means and variances at evaluation. These are the collection "batch_stats", which
+            training changes, so that it must be named in `mutable`. They begin as 0 and 1, and follow by a hundredth an
+            update: before some hundreds of updates, an evaluation says little.
         pixel_mean, pixel_std: what is taken off pixels scaled to [0, 1], and what they are then divided by.
         batch_statistics: in training, take these two from the batch instead. Evaluation keeps the fixed ones, which
             the batch's are estimates of: the answer for an image must not hang on the images next to it.
@@ -69,10 +70,9 @@ class Classifier(nn.Module):
         x = (x - mean) / std
 
         def normalize(x: Array, name: str) -> Array:
-            norm = nn.BatchNorm(use_running_average=not train, momentum=0.99, name=name)
-            return norm(x) if self.batch_norm else x
+            return nn.BatchNorm(use_running_average=not train, name=name)(x) if self.batch_norm else x
 
-        use_bias = not self.batch_norm  # A mean that is taken off takes the bias with it, and then has one of its own.
+        use_bias = not self.batch_norm  # The normalization takes a bias off with the mean, and adds its own.
         for number, (features, size) in enumerate(zip(self.features, self.kernel_sizes, strict=True), start=1):
             convolution = Conv if number in self.unpooled else PooledConv
             x = convolution(features, size, self.padding, use_bias, self.for_cpu, name=f"conv{number}")(x)

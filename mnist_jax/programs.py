@@ -37,9 +37,7 @@ class Programs(NamedTuple):
 
     train_steps: Callable[[TrainState, TrainData, Any], tuple[TrainState, MetricSums]]  # donates the state
     epoch_order: Callable[[Any], jax.Array]  # epoch -> [N] int32
-    evaluate: Callable[
-        [Any, jax.Array, jax.Array, Any], MetricSums
-    ]  # variables, images, labels, index of the first one
+    evaluate: Callable[[Any, jax.Array, jax.Array, Any], MetricSums]  # variables, images, labels, index of the first
     eval_call_images: int
     learning_rate: Callable[[Any], jax.Array]  # number of updates made -> [] float32
     is_finite: Callable[[TrainState], jax.Array]

@@ -54,7 +54,7 @@ def train_steps(
         batch_sharding: how a batch lies on the devices.
         distort: takes the images of a batch and a random key, and returns them distorted.
         label_smoothing: share of a label that is spread evenly over all classes, in [0, 1).
-        average_decay: share of the average of the params that an update leaves, in [0, 1), where the state has one.
+        average_decay: share of the average that an update leaves, in [0, 1), where the state has one.
 
     Returns:
         The state after `n` updates, and a copy of its metric sums that stays when the state is donated.
@@ -67,7 +67,7 @@ def train_steps(
         logits: Any
         logits, changed = model.apply(variables, images, train=True, rngs={"dropout": key}, mutable=["batch_stats"])
         targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
-        return optax.softmax_cross_entropy(logits, targets).mean(), (logits, changed.get("batch_stats", {}))
+        return optax.softmax_cross_entropy(logits, targets).mean(), (logits, changed["batch_stats"])
 
     def update(_: jax.Array, state: TrainState) -> TrainState:
         """Make one update: the step alone says which images, which random numbers, and which learning rate."""
@@ -103,8 +103,8 @@ def train_steps(
 def _average(variables: Any, average: Any, step: jax.Array, decay: float) -> Any:
     """Return the average of the variables after all updates, to which the latest contribute most.
 
-    At the start it forgets faster, so that the first params, which are random, are soon out of it: until `decay` is
-    the smaller, the params of update t have a weight in proportion to about t ** 3.
+    At the start it forgets faster, so that the first ones, which are random, are soon out of it: until `decay` is the
+    smaller, those after update t have a weight in proportion to about t ** 3.
     """
     kept = jnp.minimum(decay, (1 + step) / (5 + step))
     return optax.incremental_update(variables, average, 1 - kept)

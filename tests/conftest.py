@@ -66,7 +66,7 @@ def reference(tmp_path_factory, environment) -> Reference:
 
 @pytest.fixture(scope="session")
 def accurate_reference(tmp_path_factory, environment) -> Reference:
-    """A training with the preset accurate: a larger network, distorted images, averaged weights."""
+    """A training with the preset accurate: a larger, normalized network, distorted images, averaged weights."""
     cadence = ("--log-every-steps", "15", "--eval-every-steps", "40", "--checkpoint-every-s", "0.5")
     workdir = tmp_path_factory.mktemp("accurate") / "run"
     return make_reference(workdir, environment, *data_flags(), "--preset", "accurate", "--steps", "100", *cadence)

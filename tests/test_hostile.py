@@ -323,6 +323,8 @@ BAD_CONFIGS = {
     "steps 0": {**WHOLE, "steps": 0},
     "steps many": {**WHOLE, "steps": 10**12},
     "epochs many": {**WHOLE, "steps": None, "epochs": 2**31 - 1},
+    "epochs of many digits": {**WHOLE, "steps": None, "epochs": 10**308},
+    "epochs none": {**WHOLE, "steps": None, "epochs": 1e-9},
     "batch of more images than there are": {**WHOLE, "batch_size": 2**31 - 1},
     "rate NaN": {**WHOLE, "learning_rate": float("nan")},
     "rate infinite": {**WHOLE, "learning_rate": float("inf")},

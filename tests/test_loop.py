@@ -350,6 +350,28 @@ def test_each_epoch_has_its_own_order_and_each_interval_its_own_sums(tmp_path, m
     assert images[:2] == [25 * 64, 25 * 64]
 
 
+def test_an_average_is_evaluated_in_the_place_of_the_weights_and_changes_nothing_of_the_training(tmp_path):
+    with StopSignal() as stop:
+        for decay in (0.0, 0.9):
+            assert loop.run(config(average_decay=decay), tmp_path / str(decay), stop) == 0
+    of_weights, of_average = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("0.0", "0.9")
+    )
+    for one, other in zip(of_weights, of_average, strict=True):
+        assert (one == other) == (one["split"] == "train")
+
+
+def test_a_checkpoint_of_another_tree_is_told_apart_and_nothing_is_begun_anew(tmp_path, capfd):
+    with StopSignal() as stop:
+        assert loop.run(config(steps=10, average_decay=0.9), tmp_path, stop) == 0
+        assert loop.run(config(steps=10), tmp_path, stop) == 2
+    message = capfd.readouterr().err
+    assert "the checkpoint of step 10 is of another tree: leaf average" in message
+    assert "If another version of this program wrote it" in message
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["10"]
+
+
 def test_a_loss_that_is_not_finite_is_no_line_of_the_metrics(tmp_path, capfd):
     with StopSignal() as stop:
         settings = {"learning_rate": 1e30, "checkpoint_every_steps": None}

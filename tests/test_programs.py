@@ -35,12 +35,12 @@ def epoch_data(source: Blueprint, programs: Programs) -> TrainData:
     return TrainData(images, labels, programs.epoch_order(np.int32(0)))
 
 
-def evaluate(source: Blueprint, programs: Programs, params: Any) -> list[float]:
+def evaluate(source: Blueprint, programs: Programs, variables: Any) -> list[float]:
     """Return loss, right answers and images over the whole test set."""
     dataset = data.load("digits", say=print)
     images, labels = place(source, dataset.test_images, dataset.test_labels)
     firsts = range(0, len(dataset.test_labels), programs.eval_call_images)
-    parts = [programs.evaluate(params, images, labels, np.int32(first)) for first in firsts]
+    parts = [programs.evaluate(variables, images, labels, np.int32(first)) for first in firsts]
     return [sum(float(value) for value in values) for values in zip(*map(jax.tree.leaves, parts), strict=True)]
 
 
@@ -88,13 +88,13 @@ def test_the_programs_compute_what_the_functions_do_that_they_are_made_of(source
     trained = train(state, training, np.int32(3))
     assert_equal(programs.train_steps(source.create(), training, np.int32(3)), trained)
 
-    params = trained[0].params
+    variables = trained[0].variables
     dataset = data.load("digits", say=print)
     images, labels = place(source, dataset.test_images, dataset.test_labels)
     plainly = compiled(partial(steps.evaluate, size=programs.eval_call_images, **on_batch))
-    on_devices = jax.device_put(params, distributed.replicated(source.mesh))
+    on_devices = jax.device_put(variables, distributed.replicated(source.mesh))
     assert_equal(
-        programs.evaluate(on_devices, images, labels, np.int32(0)), plainly(params, images, labels, np.int32(0))
+        programs.evaluate(on_devices, images, labels, np.int32(0)), plainly(variables, images, labels, np.int32(0))
     )
     for step in (0, 30, 99):
         assert float(programs.learning_rate(np.int32(step))) == float(jax.jit(schedule)(np.int32(step)))
@@ -134,14 +134,14 @@ def train_on(devices: list[int]) -> list[dict[str, Any]]:
         results.append(
             {
                 "loss": float(sums.loss),
-                "evaluation": evaluate(source, programs, state.params),
+                "evaluation": evaluate(source, programs, state.variables),
                 "eval_call_images": programs.eval_call_images,
                 "step": int(state.step),
                 "replicas": sorted({len(leaf.addressable_shards) for leaf in jax.tree.leaves(state)}),
                 "replicated": all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves((state, sums))),
                 "equal": all(
                     np.array_equal(shard.data, leaf.addressable_shards[0].data)
-                    for leaf in jax.tree.leaves(state.params)
+                    for leaf in jax.tree.leaves(state.variables)
                     for shard in leaf.addressable_shards
                 ),
                 "flops": programs.train_steps.cost_analysis()["flops"],
@@ -186,9 +186,10 @@ def first_losses(model: str, devices: list[int]) -> list[list[float]]:
     return losses
 
 
-def test_dropout_drops_the_same_units_whatever_the_number_of_devices():
+@pytest.mark.parametrize("model", ["original-dropout", "cnn-large"])
+def test_dropout_drops_the_same_units_and_a_batch_is_normalized_whole_whatever_the_number_of_devices(model):
     four = "--xla_force_host_platform_device_count=4"
-    one, *others = in_new_process(first_losses, "original-dropout", [1, 4], XLA_FLAGS=four, JAX_PLATFORMS="cpu")
+    one, *others = in_new_process(first_losses, model, [1, 4], XLA_FLAGS=four, JAX_PLATFORMS="cpu")
     assert abs(one[0] - one[1]) > 1e-3 * one[0]  # Other masks are seen in the loss.
     for found in others:
         # The same update but for the order of float32 sums.

@@ -180,7 +180,7 @@ class Sightings:
         return {"params": jnp.zeros(self.SIZE)}
 
     def apply(self, variables, images, *, train, rngs, mutable):
-        return variables["params"][images[:, 0, 0, 0], None] * jnp.eye(10)[0], {}
+        return variables["params"][images[:, 0, 0, 0], None] * jnp.eye(10)[0], {"batch_stats": {}}
 
 
 def test_an_epoch_shows_each_image_once_but_for_those_that_fill_no_batch():
@@ -291,7 +291,7 @@ def test_running_statistics_are_those_that_the_updates_leave_and_are_averaged_li
     trainer = Trainer(model=NORMALIZING_CNN, average_decay=0.5, optimizer=optax.set_to_zero())
     start = trainer.create()
     end = trainer.run(start, 3)
-    variables, means = start.variables, []
+    variables, stats = start.variables, []
     for rows in np.split(np.asarray(trainer.epoch(0).order)[: 3 * trainer.batch_size], 3):
         _, changed = trainer.model.apply(
             variables,
@@ -301,20 +301,20 @@ def test_running_statistics_are_those_that_the_updates_leave_and_are_averaged_li
             mutable=["batch_stats"],
         )
         variables = {**variables, **changed}
-        means.append(np.asarray(variables["batch_stats"]["conv1_norm"]["mean"]))
-    np.testing.assert_allclose(end.batch_stats["conv1_norm"]["mean"], means[-1], rtol=1e-4, atol=1e-6)
-    average = np.zeros_like(means[0])
-    for step, mean in enumerate(means):
-        kept = min(0.5, (1 + step) / (5 + step))
-        average = kept * average + (1 - kept) * mean
-    np.testing.assert_allclose(end.average["batch_stats"]["conv1_norm"]["mean"], average, rtol=1e-4, atol=1e-6)
+        stats.append(jax.tree.map(np.asarray, variables["batch_stats"]["conv1_norm"]))
+    for name, average in (("mean", 0.0), ("var", 1.0)):
+        np.testing.assert_allclose(end.batch_stats["conv1_norm"][name], stats[-1][name], rtol=1e-4, atol=1e-6)
+        for step, after in enumerate(stats):
+            kept = min(0.5, (1 + step) / (5 + step))
+            average = kept * average + (1 - kept) * after[name]
+        np.testing.assert_allclose(end.average["batch_stats"]["conv1_norm"][name], average, rtol=1e-4, atol=1e-6)
 
 
 def test_without_a_decay_there_is_no_average():
     trainer = Trainer(model=MODELS["cnn"])
     state = trainer.run(trainer.create(), 1)
     assert state.average is None
-    assert state.variables_to_use == state.variables
+    assert state.variables_to_use["params"] is state.params
 
 
 def test_a_call_may_take_its_state_for_itself_and_its_metric_sums_outlive_the_next_call():
@@ -397,7 +397,7 @@ def test_one_number_that_is_not_finite_is_found_in_any_leaf(trainer, bad):
     assert is_finite(state)
     leaves, structure = jax.tree.flatten(state)
     floating = [index for index, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    params, running = 11, 6  # 4 kernels, 4 biases and 3 scales; 3 means and variances
+    params, running = 11, 6  # 4 kernels, 4 biases and 3 scales; 3 means and 3 variances
     assert len(floating) == 4 * params + 2 * running + 1  # each also averaged, two moments, the sum of the losses
     for index in floating:
         damaged = np.array(leaves[index])
