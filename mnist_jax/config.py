@@ -111,7 +111,7 @@ class Config:
     zoom: Annotated[float, _of_preset("SHARE", "zoom")] = 0.0
     """In training, images are stretched or shrunk at random by up to this share of their size."""
     average_decay: Annotated[float, _of_preset("DECAY", "average_decay")] = 0.0
-    """Decay of an average of the weights, per update, that is evaluated in their place. 0: there is no average."""
+    """Decay of an average of the weights, per update, that is evaluated in their place. 0 averages nothing."""
     seed: int = 0
     """Seed of the weights, of the order of the images and of dropout."""
     log_every_steps: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 100

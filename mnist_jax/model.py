@@ -30,7 +30,7 @@ class Classifier(nn.Module):
         padding: "SAME" pads with zeros, so that a convolution keeps height and width; "VALID" does not.
         hidden: width of the dense layer.
         activation: of the hidden layers. It must not decrease, for it is taken after the pooling: the same values,
-            of a quarter as many.
+            of a quarter as many, where nothing is normalized between the two.
         logits_activation: of the last layer.
         dropout: share of the hidden units dropped in training, in [0, 1); needs `rngs={"dropout": key}`.
         batch_norm: normalize what the hidden activations are taken of (S. Ioffe and C. Szegedy, 2015), by the batch in

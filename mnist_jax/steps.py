@@ -64,7 +64,6 @@ def train_steps(
         params: Any, batch_stats: Any, images: jax.Array, labels: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, tuple[jax.Array, Any]]:
         variables = {"params": params, "batch_stats": batch_stats}
-        logits: Any
         logits, changed = model.apply(variables, images, train=True, rngs={"dropout": key}, mutable=["batch_stats"])
         targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
         return optax.softmax_cross_entropy(logits, targets).mean(), (logits, changed["batch_stats"])
@@ -89,25 +88,23 @@ def train_steps(
             correct=state.metrics.correct + count_correct(logits, labels),
             images=state.metrics.images + batch_size,
         )
-        if state.average is not None:
-            variables = {"params": params, "batch_stats": batch_stats}
-            state = state.replace(average=_average(variables, state.average, state.step, average_decay))
-        return state.replace(
+        state = state.replace(
             step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state, metrics=metrics
         )
+        return state if state.average is None else state.replace(average=_average(state, average_decay))
 
     state = jax.lax.fori_loop(0, n, update, state)
     return state, state.metrics
 
 
-def _average(variables: Any, average: Any, step: jax.Array, decay: float) -> Any:
+def _average(state: TrainState, decay: float) -> Any:
     """Return the average of the variables after all updates, to which the latest contribute most.
 
     At the start it forgets faster, so that the first ones, which are random, are soon out of it: until `decay` is the
     smaller, those after update t have a weight in proportion to about t ** 3.
     """
-    kept = jnp.minimum(decay, (1 + step) / (5 + step))
-    return optax.incremental_update(variables, average, 1 - kept)
+    kept = jnp.minimum(decay, state.step / (state.step + 4))
+    return optax.incremental_update(state.variables, state.average, 1 - kept)
 
 
 def evaluate(
