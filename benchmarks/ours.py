@@ -16,14 +16,16 @@ from mnist_jax import config as configs
 from mnist_jax import data, loop, provenance
 from mnist_jax.checkpoint import CheckpointStore
 from mnist_jax.journal import Journal, Terminal
-from mnist_jax.loop import Training
+from mnist_jax.keeper import Keeper
+from mnist_jax.peers import Peers
 from mnist_jax.preemption import StopSignal
+from mnist_jax.training import Training
 
 
 def main(args: Sequence[str]) -> None:
     """Make what `loop.run` and `loop.train` make for a run, and train when told to."""
     gc.freeze()  # as `train.py` does after its imports
-    provenance.prepare_jax([])
+    provenance.prepare_jax(None)
     config = configs.parse(args)
     dataset = data.load(config.dataset, config.data_dir, say=print)
     blueprint = loop.make_blueprint(config, dataset)
@@ -31,46 +33,46 @@ def main(args: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         workdir = Path(folder)
         journal, store = Journal(workdir), CheckpointStore(workdir / "checkpoints", keep=config.keep)
-        environment = provenance.describe_environment()
-        state, stop = blueprint.create(), StopSignal()
-        training = Training(blueprint, programs, dataset, state, stop, store, journal, Terminal(), environment)
+        stop = StopSignal()
+        training = Training(blueprint, programs, dataset, blueprint.create(), stop, Peers(stop), is_evaluated=True)
+        keeper = Keeper(training, programs, store, journal, Terminal(), provenance.describe_environment())
         parameters = sum(leaf.size for leaf in jax.tree.leaves(training.updates.state.params))
         commands = {"train": train, "train_and_save": train_and_save, "save": save}
-        serve({"parameters": parameters}, {name: partial(command, training) for name, command in commands.items()})
+        serve({"parameters": parameters}, {name: partial(command, keeper) for name, command in commands.items()})
         store.close()
         journal.close()
 
 
-def train(training: Training, seconds: float, *, saves: bool = False) -> dict[str, Any]:
+def train(keeper: Keeper, seconds: float, *, saves: bool = False) -> dict[str, Any]:
     """Train for a while, and return how many updates that were, and how long they took."""
-    first, start_s = training.step, time.monotonic()
+    first, start_s = keeper.step, time.monotonic()
     if saves:
-        training.save("benchmark")
+        keeper.save("benchmark")
     while time.monotonic() - start_s < seconds:
-        training.advance()
-        training.report_saves()
-    training._pace.drain()  # Otherwise the pause that follows would count as the time of the calls in flight.
-    return {"steps": training.step - first, "seconds": time.monotonic() - start_s}
+        keeper.interval(keeper.training.advance())
+        keeper.report_saves()
+    keeper.training.pace.drain()  # Otherwise the pause that follows would count as the time of the calls in flight.
+    return {"steps": keeper.step - first, "seconds": time.monotonic() - start_s}
 
 
-def train_and_save(training: Training, seconds: float) -> dict[str, Any]:
+def train_and_save(keeper: Keeper, seconds: float) -> dict[str, Any]:
     """Train as `train` does, with a save at the beginning."""
-    return train(training, seconds, saves=True)
+    return train(keeper, seconds, saves=True)
 
 
-def save(training: Training, count: float) -> dict[str, Any]:
+def save(keeper: Keeper, count: float) -> dict[str, Any]:
     """Save some times amid the training, and return how long it had to wait for each."""
     waits_s = []
     while len(waits_s) < count:
-        training.advance()
-        if not training.store.is_saving:
-            training.report_saves()
-            training._next_save_s = 0  # It is due by the clock.
+        keeper.interval(keeper.training.advance())
+        if not keeper.store.is_saving:
+            keeper.report_saves()
+            keeper._next_save_s = 0  # It is due by the clock.
             start_s = time.perf_counter()
-            training.save_if_due()
-            if training.store.is_saving:
+            keeper.save_if_due()
+            if keeper.store.is_saving:
                 waits_s.append(time.perf_counter() - start_s)
-    training._pace.drain()
+    keeper.training.pace.drain()
     return {"waits_s": waits_s}
 
 

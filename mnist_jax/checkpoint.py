@@ -529,7 +529,10 @@ def _orbax() -> ocp.PyTreeCheckpointHandler:
     here. Neither is OCDBT, its layout for many arrays, which loses all where the path has a `[`; nor a compression,
     for the bits of trained weights look like noise.
     """
-    return ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
+    # Where several processes compute, this one alone writes, or reads for itself: no other is waited for.
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=str(me))
+    return ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False, multiprocessing_options=alone)
 
 
 def _files(directory: Path) -> dict[str, Path]:
@@ -729,7 +732,14 @@ def _place(leaves: Mapping[str, np.ndarray], like: Any) -> Any:
     def place(path: Any, wanted: Any) -> jax.Array:
         leaf: Any = leaves[jax.tree_util.keystr(path, simple=True, separator=".")]
         if _is_key(wanted):
-            leaf = jax.random.wrap_key_data(leaf, impl=_kind_of_key(wanted))
-        return jax.device_put(leaf, wanted.sharding)
+            return jax.random.wrap_key_data(_put(leaf, wanted.sharding), impl=_kind_of_key(wanted))
+        return _put(leaf, wanted.sharding)
 
     return jax.tree_util.tree_map_with_path(place, like)
+
+
+def _put(leaf: np.ndarray, sharding: Any) -> jax.Array:
+    """Return an array that lies as `sharding` says; with several processes each of them calls this alike."""
+    if sharding is None or sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])

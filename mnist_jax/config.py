@@ -126,6 +126,14 @@ class Config:
     """Number of newest checkpoints to keep; the best one is kept besides."""
     lock_wait_s: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 60.0
     """Seconds to wait for another process that is at work in the directory, as one that is just saving to leave."""
+    coordinator: Annotated[str | None, _optional("HOST:PORT", "what the scheduler says, or alone")] = None
+    """Where process 0 of several is reached by the others. Say the next two as well."""
+    num_processes: Annotated[int | None, _optional("N", "what the scheduler says, or 1")] = None
+    """Number of processes that train together. 1 trains alone, whatever a scheduler says."""
+    process_id: Annotated[int | None, _optional("I", "what the scheduler says, or 0")] = None
+    """Which of these processes this is, from 0."""
+    peer_timeout_s: Annotated[int, tyro.conf.arg(metavar="SECONDS")] = 60
+    """Seconds of silence after which a process of several is taken for dead, and all others leave."""
     preempted_exit_code: Annotated[int, tyro.conf.arg(metavar="CODE")] = 0
     """Exit code after a signal stopped the run and all is saved. 75, say, tells a scheduler to start it again."""
     fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -145,8 +153,27 @@ class Config:
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise ConfigError(f"{name}={value} is out of range; use a value from 0 to below 1")
+        self._check_processes()
         if not 0 <= self.lock_wait_s <= sys.float_info.max:
             raise ConfigError(f"lock_wait_s={self.lock_wait_s} is out of range; use a finite value of 0 or more")
+
+    def _check_processes(self) -> None:
+        named = (self.coordinator, self.num_processes, self.process_id)
+        if named in ((None, None, None), (None, 1, None)):
+            return
+        if self.coordinator is None or self.num_processes is None or self.process_id is None:
+            raise ConfigError(
+                f"coordinator={self.coordinator}, num_processes={self.num_processes} and process_id={self.process_id} "
+                "say too little; name all three, or none of them under a scheduler"
+            )
+        host, _, port = self.coordinator.rpartition(":")
+        if not (host and port.isdecimal() and 0 < int(port[:6]) < 2**16):
+            raise ConfigError(f"coordinator={self.coordinator} is no address; use HOST:PORT, a port below {2**16}")
+        if self.process_id >= self.num_processes:
+            raise ConfigError(
+                f"process_id={self.process_id} is out of range; use 0 to {self.num_processes - 1}, "
+                f"for num_processes={self.num_processes}"
+            )
 
     @classmethod
     def of_preset(cls, preset: PresetName | None, model: ModelName, dataset: DatasetName) -> "Config":
@@ -212,9 +239,15 @@ _RANGES = (
     ("checkpoint_every_steps", 1, _MANY),
     ("keep", 1, _MANY),
     ("preempted_exit_code", 0, 255),
+    ("num_processes", 1, _MANY),
+    ("process_id", 0, _MANY),
+    ("peer_timeout_s", 1, _MANY),
 )
 _MATHEMATICS = ("preset", *(field for field in Recipe._fields if field != "epochs"), "seed")
-_NOT_OF_THE_RUN = ("workdir", "lock_wait_s", "fresh")
+_NOT_OF_THE_RUN = (
+    *("workdir", "lock_wait_s", "fresh"),
+    *("coordinator", "num_processes", "process_id", "peer_timeout_s"),
+)
 _MOST_CONFIG_BYTES = 2**20
 _FILES = ("config.json", "config.json.partial", "lock", "metrics.jsonl", "events.jsonl")
 _DIRECTORIES = ("checkpoints", "checkpoints/quarantine", "tensorboard")

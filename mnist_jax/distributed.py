@@ -30,6 +30,21 @@ def split_over_batch(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXIS))
 
 
+def put(array: np.ndarray[Any, Any], sharding: NamedSharding) -> jax.Array:
+    """Return an array on the devices that a sharding names, to which each process gives the parts on its own ones.
+
+    Between processes `jax.device_put` would compare what they bring, and so would make them wait for each other.
+    """
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def one_copy(tree: Any) -> Any:
+    """Return of arrays that lie whole on every device the copies on one device of this process."""
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+
+
 def check_batch_divides(batch_size: int, mesh: Mesh) -> None:
     """Raise ValueError unless each device gets the same number of a batch's images."""
     devices = mesh.size
@@ -51,6 +66,7 @@ def describe_devices() -> dict[str, Any]:
         "platform": device.platform,
         "kind": device.device_kind,
         "count": jax.device_count(),
+        "processes": jax.process_count(),
         "cpu_threads": cpu_threads() if on_cpu else None,
         "cpu": _cpu_model() if on_cpu else None,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),

@@ -1,90 +1,80 @@
-"""The loop: where the pure functions, the checkpoints, the journal and the signals meet."""
+"""The loop: where the pure functions, the checkpoints, the journal, the signals and the other processes meet."""
 
-import time
-from collections import deque
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mnist_jax import config as configs
 from mnist_jax import data, distributed, provenance
 from mnist_jax.checkpoint import (
-    CheckpointError,
+    Checkpoint,
     CheckpointStore,
-    InvalidState,
+    Damaged,
     Mismatch,
     NoReadableCheckpoint,
-    Notice,
     Restored,
     SaveFailed,
     list_checkpoints,
 )
+from mnist_jax.command import notice
 from mnist_jax.config import Config, ConfigError
 from mnist_jax.data import DataError, Dataset
 from mnist_jax.journal import Journal, Terminal
+from mnist_jax.keeper import Keeper, Outcome, finished, stopped
+from mnist_jax.peers import PeerLost, Peers
 from mnist_jax.preemption import Stopped, StopSignal
-from mnist_jax.programs import Blueprint, Programs
-from mnist_jax.train_state import MetricSums, TrainState
-from mnist_jax.updates import Updates
-
-T = TypeVar("T")
-
-CALL_S = 0.06  # What a call should take. Two may be in flight, so a signal is seen within twice that.
-RETRY_SAVE_S = 5.0
-
-
-class Diverged(Exception):
-    """The loss or the state is not finite any more."""
-
-
-class Outcome(NamedTuple):
-    """How a run ended: the last line on standard output, and the fields of the last event."""
-
-    word: str
-    fields: dict[str, Any]
-
-    def __str__(self) -> str:
-        """Return the line."""
-        return " ".join([self.word, *(f"{name}={value}" for name, value in self.fields.items())])
-
+from mnist_jax.programs import Blueprint
+from mnist_jax.training import Diverged, Training
 
 EXIT_CODES: dict[type[Exception], int] = {
     Diverged: 1,
     ConfigError: 2,
     DataError: 2,
     Mismatch: 2,
+    Damaged: 65,
     NoReadableCheckpoint: 65,
+    PeerLost: 69,
     SaveFailed: 74,
     OSError: 74,
 }
 
 
-def run(config: Config, workdir: Path, stop: StopSignal, loading: "Future[Dataset] | None" = None) -> int:
+def run(
+    config: Config,
+    workdir: Path,
+    stop: StopSignal,
+    loading: "Future[Dataset] | None" = None,
+    peers: Peers | None = None,
+) -> int:
     """Train in `workdir` to the end or to a signal, tell how it went, and return the exit code.
 
-    The caller sees to it that no other process writes there meanwhile, and may have begun to load the data.
+    The caller sees to it that no other process writes there meanwhile, and may have begun to load the data. Where
+    several processes train together, this is for process 0, and `follow` for the others.
     """
-    provenance.prepare_jax(list_checkpoints(workdir / "checkpoints"))
+    peers = peers or Peers(stop)
+    provenance.prepare_jax(provenance.cpu_threads_of(list_checkpoints(workdir / "checkpoints")))
     terminal = Terminal()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         journal, store = Journal(workdir), CheckpointStore(workdir / "checkpoints", keep=config.keep)
     except OSError as error:
         terminal.warn(f"error: {workdir} cannot hold a run ({error}); choose another --workdir")
+        peers.give_up(error, 2)
         return 2
     try:
-        outcome = train(config, workdir, stop, store, journal, terminal, loading)
+        outcome = train(config, workdir, stop, peers, store, journal, terminal, loading)
         code = config.preempted_exit_code if outcome.word == "stopped" else 0
         journal.event("exit", outcome=outcome.word, code=code, **outcome.fields)
         terminal.say(str(outcome))
+        peers.tell(code)
     except tuple(EXIT_CODES) as error:
-        code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+        code = exit_code(error)
+        peers.give_up(error, code)
         terminal.warn(f"error: {error}")
-        if code == 74:
+        if code in (69, 74):
             terminal.warn(f"The newest checkpoint is {f'of step {store.newest_step}' if store.steps else 'none'}.")
         elif isinstance(error, Mismatch):
             terminal.warn(
@@ -101,6 +91,7 @@ def train(
     config: Config,
     workdir: Path,
     stop: StopSignal,
+    peers: Peers,
     store: CheckpointStore,
     journal: Journal,
     terminal: Terminal,
@@ -113,24 +104,31 @@ def train(
         DataError, Mismatch, NoReadableCheckpoint: what the run begins with is not there or not good.
         Diverged: the loss is not finite; that state is not saved.
         OSError: a file of the journal cannot be written.
+        PeerLost: another process is gone.
         SaveFailed: the last save failed.
     """
-    environment = provenance.describe_environment()
-    journal.event("start", step=store.newest_step, config=config.to_json(), **environment)
-    if store.removed:
-        journal.event("unfinished_removed", step=store.newest_step, names=store.removed)
-    if not store.steps:  # From the first moment the bare command knows what it is to carry on.
-        configs.save(config, workdir / "config.json")
     try:
+        introduce(config, workdir, peers)
+        stop.run(jax.devices)  # It waits for all processes.
+        environment = provenance.describe_environment()
+        journal.event("start", step=store.newest_step, config=config.to_json(), **environment)
+        if store.removed:
+            journal.event("unfinished_removed", step=store.newest_step, names=store.removed)
+        if not store.steps:  # From the first moment the bare command knows what it is to carry on.
+            configs.save(config, workdir / "config.json")
         journal.event("phase", step=store.newest_step, phase="data")
         load = loading.result if loading else lambda: data.load(config.dataset, config.data_dir, say=terminal.say)
         dataset = stop.run(load)
+        peers.tell(dataset.fingerprint)
         blueprint = make_blueprint(config, dataset)
         restored = restore(blueprint, dataset, environment, store, journal, terminal)
         if restored is not None:  # Only now is it known that the config does not contradict the checkpoint.
             configs.save(config, workdir / "config.json")
         step = restored.step if restored else 0
-        if step >= blueprint.total_steps and journal.accuracy_at(step) is not None:
+        is_evaluated = journal.accuracy_at(step) is not None
+        is_finished = is_evaluated and step >= blueprint.total_steps
+        peers.tell([step if restored else None, is_evaluated, is_finished])
+        if is_finished:
             terminal.say(f"{workdir} is finished: --fresh starts it anew, --workdir DIR begins another run")
             return finished(step, journal, store)
         if restored is None:
@@ -141,17 +139,115 @@ def train(
         journal.event("phase", step=step, phase="compile")
         programs = stop.run(blueprint.compile)
         state = restored.tree if restored else stop.run(blueprint.create)
-    except Stopped:
+        peers.start()
+    except Stopped as error:
+        peers.give_up(error, config.preempted_exit_code)
         return stopped(store.newest_step, stop, journal, store)
-    training = Training(blueprint, programs, dataset, state, stop, store, journal, terminal, environment)
-    journal.event("phase", step=step, phase="train")
-    training.evaluate_if_due()  # The last stop may have cut this very evaluation short.
-    while not training.is_over and stop.received is None:
-        training.advance()
-        training.evaluate_if_due()
-        training.save_if_due()
-        training.report_saves()
-    return training.end()
+    training = Training(blueprint, programs, dataset, state, stop, peers, is_evaluated=is_evaluated)
+    about = {"data": provenance.describe_data(dataset), **environment}
+    return carry_out(training, Keeper(training, programs, store, journal, terminal, about), stop)
+
+
+def carry_out(training: Training, keeper: Keeper, stop: StopSignal) -> Outcome:
+    """Train until the end or until a signal, keep all that is to be kept, and return the outcome.
+
+    Raises:
+        Diverged, OSError, PeerLost, SaveFailed: as `train` does.
+    """
+    keeper.journal.event("phase", step=training.step, phase="train")
+    keep_evaluation_if_due(training, keeper)  # The last stop may have cut this very evaluation short.
+    while not training.is_over and not training.council.is_to_stop:
+        keeper.interval(training.advance())
+        keeper.progress()
+        keep_evaluation_if_due(training, keeper)
+        keeper.save_if_due()
+        keeper.report_saves()
+    return keeper.end(stop)
+
+
+def keep_evaluation_if_due(training: Training, keeper: Keeper) -> None:
+    """Evaluate where it is time to, and keep what comes out."""
+    if training.is_evaluation_due:
+        keeper.begin_evaluation()
+        keeper.evaluation(training.evaluate())
+
+
+def introduce(config: Config, workdir: Path, peers: Peers) -> None:
+    """Tell the other processes which run this is, and wait until they have all found it.
+
+    Raises:
+        PeerLost: one of them is gone, or does not see the same directory.
+        Stopped: a signal came.
+    """
+    if not peers.is_alone:
+        cpu_threads = provenance.cpu_threads_of(list_checkpoints(workdir / "checkpoints"))
+        peers.tell([config.to_json(), str(workdir.absolute()), (workdir / "lock").read_text(), cpu_threads])
+    peers.assemble()
+
+
+def follow(stop: StopSignal, peers: Peers) -> int:
+    """Train along with process 0, writing nothing, and return the exit code with which it leaves.
+
+    Raises:
+        Stopped: a signal came before the training.
+    """
+    try:
+        settings, workdir, lock, cpu_threads = peers.hear()
+        config = configs.from_json(settings, Path(workdir) / "config.json")
+        check_is_shared(Path(workdir), lock, peers)
+        peers.assemble()
+        provenance.prepare_jax(cpu_threads)
+        stop.run(jax.devices)
+        fingerprint = peers.hear()
+        dataset = stop.run(lambda: data.load(config.dataset, config.data_dir, say=notice))
+        if dataset.fingerprint != fingerprint:
+            raise ConfigError(f"process {peers.index} has other data than process 0, of another SHA-256")
+        blueprint = make_blueprint(config, dataset)
+        step, is_evaluated, is_finished = peers.hear()
+        if not is_finished:
+            programs = stop.run(blueprint.compile)
+            checkpoint = Checkpoint(Path(workdir) / "checkpoints" / str(step))
+            state = stop.run(blueprint.create) if step is None else checkpoint.read(blueprint.abstract_state)[0]
+            peers.start()
+            training = Training(blueprint, programs, dataset, state, stop, peers, is_evaluated=is_evaluated)
+            evaluate_if_due(training)
+            while not training.is_over and not training.council.is_to_stop:
+                training.advance()
+                evaluate_if_due(training)
+        return int(peers.hear(heedless=True))
+    except tuple(EXIT_CODES) as error:
+        code = exit_code(error)
+        peers.give_up(error, code)
+        notice(f"error: process {peers.index} of {peers.count}: {error}")
+        return code
+
+
+def exit_code(error: Exception) -> int:
+    """Return the exit code for an error whose kind is in `EXIT_CODES`; where another process had it, that one's."""
+    if isinstance(error, PeerLost):
+        return error.code
+    return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+
+
+def evaluate_if_due(training: Training) -> None:
+    """Evaluate where it is time to."""
+    if training.is_evaluation_due:
+        training.take_interval()
+        training.evaluate()
+
+
+def check_is_shared(workdir: Path, lock: str, peers: Peers) -> None:
+    """Check that this process sees the run directory of process 0, and not another one of the same name.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    path = workdir / "lock"
+    if not path.exists() or path.read_text() != lock:
+        raise ConfigError(
+            f"process {peers.index} does not find in {workdir} what process 0 wrote there; all processes need the same "
+            "directory, on a file system that they share: --workdir DIR"
+        )
 
 
 def make_blueprint(config: Config, dataset: Dataset) -> Blueprint:
@@ -226,292 +322,3 @@ def restore(
         f"(saved because: {about['reason']}{lost}): {manner}"
     )
     return restored
-
-
-def finished(step: int, journal: Journal, store: CheckpointStore) -> Outcome:
-    """Return the outcome of a run that is at its end."""
-    return Outcome(
-        "finished", {"step": step, "test_accuracy": journal.accuracy_at(step), "state_sha256": store.sha256(step)}
-    )
-
-
-def stopped(step: int, stop: StopSignal, journal: Journal, store: CheckpointStore) -> Outcome:
-    """Return the outcome of a run that a signal stopped, and that is saved; "none" where there is nothing to save."""
-    assert stop.received is not None
-    journal.event("signal", step=step, signal=stop.received.name)
-    try:
-        sha256 = store.sha256(step) if store.steps else "none"
-    except CheckpointError:  # It was left before anybody looked at the checkpoints; the next start does.
-        sha256 = "unknown"
-    return Outcome("stopped", {"step": step, "signal": stop.received.name, "state_sha256": sha256})
-
-
-class Training:
-    """A run at work: its state on the device, and the step that the calls in flight lead to."""
-
-    def __init__(
-        self,
-        blueprint: Blueprint,
-        programs: Programs,
-        dataset: Dataset,
-        state: TrainState,
-        stop: StopSignal,
-        store: CheckpointStore,
-        journal: Journal,
-        terminal: Terminal,
-        environment: dict[str, Any],
-    ) -> None:
-        """Put the data and the state on the device."""
-        self.config = blueprint.config
-        self.updates = Updates(blueprint, programs, dataset, state)
-        self.eval_every_steps = self.config.eval_every_steps or self.updates.steps_per_epoch
-        self.programs, self.stop, self.store, self.journal, self.terminal = programs, stop, store, journal, terminal
-        self.about = {"config": self.config.to_json(), "data": provenance.describe_data(dataset), **environment}
-        self._test_images, self._test_labels = (
-            jax.device_put(array, distributed.replicated(blueprint.mesh))
-            for array in (dataset.test_images, dataset.test_labels)
-        )
-        self._pace: Pace[MetricSums] = Pace(CALL_S)
-        self._interval: tuple[int, MetricSums] | None = None
-        self._next_save_s = time.monotonic() + self.config.checkpoint_every_s
-        self._trouble_told = False
-        self._pin_best()
-
-    @property
-    def step(self) -> int:
-        """The number of updates made, those in flight included."""
-        return self.updates.step
-
-    @property
-    def is_over(self) -> bool:
-        """Whether all updates are made."""
-        return self.step >= self.updates.total_steps
-
-    def advance(self) -> None:
-        """Dispatch one call of updates, and journal the interval that the call before it ended."""
-        n = min(self._pace.steps_per_call, self._next_boundary() - self.step)
-        sums = self.updates.advance(n)
-        done = self._pace.dispatched(n, sums)
-        if done is not None and self.terminal.is_refresh_due:
-            self.terminal.progress(self._describe(self.step - n, *_averages(done)))
-        self._journal_interval()
-        if self.step % self.config.log_every_steps == 0:
-            self._interval = self.step, sums
-
-    def _next_boundary(self) -> int:
-        """Return the step at which a call has to end at the latest: something is due there."""
-        cadences = self.eval_every_steps, self.config.checkpoint_every_steps or self.updates.total_steps
-        return min(self.updates.next_boundary, *(self.step - self.step % every + every for every in cadences))
-
-    def _journal_interval(self) -> None:
-        """Write the metrics of the interval that ended, if one did. They are on their way from the device."""
-        if self._interval is None:
-            return
-        (step, sums), self._interval = self._interval, None
-        loss, accuracy = _averages(sums)
-        if not np.isfinite(loss):
-            raise self._diverged(f"the loss of the updates up to step {step} is {loss}")
-        self.journal.record(step, "train", loss=loss, accuracy=accuracy, learning_rate=self._learning_rate(step))
-        self.terminal.interval(self._describe(step, loss, accuracy))
-
-    def evaluate_if_due(self) -> None:
-        """Evaluate where it is time to and was not done; a signal cuts it short, and the next start does it again."""
-        due = self.is_over or (self.step > 0 and self.step % self.eval_every_steps == 0)
-        if not due or self.journal.accuracy_at(self.step) is not None:
-            return
-        self._journal_interval()
-        self.journal.event("phase", step=self.step, phase="evaluate")
-        self._pace.drain()
-        sums = self._evaluate()
-        if sums is None:
-            return
-        loss, accuracy = _averages(sums)
-        if not np.isfinite(loss):
-            raise self._diverged(f"the test loss at step {self.step} is {loss}")
-        self.journal.record(
-            self.step, "test", loss=loss, accuracy=accuracy, learning_rate=self._learning_rate(self.step)
-        )
-        self.journal.event("evaluation", step=self.step, loss=loss, accuracy=accuracy)
-        self.terminal.say(f"step {self.step}: test loss {loss:.4f}, test accuracy {accuracy:.4f}")
-        self._pin_best()
-        if self.step in self.store.pinned:
-            self.save("best test accuracy so far")
-
-    def _evaluate(self) -> MetricSums | None:
-        """Return the metric sums over all test images, or None as soon as a signal asks to stop."""
-        calls: list[MetricSums] = []
-        for first in range(0, len(self._test_labels), self.programs.eval_call_images):
-            calls.append(
-                self.programs.evaluate(
-                    self.updates.state.variables_to_use, self._test_images, self._test_labels, np.int32(first)
-                )
-            )
-            jax.block_until_ready(calls[-2:][0])
-            if self.stop.received is not None:
-                return None
-        return jax.tree.map(lambda *parts: np.sum(np.asarray(parts)), *calls)
-
-    def save_if_due(self) -> None:
-        """Save where the steps, the clock or a signal say so."""
-        every_steps = self.config.checkpoint_every_steps
-        if self.stop.take_save_request():
-            self.save("signal SIGUSR2")
-        elif every_steps is not None and self.step % every_steps == 0:
-            self.save("steps")
-        elif time.monotonic() >= self._next_save_s and not self.store.is_saving and not self._has_sums_in_flight:
-            self.save("time")
-
-    @property
-    def _has_sums_in_flight(self) -> bool:
-        """Whether a save would wait for the sums of an interval, and one after the next call would not."""
-        return self._interval is not None and self.config.log_every_steps > self._pace.steps_per_call
-
-    def save(self, reason: str) -> None:
-        """Begin to save the state."""
-        self._next_save_s = time.monotonic() + self.config.checkpoint_every_s
-        try:
-            about = self._prepare_save(reason)
-        except SaveFailed as failure:
-            self._report_failure(failure)
-            return
-        self.store.save(self.step, self.updates.state, about=about, valid=self.programs.is_finite(self.updates.state))
-
-    def _prepare_save(self, reason: str) -> dict[str, Any]:
-        """Bring the journal up to this step, for a checkpoint must not be there before the lines that lead to it."""
-        self._journal_interval()
-        try:
-            self.journal.sync()
-        except OSError as error:
-            raise SaveFailed(self.step, f"metrics.jsonl cannot be written: {error}") from error
-        accuracy = self.journal.accuracy_at(self.step)
-        metrics = self.journal.metrics_fingerprint()
-        return {**self.about, "reason": reason, "time": time.time(), "test_accuracy": accuracy, "metrics": metrics}
-
-    def report_saves(self, *, another_follows: bool = True) -> None:
-        """Tell how the saves went that ended, and of lines that the disk does not take."""
-        trouble = self.journal.trouble
-        if trouble and not self._trouble_told:
-            self.terminal.warn(f"warning: lines of the journal cannot be written and are kept for later: {trouble}")
-        elif self._trouble_told and not trouble:
-            self.terminal.warn("the lines of the journal that could not be written are written now")
-        self._trouble_told = trouble is not None
-        for result in self.store.results():
-            if isinstance(result, InvalidState):
-                raise self._diverged("the state has values that are not finite")
-            if isinstance(result, SaveFailed):
-                self._report_failure(result, another_follows=another_follows)
-            elif isinstance(result, Notice):
-                self.journal.event(result.event, step=result.step, text=result.text)
-                self.terminal.warn(f"warning: {result}")
-            else:
-                self._pin_best()
-                # A crash just before the next one is committed costs what lies between the two, and the time it takes.
-                self._next_save_s -= result.seconds
-                reason = result.manifest["about"]["reason"]
-                self.journal.event(
-                    "save", step=result.step, reason=reason, seconds=result.seconds, sha256=result.sha256
-                )
-
-    def _report_failure(self, failure: SaveFailed, *, another_follows: bool = True) -> None:
-        self._next_save_s = time.monotonic() + min(RETRY_SAVE_S, self.config.checkpoint_every_s)
-        self.journal.event("save_failed", step=failure.step, error=str(failure))
-        if another_follows:
-            self.terminal.warn(f"warning: {failure}. Training goes on, and it is tried again.")
-
-    def end(self) -> Outcome:
-        """Save the state, unless it is saved already, and return the outcome.
-
-        Raises:
-            SaveFailed: it could not be saved.
-        """
-        is_finished = self.is_over and self.journal.accuracy_at(self.step) is not None
-        reason = "end"
-        if not is_finished:
-            assert self.stop.received is not None
-            reason = f"signal {self.stop.received.name}"
-            self.terminal.say(f"{self.stop.received.name}: saving step {self.step} and leaving")
-        about = self._prepare_save(reason)
-        try:
-            self.store.save_and_wait(
-                self.step, self.updates.state, about=about, valid=self.programs.is_finite(self.updates.state)
-            )
-        finally:
-            self.report_saves(another_follows=False)
-        if is_finished:
-            return finished(self.step, self.journal, self.store)
-        return stopped(self.step, self.stop, self.journal, self.store)
-
-    def _pin_best(self) -> None:
-        """Have the best checkpoint kept; until it is committed, the one that was the best before it as well."""
-        best = self.journal.best()
-        if best is not None:
-            before = set() if best["step"] in self.store.steps else self.store.pinned
-            self.store.pinned = before | {best["step"]}
-
-    def _learning_rate(self, step: int) -> float:
-        """Return the learning rate of the update that led to a step, in the shortest digits that mean it."""
-        return float(str(np.float32(self.programs.learning_rate(np.int32(step - 1)))))
-
-    def _describe(self, step: int, loss: float, accuracy: float) -> str:
-        """Return the line that tells where the training is, of at most 79 characters in a run of ordinary size."""
-        images_per_s = self.config.batch_size / self._pace.seconds_per_step
-        seconds_left = (self.updates.total_steps - step) * self._pace.seconds_per_step
-        return (
-            f"step {step}/{self.updates.total_steps} epoch {step / self.updates.steps_per_epoch:.2f} loss {loss:.4f} "
-            f"acc {accuracy:.4f} {images_per_s:,.0f} img/s {_duration(seconds_left)} left "
-            f"saved {self.store.newest_step if self.store.steps else 'none'}"
-        )
-
-    def _diverged(self, what: str) -> Diverged:
-        return Diverged(
-            f"{what}. Nothing of that was saved, and a rerun would come to the same point. "
-            "Start anew with --fresh and a lower --learning-rate."
-        )
-
-
-def _averages(sums: MetricSums) -> tuple[float, float]:
-    """Return mean loss and accuracy of metric sums, in the shortest digits that mean the float32."""
-    loss = np.float32(sums.loss) / np.float32(sums.images)
-    return float(str(loss)), int(sums.correct) / int(sums.images)
-
-
-def _duration(seconds: float) -> str:
-    """Return a length of time in its two largest units: 12s, 3m05s, 2h07m."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
-
-
-class Pace(Generic[T]):
-    """Keep two calls in flight at most, and choose how many steps one makes so that it takes `call_s`."""
-
-    def __init__(self, call_s: float) -> None:
-        """Begin with calls of one step."""
-        self.steps_per_call = 1
-        self.seconds_per_step = call_s
-        self._call_s = call_s
-        self._in_flight: deque[tuple[int, T, float]] = deque()
-        self._last_end_s = 0.0
-
-    def dispatched(self, n: int, result: T) -> T | None:
-        """Take note of a call of `n` steps, wait until the one before it is done, and return what that one gave."""
-        self._in_flight.append((n, result, time.monotonic()))
-        if len(self._in_flight) == 1:
-            return None
-        n, result, dispatched_s = self._in_flight.popleft()
-        jax.block_until_ready(result)
-        end_s = time.monotonic()
-        took_s = (end_s - max(dispatched_s, self._last_end_s)) / n
-        self._last_end_s = end_s
-        self.seconds_per_step += 0.3 * (took_s - self.seconds_per_step)
-        fitting = max(1, round(self._call_s / self.seconds_per_step))
-        self.steps_per_call = min(2 * self.steps_per_call, fitting)
-        return result
-
-    def drain(self) -> None:
-        """Wait for all calls, and forget them: what comes now is no part of their time."""
-        for _, result, _ in self._in_flight:
-            jax.block_until_ready(result)
-        self._in_flight.clear()

@@ -15,6 +15,12 @@ from typing import Any, Self, TypeVar
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGABRT, signal.SIGHUP, signal.SIGUSR1)
 SAVE_SIGNALS = (signal.SIGUSR2,)
 
+# Within so many seconds a second signal is taken for one wish with the first. `timeout` signals a process and then its
+# group, within 20 ms. Slurm signals the tasks of a preempted job, and `srun`, which passes that on: 3 to 24 ms later in
+# nine times, on an idle machine. But who presses Ctrl-C twice means it.
+ECHO_S = 0.02
+ECHO_OF_SCHEDULERS_S = 1.0
+
 T = TypeVar("T")
 
 
@@ -26,12 +32,13 @@ class StopSignal:
     """Listen for signals that ask to stop, while the `with` block runs.
 
     The first stop signal sets `received`, and that is all: look at it between steps, save, and leave. The second one
-    ends the process at once with exit code 128+n, unless it follows within 20 ms: `timeout`, and other wrappers that
-    signal a process and then its group, deliver one wish twice. A save signal sets a flag of its own. A handler can
-    come between any two instructions, in the middle of a save or with a lock held, so it does no more than that.
+    ends the process at once with exit code 128+n, unless it is the first one's echo (see `ECHO_S`). A save signal sets
+    a flag of its own. A handler can come between any two instructions, in the middle of a save or with a lock held, so
+    it does no more than that.
 
     The handlers that were there before are put back at the end of the block. Python delivers signals to its main
-    thread, so enter the block there, and after anything that installs handlers of its own (`jax.distributed` does).
+    thread, so enter the block there, and after anything that installs handlers of its own: `jax.distributed` does,
+    unless `jax_enable_preemption_service` is off.
 
         with StopSignal() as stop:
             while step < total_steps and not stop.received:
@@ -45,7 +52,7 @@ class StopSignal:
     ) -> None:
         """Choose the signals; nothing is installed before the `with` block."""
         self.received: signal.Signals | None = None
-        self._received_s = 0.0
+        self._caught: tuple[int, float] | None = None  # the first one that came to this process, and when
         self._save_requested = False
         self._handlers = {**dict.fromkeys(stop_signals, self._stop), **dict.fromkeys(save_signals, self._save)}
         self._previous: dict[signal.Signals, Any] = {}
@@ -66,13 +73,23 @@ class StopSignal:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def _stop(self, number: int, _frame: FrameType | None) -> None:
-        if self.received is None:
-            self.received, self._received_s = signal.Signals(number), time.monotonic()
-        elif time.monotonic() - self._received_s > 0.02:
+        now_s = time.monotonic()
+        if self._caught is None:
+            self._caught = number, now_s
+            self.hear_of(number)
+            return
+        first, first_s = self._caught
+        echo_s = ECHO_OF_SCHEDULERS_S if number == first != signal.SIGINT else ECHO_S
+        if now_s - first_s > echo_s:
             os._exit(128 + number)
 
     def _save(self, _number: int, _frame: FrameType | None) -> None:
         self._save_requested = True
+
+    def hear_of(self, number: int) -> None:
+        """Take note of a stop signal that another process caught. One that this process catches later is its first."""
+        if self.received is None:
+            self.received = signal.Signals(number)
 
     def take_save_request(self) -> bool:
         """Tell whether a save signal came since the last call."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import ShapeDtypeStruct
 from jax.sharding import Mesh
 
-from mnist_jax import augment, distributed, steps, train_state
+from mnist_jax import augment, council, distributed, steps, train_state
 from mnist_jax.config import Config
 from mnist_jax.model import MODELS
 from mnist_jax.steps import TrainData
@@ -33,11 +33,17 @@ CPU_OPTIONS: dict[str, str | bool] = {
 
 
 class Programs(NamedTuple):
-    """What a run computes, each function with its config built in. State and data lie whole on every device."""
+    """What a run computes, each function with its config built in.
 
-    train_steps: Callable[[TrainState, TrainData, Any], tuple[TrainState, MetricSums]]  # donates the state
+    The first three are of all devices, on each of which state and data lie whole, and all processes have to call them
+    alike. The last two are of one device, for whoever asks.
+    """
+
+    # state (donated), data, number of updates, wishes
+    train_steps: Callable[[TrainState, TrainData, Any, Any], tuple[TrainState, MetricSums, jax.Array]]
     epoch_order: Callable[[Any], jax.Array]  # epoch -> [N] int32
-    evaluate: Callable[[Any, jax.Array, jax.Array, Any], MetricSums]  # variables, images, labels, index of the first
+    # variables, images, labels, index of the first, wishes
+    evaluate: Callable[[Any, jax.Array, jax.Array, Any, Any], tuple[MetricSums, jax.Array]]
     eval_call_images: int
     learning_rate: Callable[[Any], jax.Array]  # number of updates made -> [] float32
     is_finite: Callable[[TrainState], jax.Array]
@@ -69,6 +75,7 @@ class Blueprint:
         config, mesh = self.config, self.mesh
         state = self.abstract_state
         number = _integers()
+        wishes = council.abstract_wishes(mesh)
         on_batch: Any = {"model": self._model, "batch_sharding": distributed.split_over_batch(mesh)}
         eval_call_images = -(-EVAL_CALL_IMAGES // mesh.size) * mesh.size
         return Programs(
@@ -85,6 +92,7 @@ class Blueprint:
                 state,
                 TrainData(_images(self.train_size), _integers(self.train_size), _integers(self.train_size)),
                 number,
+                wishes,
                 donate_argnums=0,
             ),
             epoch_order=self._compile(partial(steps.epoch_order, config.seed, size=self.train_size), number),
@@ -94,10 +102,11 @@ class Blueprint:
                 _images(self.test_size),
                 _integers(self.test_size),
                 number,
+                wishes,
             ),
             eval_call_images=eval_call_images,
-            learning_rate=self._compile(self._schedule, number),
-            is_finite=self._compile(steps.is_finite, state),
+            learning_rate=self._compile_for_one_device(self._schedule, number),
+            is_finite=self._compile_for_one_device(steps.is_finite, jax.eval_shape(self._create)),
         )
 
     @property
@@ -125,8 +134,15 @@ class Blueprint:
         return train_state.create(self.config, self._model, self._optimizer)
 
     def _compile(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Compile a function for all devices; arguments that do not say how they lie there lie whole on each."""
         everywhere = distributed.replicated(self.mesh)
-        jitted = jax.jit(function, in_shardings=everywhere, out_shardings=everywhere, **options)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding or everywhere, arguments)
+        return self._finish(jax.jit(function, in_shardings=shardings, out_shardings=everywhere, **options), *arguments)
+
+    def _compile_for_one_device(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return self._finish(jax.jit(function), *arguments)
+
+    def _finish(self, jitted: Any, *arguments: Any) -> Any:
         return jitted.lower(*arguments).compile(compiler_options=CPU_OPTIONS if self._is_for_cpu else None)
 
 

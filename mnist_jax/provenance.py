@@ -22,21 +22,30 @@ from mnist_jax.train_state import TrainState
 MOST_CPU_THREADS = 4096
 
 
-def prepare_jax(checkpoints: Sequence[Checkpoint]) -> None:
+def prepare_jax(cpu_threads: int | None) -> None:
     """Set what has to be set before JAX touches a device, so that the bits of a run are the same again.
+
+    Args:
+        cpu_threads: with how many the run has computed so far, None where that does not matter.
+    """
+    distributed.prefer_determinism()
+    distributed.keep_compiled_programs()
+    if cpu_threads is not None:
+        distributed.keep_cpu_threads(cpu_threads)
+
+
+def cpu_threads_of(checkpoints: Sequence[Checkpoint]) -> int | None:
+    """Return with how many threads a run has computed so far, as its newest readable checkpoint says, if it does.
 
     Args:
         checkpoints: those of the run, oldest first.
     """
-    distributed.prefer_determinism()
-    distributed.keep_compiled_programs()
     for checkpoint in reversed(checkpoints):
         with contextlib.suppress(CheckpointError, OSError):  # Who restores it tells of that.
             devices = checkpoint.manifest()["about"].get("devices")
             threads = devices.get("cpu_threads") if isinstance(devices, dict) else None
-            if type(threads) is int and 0 < threads <= MOST_CPU_THREADS:
-                distributed.keep_cpu_threads(threads)
-            return
+            return threads if type(threads) is int and 0 < threads <= MOST_CPU_THREADS else None
+    return None
 
 
 def describe_environment() -> dict[str, dict[str, Any]]:

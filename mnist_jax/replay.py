@@ -17,6 +17,7 @@ from mnist_jax import data, loop, provenance
 from mnist_jax.checkpoint import Checkpoint, CheckpointError, Damaged, describe_leaves, host_leaves, list_checkpoints
 from mnist_jax.command import leave, mend_standard_streams
 from mnist_jax.config import ConfigError
+from mnist_jax.council import Council
 from mnist_jax.data import DataError
 from mnist_jax.journal import Terminal
 from mnist_jax.preemption import Stopped, StopSignal
@@ -78,7 +79,7 @@ def replay(options: Options, stop: StopSignal, terminal: Terminal) -> list[str]:
     """
     configs.check_directory(options.workdir)
     first, last = choose(options)
-    provenance.prepare_jax([last])
+    provenance.prepare_jax(provenance.cpu_threads_of([last]))
     about = provenance.check_about(last.manifest())
     config = configs.from_json(about["config"], last.path)
     dataset = stop.run(lambda: data.load(config.dataset, config.data_dir, say=terminal.say))
@@ -96,8 +97,10 @@ def replay(options: Options, stop: StopSignal, terminal: Terminal) -> list[str]:
     terminal.say(f"training from step {updates.step} to step {last.step} again")
     for change in provenance.changes(about, provenance.describe_environment()):
         terminal.warn(f"warning: the bits may differ for this changed: {change}")
+    nothing = Council(blueprint.mesh, stop).wishes(steps=0)
     while updates.step < last.step:
-        updates.advance(min(MOST_STEPS_PER_CALL, updates.next_boundary - updates.step, last.step - updates.step))
+        n = min(MOST_STEPS_PER_CALL, updates.next_boundary - updates.step, last.step - updates.step)
+        updates.advance(n, nothing)
         updates.state.step.block_until_ready()
         if stop.received is not None:
             raise Stopped

@@ -31,6 +31,7 @@ def train_steps(
     state: TrainState,
     data: TrainData,
     n: int | jax.Array,
+    wishes: jax.Array,
     *,
     model: Classifier,
     optimizer: optax.GradientTransformation,
@@ -39,7 +40,7 @@ def train_steps(
     distort: Callable[[jax.Array, jax.Array], jax.Array] = unchanged,
     label_smoothing: float = 0.0,
     average_decay: float = 0.0,
-) -> tuple[TrainState, MetricSums]:
+) -> tuple[TrainState, MetricSums, jax.Array]:
     """Make `n` updates, all in the epoch whose order `data` holds.
 
     `n` is a run-time value: whatever the number of steps in a call, it is the same program, and so the same bits.
@@ -47,7 +48,8 @@ def train_steps(
     Args:
         state: the state to begin from; its buffers may be donated.
         data: the training images, of which an update gathers its batch on the device.
-        n: [] int32, number of updates.
+        n: [] int32, number of updates, 1 or more.
+        wishes: [devices, W] int32, what each device's process wishes to tell the others; no part of the mathematics.
         model: the network.
         optimizer: what was given to `train_state.create`.
         batch_size: images an update learns from.
@@ -57,7 +59,8 @@ def train_steps(
         average_decay: share of the average that an update leaves, in [0, 1), where the state has one.
 
     Returns:
-        The state after `n` updates, and a copy of its metric sums that stays when the state is donated.
+        The state after `n` updates; a copy of its metric sums that stays when the state is donated; and the wishes
+        [W], added up over the devices.
     """
 
     def mean_loss(
@@ -68,8 +71,9 @@ def train_steps(
         targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
         return optax.softmax_cross_entropy(logits, targets).mean(), (logits, changed["batch_stats"])
 
-    def update(_: jax.Array, state: TrainState) -> TrainState:
+    def update(_: jax.Array, carried: tuple[TrainState, jax.Array]) -> tuple[TrainState, jax.Array]:
         """Make one update: the step alone says which images, which random numbers, and which learning rate."""
+        state, _ = carried
         steps_per_epoch = data.order.size // batch_size
         first = state.step % steps_per_epoch * batch_size
         rows = jax.lax.dynamic_slice_in_dim(data.order, first, batch_size)
@@ -83,18 +87,38 @@ def train_steps(
         )
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        correct, heard = _count(is_right(logits, labels), wishes)
         metrics = MetricSums(
             loss=state.metrics.loss + loss * batch_size,
-            correct=state.metrics.correct + count_correct(logits, labels),
+            correct=state.metrics.correct + correct,
             images=state.metrics.images + batch_size,
         )
         state = state.replace(
             step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state, metrics=metrics
         )
-        return state if state.average is None else state.replace(average=_average(state, average_decay))
+        if state.average is not None:
+            state = state.replace(average=_average(state, average_decay))
+        return state, heard
 
-    state = jax.lax.fori_loop(0, n, update, state)
-    return state, state.metrics
+    state, heard = jax.lax.fori_loop(0, n, update, (state, jnp.zeros_like(wishes[0])))
+    return state, state.metrics, heard
+
+
+def _count(right: jax.Array, wishes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return how many images are right, and the wishes added up over the devices.
+
+    It is one sum of both, so where the devices are those of several processes, the wishes take no message of their own.
+
+    Args:
+        right: [N] bool, whose rows lie on the devices in equal parts.
+        wishes: [devices, W] int32.
+
+    Returns:
+        [] int32 and [W] int32.
+    """
+    counts = jnp.sum(right.reshape(len(wishes), -1), axis=1, dtype=jnp.int32)
+    total = jnp.sum(jnp.column_stack([counts, wishes]), axis=0)
+    return total[0], total[1:]
 
 
 def _average(state: TrainState, decay: float) -> Any:
@@ -112,18 +136,22 @@ def evaluate(
     images: jax.Array,
     labels: jax.Array,
     first: int | jax.Array,
+    wishes: jax.Array,
     *,
     model: Classifier,
     batch_sharding: Sharding,
     size: int,
-) -> MetricSums:
+) -> tuple[MetricSums, jax.Array]:
     """Return the metric sums over images `first` to `first + size`, or to the last one where there are fewer.
+
+    The wishes [W], added up over the devices, come with them.
 
     Args:
         variables: the network's parameters and running statistics.
         images: [N, 28, 28, 1] uint8.
         labels: [N] int32 in [0, 10).
         first: [] int32, index of the first image.
+        wishes: [devices, W] int32, what each device's process wishes to tell the others.
         model: the network.
         batch_sharding: how the images of a call lie on the devices.
         size: images a call looks at; a constant, so that the last and smaller part needs no program of its own.
@@ -133,11 +161,9 @@ def evaluate(
     rows = jnp.minimum(rows, labels.size - 1)
     logits: Any = model.apply(variables, images[rows], train=False)
     losses = cross_entropy(logits, labels[rows])
-    return MetricSums(
-        loss=jnp.sum(losses, where=there),
-        correct=jnp.sum(jnp.argmax(logits, axis=-1) == labels[rows], where=there, dtype=jnp.int32),
-        images=jnp.sum(there, dtype=jnp.int32),
-    )
+    correct, heard = _count(is_right(logits, labels[rows]) & there, wishes)
+    sums = MetricSums(loss=jnp.sum(losses, where=there), correct=correct, images=jnp.sum(there, dtype=jnp.int32))
+    return sums, heard
 
 
 def is_finite(state: TrainState) -> jax.Array:
@@ -151,6 +177,6 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
-def count_correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Return how many images have the right class as their likeliest one. [] int32."""
-    return jnp.sum(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.int32)
+def is_right(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Tell of each image whether the right class is its likeliest one. logits: [N, 10], labels: [N] -> [N] bool."""
+    return jnp.argmax(logits, axis=-1) == labels

@@ -8,14 +8,17 @@ import contextlib
 import dataclasses
 import gc
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mnist_jax import config as configs
 from mnist_jax import data
 from mnist_jax.command import leave, mend_standard_streams, notice
 from mnist_jax.config import Config, ConfigError
 from mnist_jax.lock import InUse, only_writer
+from mnist_jax.peers import CannotMeet, PeerLost, Peers, meet
 from mnist_jax.preemption import Stopped, StopSignal
 
 RUNS = Path("runs")
@@ -25,33 +28,58 @@ def main(args: Sequence[str]) -> int:
     """Start a run or carry it on, and return the exit code.
 
     0: finished, or stopped and saved (the latter is `--preempted-exit-code`). 1: the loss is not finite. 2: bad usage,
-    bad data, or a flag that contradicts the run. 65: no checkpoint is good. 73: another process is at work in the
-    directory. 74: the last save failed, or the disk takes no more. A second signal n ends the process with 128+n.
+    bad data, or a flag that contradicts the run. 65: no checkpoint is good. 69: of several processes another one is
+    gone. 73: another run is at work in the directory. 74: the last save failed, or the disk takes no more. A second
+    signal n ends the process with 128+n. An error that nobody foresaw is 70, and told in full.
     """
     mend_standard_streams()
     asked = configs.parse(args, Config())  # The defaults of a preset depend on the data: they come with it.
     with StopSignal() as stop, contextlib.ExitStack() as locks:
+        peers = Peers(stop)
         try:
+            peers = meet(stop, asked.coordinator, asked.num_processes, asked.process_id, asked.peer_timeout_s)
+            if not peers.is_first:
+                return _import_loop().follow(stop, peers)
             config, workdir = find_run(args, asked, stop, locks)
             loading = data.begin_to_load(config.dataset, config.data_dir)
-        except Stopped:
+            return _import_loop().run(config, workdir, stop, loading, peers)
+        except Stopped as error:
             assert stop.received is not None
-            print(f"stopped step=0 signal={stop.received.name} state_sha256=none")
+            peers.give_up(error, asked.preempted_exit_code)
+            if peers.is_first:
+                print(f"stopped step=0 signal={stop.received.name} state_sha256=none")
             return asked.preempted_exit_code
-        except (ConfigError, data.DataError, OSError) as error:
+        except (CannotMeet, ConfigError, data.DataError, OSError) as error:
+            peers.give_up(error, 2)
             notice(f"error: {error}")
             return 2
         except InUse as error:
+            peers.give_up(error, 73)
             notice(f"error: {error}: --workdir DIR.")
             return 73
-        # JAX and what is built on it make objects by the hundred thousand, all to stay. To look among them for garbage
-        # took 0.12 s of the imports, 0.07 s of the compilation, and 0.1 s now and then in the training.
-        gc.disable()
-        from mnist_jax import loop
+        except PeerLost as error:
+            notice(f"error: {error}")
+            return 69
+        except Exception as error:  # It ends like any other, but the others are not left waiting.
+            peers.give_up(error, 70)
+            traceback.print_exc()
+            return 70
+        finally:
+            peers.leave()
 
-        gc.freeze()
-        gc.enable()
-        return loop.run(config, workdir, stop, loading)
+
+def _import_loop() -> Any:
+    """Return the module `loop`, and with it JAX.
+
+    They make objects by the hundred thousand, all to stay. To look among them for garbage took 0.12 s of the imports,
+    0.07 s of the compilation, and 0.1 s now and then in the training.
+    """
+    gc.disable()
+    from mnist_jax import loop
+
+    gc.freeze()
+    gc.enable()
+    return loop
 
 
 def find_run(args: Sequence[str], asked: Config, stop: StopSignal, locks: contextlib.ExitStack) -> tuple[Config, Path]:

@@ -21,7 +21,7 @@ class Updates:
         self.log_every_steps = config.log_every_steps
         self._programs, self._everywhere = programs, distributed.replicated(blueprint.mesh)
         self._images, self._labels = (
-            jax.device_put(array, self._everywhere) for array in (dataset.train_images, dataset.train_labels)
+            distributed.put(array, self._everywhere) for array in (dataset.train_images, dataset.train_labels)
         )
         self._epoch, self._order = -1, self._labels
 
@@ -31,14 +31,18 @@ class Updates:
         periods = (self.steps_per_epoch, self.log_every_steps)
         return min(self.total_steps, *(self.step - self.step % period + period for period in periods))
 
-    def advance(self, n: int) -> MetricSums:
-        """Dispatch a call of `n` updates, `n` in [1, next_boundary - step], and return the metric sums after them."""
+    def advance(self, n: int, wishes: jax.Array) -> tuple[MetricSums, jax.Array]:
+        """Dispatch a call of `n` updates, `n` in [1, next_boundary - step].
+
+        Returns the metric sums after them, and the wishes that all processes gave to this call.
+        """
         epoch = self.step // self.steps_per_epoch
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._programs.epoch_order(np.int32(epoch))
         data = TrainData(self._images, self._labels, self._order)
-        self.state, sums = self._programs.train_steps(self.state, data, np.int32(n))
+        self.state, sums, heard = self._programs.train_steps(self.state, data, np.int32(n), wishes)
         self.step += n
         if self.step % self.log_every_steps == 0:
-            self.state = self.state.replace(metrics=jax.device_put(MetricSums.zeros(), self._everywhere))
-        return sums
+            zeros = jax.tree.map(lambda zero: distributed.put(np.asarray(zero), self._everywhere), MetricSums.zeros())
+            self.state = self.state.replace(metrics=zeros)
+        return sums, heard

@@ -414,16 +414,17 @@ def signal_in(phase: str, number: int) -> None:
         sys.meta_path.insert(0, Finder())
         return
 
-    from mnist_jax import checkpoint, data, loop, programs, updates
+    from mnist_jax import checkpoint, data, programs, training, updates
 
-    def in_update(updates: Any, n: int) -> None:
+    def in_update(updates: Any, *_: Any) -> None:
         # Calls end at multiples of 7 and of 20: the stop in mid-training is at 80, in the middle of a log interval.
         if updates.step >= {"the first step": 0, "mid-training": 77}.get(phase, 50):
             strike()
 
     def in_save(path: Path, manifest: dict[str, Any]) -> None:
         reason = manifest["about"]["reason"]
-        time.sleep(0.05)  # A signal that follows within 20 ms is taken for the same wish.
+        # A signal that follows too soon is taken for the same wish.
+        time.sleep(1.05 if phase == PHASES[-1] and reason.startswith("signal") else 0.05)
         first = {"a periodic save": reason == "steps", "the final save": manifest["step"] == STEPS}
         if phase == PHASES[-1] and reason.startswith("signal"):
             strike(2)
@@ -437,7 +438,7 @@ def signal_in(phase: str, number: int) -> None:
         case "the compilation":
             before(programs.Blueprint, "compile", lambda _: strike())
         case "an evaluation":
-            before(loop.Training, "_evaluate", lambda _: strike())
+            before(training.Training, "_evaluate", lambda _: strike())
         case "the first step" | "mid-training" | "the save after a first signal":
             before(updates.Updates, "advance", in_update)
     before(checkpoint, "_write_manifest", in_save)

@@ -51,6 +51,10 @@ FREE = (
     "checkpoint_every_steps",
     "keep",
     "lock_wait_s",
+    "coordinator",
+    "num_processes",
+    "process_id",
+    "peer_timeout_s",
     "preempted_exit_code",
     "fresh",
 )
@@ -85,6 +89,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "keep": COUNTS,
     "lock_wait_s": st.floats(min_value=0, allow_nan=False, allow_infinity=False),
     "preempted_exit_code": st.integers(0, 255),
+    "peer_timeout_s": COUNTS,
     "fresh": st.booleans(),
 }
 CONFIGS = st.builds(Config, **VALUES)
@@ -153,6 +158,7 @@ WITH_RANGE = {
     "checkpoint_every_steps": (1, MANY),
     "keep": (1, MANY),
     "preempted_exit_code": (0, 255),
+    "peer_timeout_s": (1, MANY),
 }
 POSITIVE = ("epochs", "learning_rate", "checkpoint_every_s")
 NOT_NEGATIVE = ("lock_wait_s",)
@@ -162,7 +168,7 @@ BELOW_1 = ("adam_b1", "adam_b2", "label_smoothing", "zoom", "average_decay")
 def test_every_number_has_a_range() -> None:
     types = typing.get_type_hints(Config)
     numbers = {name for name in FIELDS if {int, float} & {types[name], *typing.get_args(types[name])}}
-    assert numbers == {*WITH_RANGE, *POSITIVE, *NOT_NEGATIVE, *BELOW_1}
+    assert numbers == {*WITH_RANGE, *POSITIVE, *NOT_NEGATIVE, *BELOW_1, "num_processes", "process_id"}
 
 
 @pytest.mark.parametrize(("field", "least", "most"), [(field, *limits) for field, limits in WITH_RANGE.items()])
@@ -176,6 +182,34 @@ def test_a_number_out_of_its_range_is_a_usage_error_that_names_field_value_and_r
         message = usage_error([flag(field), str(value)], capsys)
         assert f"{field}={kind(value)} " in message
         assert f"from {least} to {most}" in message
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--num-processes", "2"], "say too little; name all three"),
+        (["--process-id", "0"], "say too little; name all three"),
+        (["--coordinator", "a:1", "--num-processes", "2"], "say too little; name all three"),
+        (["--coordinator", "a:1", "--num-processes", "0", "--process-id", "0"], "num_processes=0 is out of range"),
+        (["--coordinator", "a:1", "--num-processes", "2", "--process-id", "-1"], "process_id=-1 is out of range"),
+        (["--coordinator", "a:1", "--num-processes", "2", "--process-id", "2"], "use 0 to 1, for num_processes=2"),
+        *(
+            (["--coordinator", address, "--num-processes", "2", "--process-id", "1"], "is no address; use HOST:PORT")
+            for address in ("a", "a:", ":1", "a:0", "a:65536", "a:b", "a:-1", "a:" + 5000 * "9")
+        ),
+    ],
+)
+def test_processes_that_are_named_wrongly_or_in_part_are_a_usage_error(
+    args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in usage_error(args, capsys)
+
+
+def test_processes_are_named_in_full_or_left_to_a_scheduler_or_ruled_out() -> None:
+    named = configs.parse(["--coordinator", "[::1]:65535", "--num-processes", "2", "--process-id", "1"])
+    assert (named.coordinator, named.num_processes, named.process_id) == ("[::1]:65535", 2, 1)
+    assert configs.parse([]).num_processes is None
+    assert configs.parse(["--num-processes", "1"]).num_processes == 1
 
 
 @pytest.mark.parametrize("field", POSITIVE)

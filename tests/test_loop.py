@@ -12,12 +12,13 @@ import jax
 import numpy as np
 import pytest
 
-from mnist_jax import loop
+from mnist_jax import keeper, loop, training
 from mnist_jax.checkpoint import CheckpointStore
 from mnist_jax.config import Config
 from mnist_jax.journal import Journal, Terminal
-from mnist_jax.loop import Pace
+from mnist_jax.keeper import Keeper
 from mnist_jax.preemption import StopSignal
+from mnist_jax.training import Pace
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -77,7 +78,7 @@ def test_a_save_that_time_asked_for_and_that_failed_is_tried_again_soon(tmp_path
         return commit(self, step, *args)
 
     monkeypatch.setattr(CheckpointStore, "_commit", fail_twice)
-    monkeypatch.setattr(loop, "RETRY_SAVE_S", 0.01)
+    monkeypatch.setattr(keeper, "RETRY_SAVE_S", 0.01)
     settings = {"checkpoint_every_steps": None, "checkpoint_every_s": 0.05, "eval_every_steps": 400, "steps": 400}
     with StopSignal() as stop:
         assert loop.run(config(**settings), tmp_path, stop) == 0
@@ -93,8 +94,8 @@ def test_a_save_that_time_asks_for_waits_for_no_interval_unless_each_call_ends_o
     tmp_path, monkeypatch, log_every_steps, steps
 ):
     saved = []
-    monkeypatch.setattr(loop.Training, "save", lambda training, reason: saved.append((training.step, reason)))
-    monkeypatch.setattr(loop, "CALL_S", 1e-9)  # Each call makes one step.
+    monkeypatch.setattr(Keeper, "save", lambda keeper, reason: saved.append((keeper.step, reason)))
+    monkeypatch.setattr(training, "CALL_S", 1e-9)  # Each call makes one step.
     settings = {"checkpoint_every_steps": None, "checkpoint_every_s": 1e-9, "log_every_steps": log_every_steps}
     with StopSignal() as stop:
         assert loop.run(config(**settings, eval_every_steps=7, steps=6), tmp_path, stop) == 0
@@ -198,7 +199,7 @@ def test_the_order_of_what_happens_to_a_run_that_is_stopped_and_carried_on(tmp_p
             (tmp_path / "stopped").touch()
             os.kill(os.getpid(), signal.SIGTERM)
 
-    spy(monkeypatch, loop.Training, "save_if_due", stop_after_25, with_self=True)
+    spy(monkeypatch, Keeper, "save_if_due", stop_after_25, with_self=True)
     # A call may not pass step 25.
     settings = {"steps": 40, "log_every_steps": 5, "eval_every_steps": 20, "checkpoint_every_steps": None}
     for _ in range(2):
@@ -247,7 +248,7 @@ def test_at_most_two_calls_are_in_flight_and_each_is_waited_for_once(monkeypatch
 @pytest.mark.parametrize(("seconds_per_step", "steps_per_call"), [(0.5, 1), (0.01, 4), (1e-5, 4000)])
 def test_a_call_makes_as_many_steps_as_fit_into_its_time(monkeypatch, seconds_per_step, steps_per_call):
     now = 0.0
-    monkeypatch.setattr(loop.time, "monotonic", lambda: now)
+    monkeypatch.setattr(training.time, "monotonic", lambda: now)
     monkeypatch.setattr(jax, "block_until_ready", lambda result: None)
     pace = Pace(call_s=0.04)
     for _ in range(60):
@@ -260,14 +261,14 @@ def test_a_call_makes_as_many_steps_as_fit_into_its_time(monkeypatch, seconds_pe
 def test_training_fetches_nothing_from_the_device_but_at_the_end_of_an_interval(tmp_path, monkeypatch):
     """Between two lines of the log no value comes back to the host: no step waits for it."""
     fetched = []
-    averages = loop._averages
+    averages = training.averages
 
     def count(sums):
         fetched.append(1)
         with jax.transfer_guard_device_to_host("allow"):
             return averages(sums)
 
-    monkeypatch.setattr(loop, "_averages", count)
+    monkeypatch.setattr(training, "averages", count)
     settings = {"steps": 60, "log_every_steps": 30, "eval_every_steps": 60, "checkpoint_every_steps": None}
     with StopSignal() as stop:
         assert loop.run(config(**settings), tmp_path, stop) == 0
@@ -279,7 +280,7 @@ def test_training_fetches_nothing_from_the_device_but_at_the_end_of_an_interval(
     ("seconds", "text"), [(0, "0s"), (12.4, "12s"), (59.6, "1m00s"), (185, "3m05s"), (7620, "2h07m"), (90000, "25h00m")]
 )
 def test_a_length_of_time_is_told_in_its_two_largest_units(seconds, text):
-    assert loop._duration(seconds) == text
+    assert keeper._duration(seconds) == text
 
 
 def test_the_live_line_of_the_default_run_fits_a_terminal_of_80_columns(tmp_path, monkeypatch):
@@ -292,15 +293,16 @@ def test_the_live_line_of_the_default_run_fits_a_terminal_of_80_columns(tmp_path
 
 
 def test_no_call_goes_past_the_end_of_an_epoch(tmp_path, monkeypatch):
-    calls, advance = [], loop.Training.advance
+    calls, advance = [], training.Training.advance
 
     def watched(self):
         before = self.step
-        advance(self)
+        ended = advance(self)
         calls.append((before, self.step))
+        return ended
 
-    monkeypatch.setattr(loop, "CALL_S", 1000.0)  # Calls grow as fast as they may.
-    monkeypatch.setattr(loop.Training, "advance", watched)
+    monkeypatch.setattr(training, "CALL_S", 1000.0)  # Calls grow as fast as they may.
+    monkeypatch.setattr(training.Training, "advance", watched)
     settings = {"steps": 100, "log_every_steps": 100, "eval_every_steps": 100, "checkpoint_every_steps": None}
     with StopSignal() as stop:
         assert loop.run(config(**settings), tmp_path, stop) == 0
@@ -336,14 +338,14 @@ def test_each_epoch_has_its_own_order_and_each_interval_its_own_sums(tmp_path, m
 
         return programs._replace(epoch_order=epoch_order)
 
-    averages = loop._averages
+    averages = training.averages
 
     def count(sums):
         images.append(int(sums.images))
         return averages(sums)
 
     monkeypatch.setattr(loop.Blueprint, "compile", compile_and_watch)
-    monkeypatch.setattr(loop, "_averages", count)
+    monkeypatch.setattr(training, "averages", count)
     with StopSignal() as stop:
         assert loop.run(config(steps=50, log_every_steps=25, eval_every_steps=50), tmp_path, stop) == 0
     assert epochs == [0, 1, 2]
@@ -449,10 +451,10 @@ def test_a_setting_of_jax_that_changes_the_bits_is_told_of(tmp_path):
 
 def test_the_best_checkpoint_is_still_kept_after_a_resume(tmp_path, monkeypatch):
     accuracies = iter([0.5, 0.9, 0.1, 0.1, 0.1, 0.1])
-    monkeypatch.setattr(loop, "_averages", lambda sums: (1.0, next(accuracies)))
+    monkeypatch.setattr(training, "averages", lambda sums: (1.0, next(accuracies)))
     settings = {"keep": 1, "log_every_steps": 1000, "eval_every_steps": 10, "steps": 60, "checkpoint_every_steps": None}
 
-    original = loop.Training.save_if_due
+    original = Keeper.save_if_due
 
     def save_and_stop(self):
         original(self)
@@ -460,7 +462,7 @@ def test_the_best_checkpoint_is_still_kept_after_a_resume(tmp_path, monkeypatch)
             (tmp_path / "cut").touch()
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(loop.Training, "save_if_due", save_and_stop)
+    monkeypatch.setattr(Keeper, "save_if_due", save_and_stop)
     for _ in range(2):
         with StopSignal() as stop:
             assert loop.run(config(**settings), tmp_path, stop) == 0
@@ -494,7 +496,7 @@ def test_lines_that_the_disk_does_not_take_are_kept_and_no_checkpoint_gets_ahead
     settings = {"log_every_steps": 5, "eval_every_steps": 40}
     with StopSignal() as stop:
         assert loop.run(config(**settings), tmp_path / "undisturbed", stop) == 0
-    save_if_due = loop.Training.save_if_due
+    save_if_due = Keeper.save_if_due
 
     def fill_and_free(self):
         for file in (self.journal._metrics, self.journal._events, self.journal._scalars):
@@ -504,7 +506,7 @@ def test_lines_that_the_disk_does_not_take_are_kept_and_no_checkpoint_gets_ahead
                 file._file = file._file.file
         save_if_due(self)
 
-    monkeypatch.setattr(loop.Training, "save_if_due", fill_and_free)
+    monkeypatch.setattr(Keeper, "save_if_due", fill_and_free)
     with StopSignal() as stop:
         assert loop.run(config(**settings), tmp_path / "run", stop) == 0
     err = capfd.readouterr().err

@@ -44,8 +44,16 @@ def test_the_handlers_that_were_there_before_are_put_back():
         signal.signal(signal.SIGTERM, before)
 
 
-@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_the_second_stop_signal_ends_the_process_at_once_with_128_plus_its_number(second):
+@pytest.mark.parametrize(
+    ("first", "second", "after_s"),
+    [
+        (signal.SIGTERM, signal.SIGINT, 0.05),
+        (signal.SIGTERM, signal.SIGHUP, 0.05),
+        (signal.SIGINT, signal.SIGINT, 0.05),
+        (signal.SIGTERM, signal.SIGTERM, 1.05),
+    ],
+)
+def test_the_second_stop_signal_ends_the_process_at_once_with_128_plus_its_number(first, second, after_s):
     program = """
 import sys, time
 from mnist_jax.preemption import StopSignal
@@ -61,9 +69,9 @@ with StopSignal() as stop:
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout.readline() == "ready\n"
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(first)
             assert process.stdout.readline() == "first\n"
-            time.sleep(0.05)
+            time.sleep(after_s)
             process.send_signal(second)
             assert process.wait(timeout=20) == 128 + second
             assert process.stdout.read() == ""
@@ -76,6 +84,22 @@ def test_one_wish_that_is_delivered_twice_is_one():
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGCONT)
         os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received is signal.SIGTERM
+
+
+def test_the_same_signal_of_a_scheduler_may_come_again_some_time_later():
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)  # Twelve times what was seen with Slurm.
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received is signal.SIGTERM
+
+
+def test_a_signal_after_one_that_another_process_caught_is_the_first():
+    with StopSignal() as stop:
+        stop.hear_of(signal.SIGTERM)
+        assert stop.received is signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGINT)
         assert stop.received is signal.SIGTERM
 
 

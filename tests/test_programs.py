@@ -3,6 +3,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
@@ -29,6 +30,11 @@ def place(source: Blueprint, *arrays: np.ndarray) -> Any:
     return jax.device_put(arrays, distributed.replicated(source.mesh))
 
 
+def silence(source: Blueprint) -> np.ndarray:
+    """Return what a process that is alone tells the others."""
+    return np.zeros((source.mesh.size, 0), np.int32)
+
+
 def epoch_data(source: Blueprint, programs: Programs) -> TrainData:
     dataset = data.load("digits", say=print)
     images, labels = place(source, dataset.train_images, dataset.train_labels)
@@ -40,7 +46,7 @@ def evaluate(source: Blueprint, programs: Programs, variables: Any) -> list[floa
     dataset = data.load("digits", say=print)
     images, labels = place(source, dataset.test_images, dataset.test_labels)
     firsts = range(0, len(dataset.test_labels), programs.eval_call_images)
-    parts = [programs.evaluate(variables, images, labels, np.int32(first)) for first in firsts]
+    parts = [programs.evaluate(variables, images, labels, np.int32(first), silence(source))[0] for first in firsts]
     return [sum(float(value) for value in values) for values in zip(*map(jax.tree.leaves, parts), strict=True)]
 
 
@@ -85,8 +91,8 @@ def test_the_programs_compute_what_the_functions_do_that_they_are_made_of(source
             programs.epoch_order(np.int32(epoch)), steps.epoch_order(config.seed, epoch, source.train_size)
         )
     training = epoch_data(source, programs)
-    trained = train(state, training, np.int32(3))
-    assert_equal(programs.train_steps(source.create(), training, np.int32(3)), trained)
+    trained = train(state, training, np.int32(3), silence(source))
+    assert_equal(programs.train_steps(source.create(), training, np.int32(3), silence(source)), trained)
 
     variables = trained[0].variables
     dataset = data.load("digits", say=print)
@@ -94,13 +100,14 @@ def test_the_programs_compute_what_the_functions_do_that_they_are_made_of(source
     plainly = compiled(partial(steps.evaluate, size=programs.eval_call_images, **on_batch))
     on_devices = jax.device_put(variables, distributed.replicated(source.mesh))
     assert_equal(
-        programs.evaluate(on_devices, images, labels, np.int32(0)), plainly(variables, images, labels, np.int32(0))
+        programs.evaluate(on_devices, images, labels, np.int32(0), silence(source)),
+        plainly(variables, images, labels, np.int32(0), silence(source)),
     )
     for step in (0, 30, 99):
         assert float(programs.learning_rate(np.int32(step))) == float(jax.jit(schedule)(np.int32(step)))
-    good = source.create()
+    good = distributed.one_copy(source.create())
     assert programs.is_finite(good)
-    bad = good.metrics.replace(loss=jax.device_put(np.float32(np.nan), distributed.replicated(source.mesh)))
+    bad = good.metrics.replace(loss=jnp.float32(np.nan))
     assert not programs.is_finite(good.replace(metrics=bad))
 
 
@@ -113,10 +120,10 @@ def assert_equal(found: Any, wanted: Any) -> None:
 
 def test_training_takes_the_buffers_of_the_state_and_its_metric_sums_outlive_the_next_call(source, programs):
     state, training = source.create(), epoch_data(source, programs)
-    after, sums = programs.train_steps(state, training, np.int32(2))
+    after, sums, _ = programs.train_steps(state, training, np.int32(2), silence(source))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     held = [float(value) for value in jax.tree.leaves(sums)]
-    programs.train_steps(after, training, np.int32(2))
+    programs.train_steps(after, training, np.int32(2), silence(source))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(after))
     assert [float(value) for value in jax.tree.leaves(sums)] == held
     assert not any(leaf.is_deleted() for leaf in training)
@@ -130,7 +137,7 @@ def train_on(devices: list[int]) -> list[dict[str, Any]]:
         source = source_on(number)
         programs = source.compile()
         training = epoch_data(source, programs)
-        state, sums = programs.train_steps(source.create(), training, np.int32(STEPS))
+        state, sums, _ = programs.train_steps(source.create(), training, np.int32(STEPS), silence(source))
         results.append(
             {
                 "loss": float(sums.loss),
@@ -181,7 +188,7 @@ def first_losses(model: str, devices: list[int]) -> list[list[float]]:
         for seed in (0, 1):
             state = source.create()
             key = jax.device_put(jax.random.key(seed), distributed.replicated(source.mesh))
-            _, sums = programs.train_steps(state.replace(rng=key), training, np.int32(1))
+            _, sums, _ = programs.train_steps(state.replace(rng=key), training, np.int32(1), silence(source))
             losses[-1].append(float(sums.loss))
     return losses
 
@@ -204,7 +211,8 @@ def sha256_of_a_training() -> list[Any]:
     source = source_on(1)
     programs = source.compile()
     found = len(hits)
-    state, _ = programs.train_steps(source.create(), epoch_data(source, programs), np.int32(STEPS))
+    training = epoch_data(source, programs)
+    state, *_ = programs.train_steps(source.create(), training, np.int32(STEPS), silence(source))
     digest = hashlib.sha256(b"".join(leaf.tobytes() for leaf in numbers(state))).hexdigest()
     return [digest, found]
 

@@ -112,7 +112,7 @@ def prepared(*devices: object, **variables: str) -> str | None:
         patch.setenv("XLA_FLAGS", "")
         for name in ("PJRT_NPROC", "NPROC"):
             patch.setenv(name, variables.get(name, ""))
-        provenance.prepare_jax([Told(told) for told in devices])
+        provenance.prepare_jax(provenance.cpu_threads_of([Told(told) for told in devices]))
         return os.environ["PJRT_NPROC"] or None
 
 

@@ -43,8 +43,8 @@ def stop_at(patch: pytest.MonkeyPatch, step: int) -> None:
     """Have a call end at a step, and a signal come there."""
     next_boundary, advance = Updates.next_boundary.fget, Updates.advance
 
-    def advance_and_signal(self, n):
-        sums = advance(self, n)
+    def advance_and_signal(self, *call):
+        sums = advance(self, *call)
         if self.step == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return sums
@@ -214,9 +214,9 @@ def test_what_changed_since_is_told_before_the_comparison(run_in, monkeypatch, c
 def test_a_signal_while_it_trains_ends_it_with_128_and_its_number(finished, monkeypatch, capsys, number):
     advance, steps = Updates.advance, []
 
-    def advance_and_signal(self, n):
+    def advance_and_signal(self, *call):
         steps.append(self.step)
-        sums = advance(self, n)
+        sums = advance(self, *call)
         if len(steps) == 2:
             os.kill(os.getpid(), number)
         return sums

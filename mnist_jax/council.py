@@ -1,0 +1,102 @@
+"""What the processes of a run do next: each says what it wishes, and all come to the same decision at the same step.
+
+The wishes are a few whole numbers. They are an input of a call that all processes make together, are added up in it
+along with something that is added up there anyway, and come back as its output. So agreement takes no message and no
+wait of its own. Who reads the output of the same call before the same later call decides the same.
+
+This file stands alone but for `preemption.py`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mnist_jax.preemption import StopSignal
+
+STOP, SAVE, STEPS = range(3)  # The columns of the wishes; there is a row for each process.
+
+
+def abstract_wishes(mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """Return the shape of the wishes, as a call gets them from the devices: [devices, W] int32, split by the device.
+
+    W is three times the number of processes, and 0 for a process that is alone: it knows what it wishes.
+    """
+    processes = len({device.process_index for device in mesh.devices.flat})
+    width = 3 * processes if processes > 1 else 0
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
+    return jax.ShapeDtypeStruct((mesh.size, width), jnp.int32, sharding=sharding)
+
+
+class Council:
+    """The wishes of this process, and what all have agreed on.
+
+    The same calls in the same order, on all processes:
+
+        result, heard = call(..., council.wishes(steps))  # any number of times
+        ...
+        council.hear(heard)  # of the calls in their order
+        if council.is_to_stop: ...
+    """
+
+    def __init__(self, mesh: Mesh, stop: StopSignal) -> None:
+        """Speak for the process that listens for signals with `stop`."""
+        self._stop = stop
+        self._shape = abstract_wishes(mesh)
+        self._is_alone = not self._shape.shape[1]
+        self._row = next(n for n, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index())
+        self._nothing = self._put(np.zeros(self._shape.shape[1], np.int32))
+        self._is_to_stop = False
+        self._is_save_asked = False
+        self._steps = 1
+
+    @property
+    def is_to_stop(self) -> bool:
+        """Whether all processes are to stop now, for a signal to any of them."""
+        return self._stop.received is not None if self._is_alone else self._is_to_stop
+
+    def steps(self, wished: int) -> int:
+        """Return how many steps the next call is to make: what process 0 wishes, if only it says so some calls ago."""
+        return wished if self._is_alone else self._steps
+
+    def take_save_request(self) -> bool:
+        """Tell whether a save signal came to any process since the last call."""
+        if self._is_alone:
+            return self._stop.take_save_request()
+        asked, self._is_save_asked = self._is_save_asked, False
+        return asked
+
+    def wishes(self, steps: int) -> jax.Array:
+        """Return the input of the next call.
+
+        Args:
+            steps: how many steps a call should make; only that of process 0 counts.
+        """
+        if self._is_alone:
+            return self._nothing
+        wishes = np.zeros((self._shape.shape[1] // 3, 3), np.int32)
+        mine = wishes[jax.process_index()]
+        mine[STOP], mine[SAVE], mine[STEPS] = self._stop.received or 0, self._stop.take_save_request(), steps
+        return self._put(wishes.ravel())
+
+    def hear(self, heard: jax.Array) -> None:
+        """Take note of what all processes wished with a call that is done."""
+        if self._is_alone:
+            return
+        wishes = np.asarray(heard).reshape(-1, 3)
+        if wishes[:, STOP].any():
+            self._is_to_stop = True
+            self._stop.hear_of(int(wishes[:, STOP].max()))
+        self._is_save_asked |= bool(wishes[:, SAVE].any())
+        self._steps = int(wishes[0, STEPS])
+
+    def _put(self, wishes: np.ndarray) -> jax.Array:
+        """Lay what this process wishes on its first device, and nothing on its others."""
+
+        def part(index: Any) -> np.ndarray:
+            rows = range(self._shape.shape[0])[index[0]]
+            return np.stack([wishes if row == self._row else np.zeros_like(wishes) for row in rows])
+
+        return jax.make_array_from_callback(self._shape.shape, self._shape.sharding, part)

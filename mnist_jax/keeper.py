@@ -1,0 +1,224 @@
+"""What process 0 keeps of a run while it trains: metrics, checkpoints, history, and what a person sees of it."""
+
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mnist_jax.checkpoint import CheckpointError, CheckpointStore, InvalidState, Notice, SaveFailed
+from mnist_jax.distributed import one_copy
+from mnist_jax.journal import Journal, Terminal
+from mnist_jax.preemption import StopSignal
+from mnist_jax.programs import Programs
+from mnist_jax.training import Diverged, Metrics, Training, averages
+
+RETRY_SAVE_S = 5.0
+
+
+class Outcome(NamedTuple):
+    """How a run ended: the last line on standard output, and the fields of the last event."""
+
+    word: str
+    fields: dict[str, Any]
+
+    def __str__(self) -> str:
+        """Return the line."""
+        return " ".join([self.word, *(f"{name}={value}" for name, value in self.fields.items())])
+
+
+class Keeper:
+    """The records of a training, and the clock that says when to save."""
+
+    def __init__(
+        self,
+        training: Training,
+        programs: Programs,
+        store: CheckpointStore,
+        journal: Journal,
+        terminal: Terminal,
+        about: dict[str, Any],
+    ) -> None:
+        """Watch a training; `about` is what each checkpoint says of the run besides its config."""
+        self.training, self.programs = training, programs
+        self.store, self.journal, self.terminal = store, journal, terminal
+        self.config = training.config
+        self.about = {"config": self.config.to_json(), **about}
+        self._next_save_s = time.monotonic() + self.config.checkpoint_every_s
+        self._trouble_told = False
+        self._pin_best()
+
+    @property
+    def step(self) -> int:
+        """The number of updates made, those in flight included."""
+        return self.training.step
+
+    def progress(self) -> None:
+        """Show where the training is, if somebody watches."""
+        if self.training.latest is not None and self.terminal.is_refresh_due:
+            step, sums = self.training.latest
+            self.terminal.progress(self._describe(step, *averages(sums)))
+
+    def interval(self, metrics: Metrics | None) -> None:
+        """Write the metrics of an interval that ended, if one did."""
+        if metrics is not None:
+            self._record("train", metrics)
+            self.terminal.interval(self._describe(*metrics))
+
+    def begin_evaluation(self) -> None:
+        """Write what comes before an evaluation."""
+        self.interval(self.training.take_interval())
+        self.journal.event("phase", step=self.step, phase="evaluate")
+
+    def evaluation(self, metrics: Metrics | None) -> None:
+        """Write the metrics of an evaluation that was not cut short, and save the best state so far."""
+        if metrics is None:
+            return
+        step, loss, accuracy = metrics
+        self._record("test", metrics)
+        self.journal.event("evaluation", step=step, loss=loss, accuracy=accuracy)
+        self.terminal.say(f"step {step}: test loss {loss:.4f}, test accuracy {accuracy:.4f}")
+        self._pin_best()
+        if step in self.store.pinned:
+            self.save("best test accuracy so far")
+
+    def _record(self, split: str, metrics: Metrics) -> None:
+        step, loss, accuracy = metrics
+        self.journal.record(step, split, loss=loss, accuracy=accuracy, learning_rate=self._learning_rate(step))
+
+    def save_if_due(self) -> None:
+        """Save where the steps, the clock or a signal say so."""
+        every_steps = self.config.checkpoint_every_steps
+        if self.training.council.take_save_request():
+            self.save("signal SIGUSR2")
+        elif every_steps is not None and self.step % every_steps == 0:
+            self.save("steps")
+        elif (
+            time.monotonic() >= self._next_save_s and not self.store.is_saving and not self.training.has_sums_in_flight
+        ):
+            self.save("time")
+
+    def save(self, reason: str) -> None:
+        """Begin to save the state."""
+        self._next_save_s = time.monotonic() + self.config.checkpoint_every_s
+        try:
+            about = self._prepare_save(reason)
+        except SaveFailed as failure:
+            self._report_failure(failure)
+            return
+        state = one_copy(self.training.updates.state)
+        self.store.save(self.step, state, about=about, valid=self.programs.is_finite(state))
+
+    def _prepare_save(self, reason: str) -> dict[str, Any]:
+        """Bring the journal up to this step, for a checkpoint must not be there before the lines that lead to it."""
+        self.interval(self.training.take_interval())
+        try:
+            self.journal.sync()
+        except OSError as error:
+            raise SaveFailed(self.step, f"metrics.jsonl cannot be written: {error}") from error
+        accuracy = self.journal.accuracy_at(self.step)
+        metrics = self.journal.metrics_fingerprint()
+        return {**self.about, "reason": reason, "time": time.time(), "test_accuracy": accuracy, "metrics": metrics}
+
+    def report_saves(self, *, another_follows: bool = True) -> None:
+        """Tell how the saves went that ended, and of lines that the disk does not take.
+
+        Raises:
+            Diverged: the state is not finite, and so was not saved.
+        """
+        trouble = self.journal.trouble
+        if trouble and not self._trouble_told:
+            self.terminal.warn(f"warning: lines of the journal cannot be written and are kept for later: {trouble}")
+        elif self._trouble_told and not trouble:
+            self.terminal.warn("the lines of the journal that could not be written are written now")
+        self._trouble_told = trouble is not None
+        for result in self.store.results():
+            if isinstance(result, InvalidState):
+                raise Diverged("the state has values that are not finite")
+            if isinstance(result, SaveFailed):
+                self._report_failure(result, another_follows=another_follows)
+            elif isinstance(result, Notice):
+                self.journal.event(result.event, step=result.step, text=result.text)
+                self.terminal.warn(f"warning: {result}")
+            else:
+                self._pin_best()
+                # A crash just before the next one is committed costs what lies between the two, and the time it takes.
+                self._next_save_s -= result.seconds
+                reason = result.manifest["about"]["reason"]
+                self.journal.event(
+                    "save", step=result.step, reason=reason, seconds=result.seconds, sha256=result.sha256
+                )
+
+    def _report_failure(self, failure: SaveFailed, *, another_follows: bool = True) -> None:
+        self._next_save_s = time.monotonic() + min(RETRY_SAVE_S, self.config.checkpoint_every_s)
+        self.journal.event("save_failed", step=failure.step, error=str(failure))
+        if another_follows:
+            self.terminal.warn(f"warning: {failure}. Training goes on, and it is tried again.")
+
+    def end(self, stop: StopSignal) -> Outcome:
+        """Save the state, unless it is saved already, and return the outcome.
+
+        Raises:
+            SaveFailed: it could not be saved.
+        """
+        training, reason = self.training, "end"
+        if not training.is_finished:
+            assert stop.received is not None
+            reason = f"signal {stop.received.name}"
+            self.terminal.say(f"{stop.received.name}: saving step {self.step} and leaving")
+        about = self._prepare_save(reason)
+        state = one_copy(training.updates.state)
+        try:
+            self.store.save_and_wait(self.step, state, about=about, valid=self.programs.is_finite(state))
+        finally:
+            self.report_saves(another_follows=False)
+        if training.is_finished:
+            return finished(self.step, self.journal, self.store)
+        return stopped(self.step, stop, self.journal, self.store)
+
+    def _pin_best(self) -> None:
+        """Have the best checkpoint kept; until it is committed, the one that was the best before it as well."""
+        best = self.journal.best()
+        if best is not None:
+            before = set() if best["step"] in self.store.steps else self.store.pinned
+            self.store.pinned = before | {best["step"]}
+
+    def _learning_rate(self, step: int) -> float:
+        """Return the learning rate of the update that led to a step, in the shortest digits that mean it."""
+        return float(str(np.float32(self.programs.learning_rate(np.int32(step - 1)))))
+
+    def _describe(self, step: int, loss: float, accuracy: float) -> str:
+        """Return the line that tells where the training is, of at most 79 characters in a run of ordinary size."""
+        updates, seconds_per_step = self.training.updates, self.training.pace.seconds_per_step
+        return (
+            f"step {step}/{updates.total_steps} epoch {step / updates.steps_per_epoch:.2f} loss {loss:.4f} "
+            f"acc {accuracy:.4f} {self.config.batch_size / seconds_per_step:,.0f} img/s "
+            f"{_duration((updates.total_steps - step) * seconds_per_step)} left "
+            f"saved {self.store.newest_step if self.store.steps else 'none'}"
+        )
+
+
+def finished(step: int, journal: Journal, store: CheckpointStore) -> Outcome:
+    """Return the outcome of a run that is at its end."""
+    return Outcome(
+        "finished", {"step": step, "test_accuracy": journal.accuracy_at(step), "state_sha256": store.sha256(step)}
+    )
+
+
+def stopped(step: int, stop: StopSignal, journal: Journal, store: CheckpointStore) -> Outcome:
+    """Return the outcome of a run that a signal stopped, and that is saved; "none" where there is nothing to save."""
+    assert stop.received is not None
+    journal.event("signal", step=step, signal=stop.received.name)
+    try:
+        sha256 = store.sha256(step) if store.steps else "none"
+    except CheckpointError:  # It was left before anybody looked at the checkpoints; the next start does.
+        sha256 = "unknown"
+    return Outcome("stopped", {"step": step, "signal": stop.received.name, "state_sha256": sha256})
+
+
+def _duration(seconds: float) -> str:
+    """Return a length of time in its two largest units: 12s, 3m05s, 2h07m."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

@@ -1,0 +1,284 @@
+"""The processes that train together: how they meet, what they tell each other before and after, and how they leave.
+
+Whoever starts them, a scheduler as a rule, tells each how many they are and which of them it is. Process 0 does what
+one has to do for all, and gives its word to the others through the key-value store of JAX's coordination service, which
+it serves. While they train they need no such messages, see `council.py`.
+
+This file stands alone but for `preemption.py`.
+"""
+
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from mnist_jax.preemption import Stopped, StopSignal
+
+SLICE_MS = 100  # How long Python may be inside of a wait, and can call no handler.
+LOOK_EVERY_S = 0.1
+LEAVE_S = 10.0
+
+
+class PeerLost(Exception):
+    """Another process of the run is gone, or has given up, with the exit code `code`."""
+
+    def __init__(self, what: str, code: int = 69) -> None:
+        """Say what is known of it."""
+        super().__init__(what)
+        self.code = code
+
+
+class CannotMeet(Exception):
+    """What was said of the processes is wrong or not enough."""
+
+
+def may_have_peers() -> bool:
+    """Tell whether the environment hints that a launcher started several processes of which this is one.
+
+    It is cheap, and JAX's own detection, which needs JAX, has the last word.
+    """
+    found = os.environ.get
+    return (
+        any(found(name, "1") not in ("", "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+        or any(found(name) for name in ("JAX_COORDINATOR_ADDRESS", "JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES"))
+        or importlib.util.find_spec("libtpu") is not None
+    )
+
+
+def meet(stop: StopSignal, coordinator: str | None, count: int | None, index: int | None, timeout_s: float) -> "Peers":
+    """Return the processes of this run when all of them are there, or this one alone.
+
+    Args:
+        stop: listens for signals, before and afterwards: JAX's own handler of SIGTERM is not installed.
+        coordinator: where process 0 is reached, HOST:PORT; None where a scheduler tells it.
+        count: how many processes there are; None where a scheduler tells it.
+        index: which of them this is; None where a scheduler tells it.
+        timeout_s: after so long a silence of a process the others give up.
+
+    Raises:
+        CannotMeet: the address cannot be used, or is not known.
+        PeerLost: not all came.
+        Stopped: a signal came.
+    """
+    if count == 1 or not (coordinator or may_have_peers()):
+        return Peers(stop)
+    import jax
+
+    jax.config.update("jax_enable_preemption_service", False)  # It would take SIGTERM away from us.
+    # The processes are to reach each other directly, and not by way of a proxy for the web, where they would hang.
+    os.environ.setdefault("grpc_proxy", "")
+    jax.config.update("jax_check_proxy_envs", False)
+    options: dict[str, Any] = {"heartbeat_timeout_seconds": math.ceil(timeout_s)}
+    if coordinator:
+        options["cluster_detection_method"] = "deactivate"
+        if coordinator.startswith(("127.", "localhost:", "[::1]:")):
+            options["coordinator_bind_address"] = coordinator  # and not all addresses of the machine, JAX's default
+        if index == 0:
+            _check_is_free(options.get("coordinator_bind_address"), coordinator)
+    try:
+        stop.run(lambda: jax.distributed.initialize(coordinator, count, index, **options))
+    except ValueError as error:
+        if coordinator is None:
+            return Peers(stop)  # JAX found that no launcher is at work.
+        raise CannotMeet(f"the processes cannot meet at {coordinator}: {error}") from error
+    except RuntimeError as error:
+        raise PeerLost(f"the processes did not meet: {_first_line(error)}") from error
+    return Peers(stop, timeout_s)
+
+
+def _check_is_free(bound: str | None, coordinator: str) -> None:
+    """Check that process 0 can listen at its address, for where it cannot, JAX's service ends the process.
+
+    Raises:
+        PeerLost: it cannot, perhaps because an earlier turn of this run has not ended yet.
+    """
+    host, _, port = (bound or coordinator).rpartition(":")
+    try:
+        socket.create_server((host.strip("[]") if bound else "", int(port))).close()
+    except OSError as error:
+        raise PeerLost(f"process 0 cannot listen on port {port} of {host} ({error.strerror})") from error
+
+
+class Peers:
+    """The processes of a run, of which this is one. Alone, it speaks to nobody and waits for nobody.
+
+    What process 0 tells, the others hear, in the same order. All of them `start` together and `leave` together.
+    """
+
+    def __init__(self, stop: StopSignal, timeout_s: float | None = None) -> None:
+        """Speak for this process, which is alone unless `jax.distributed` has been started."""
+        self._stop, self._timeout_s = stop, timeout_s
+        self.is_alone = timeout_s is None
+        self.index, self.count = 0, 1
+        self._store: Any = None
+        self._words = 0
+        self._has_started = self._is_broken = False
+        if not self.is_alone:
+            # JAX has no public name for its key-value store.
+            from jax._src.distributed import global_state
+
+            self.index, self.count = global_state.process_id, global_state.num_processes
+            self._store = global_state.client
+            threading.Thread(target=self._pass_signals_on, daemon=True, name="signals of peers").start()
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is process 0."""
+        return self.index == 0
+
+    def tell(self, value: Any) -> None:
+        """Give, as process 0, the others a JSON value."""
+        self._say({"value": value})
+
+    def hear(self, *, heedless: bool = False) -> Any:
+        """Wait for the next value from process 0, and return it.
+
+        Args:
+            heedless: whether to wait on where a signal asks to stop.
+
+        Raises:
+            PeerLost: process 0 is gone, or has given up.
+            Stopped: a signal came, to whichever process.
+        """
+        import jax
+
+        key, self._words = f"word/{self._words}", self._words + 1
+        while True:
+            if self._stop.received is not None and not heedless:
+                raise Stopped
+            try:
+                word = json.loads(self._store.blocking_key_value_get(key, SLICE_MS))
+                break
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise self._lost(f"process 0 is gone: {_first_line(error)}") from error
+        if "stopped" in word:
+            self._stop.hear_of(word["stopped"])
+            raise Stopped
+        if "failed" in word:
+            raise _left("0", word)
+        return word["value"]
+
+    def give_up(self, error: Exception, code: int) -> None:
+        """Tell the others, before the training, that this process leaves, why, and with which exit code.
+
+        It is the one of all that is worth knowing: a scheduler tells by it whether to start them again.
+        """
+        if self.is_alone or self._has_started:
+            return
+        with contextlib.suppress(Exception):  # Who cannot hear it finds that this process is gone.
+            if self.is_first:
+                received = self._stop.received
+                self._say(
+                    {"stopped": received.value}
+                    if received and isinstance(error, Stopped)
+                    else {"failed": str(error), "code": code}
+                )
+            elif isinstance(error, Stopped):
+                self._pass_on()
+            else:
+                self._put(f"gave_up/{self.index}", json.dumps({"failed": str(error), "code": code}))
+
+    def assemble(self) -> None:
+        """Wait until all processes have come to this point.
+
+        Raises:
+            PeerLost: one is gone, or has given up.
+            Stopped: a signal came to one of them before all were there.
+        """
+        if self._stop.received is not None:
+            raise Stopped
+        if self.is_alone:
+            return
+        place = f"there/{self._words}/"
+        if self.is_first:
+            while len(self._get_all(place)) < self.count - 1:
+                for name, word in self._get_all("gave_up/"):
+                    raise _left(name.rpartition("/")[2], json.loads(word))
+                if self._stop.received is not None:
+                    raise Stopped
+                time.sleep(LOOK_EVERY_S / 5)
+            self.tell("go")
+        else:
+            self._put(f"{place}{self.index}", "")
+            self.hear(heedless=True)  # It said that it is there, so it comes along if process 0 says so.
+
+    def start(self) -> None:
+        """Wait until all processes are ready to train. From then on each signal is a matter of the council.
+
+        Raises:
+            PeerLost: one is gone, or could not get ready.
+            Stopped: a signal came to one of them before all were ready.
+        """
+        self.assemble()
+        self._has_started = True
+
+    @contextlib.contextmanager
+    def mind(self) -> Iterator[None]:
+        """Say of an error in a wait for what all processes compute together that it is the loss of one of them.
+
+        Raises:
+            PeerLost: there was an error, and this process is not alone.
+        """
+        try:
+            yield
+        except (ValueError, RuntimeError) as error:  # JAX raises both for a broken connection.
+            if self.is_alone:
+                raise
+            raise self._lost(f"the connection to another process is lost: {_first_line(error)}") from error
+
+    def leave(self) -> None:
+        """Wait until all processes are about to leave, for `LEAVE_S` at most: process 0 serves the others."""
+        if self.is_alone or self._is_broken:
+            return
+        import jax
+
+        shutdown = threading.Thread(target=jax.distributed.shutdown, daemon=True, name="leaving peers")
+        shutdown.start()
+        shutdown.join(LEAVE_S)
+
+    def _lost(self, what: str) -> PeerLost:
+        self._is_broken = True
+        return PeerLost(what)
+
+    def _say(self, word: dict[str, Any]) -> None:
+        if not self.is_alone:
+            self._put(f"word/{self._words}", json.dumps(word))
+            self._words += 1
+
+    def _pass_signals_on(self) -> None:
+        """Tell the others of a signal to this process, and hear of one to another, until the training starts."""
+        with contextlib.suppress(Exception):  # Process 0 is gone: whoever waits for it says so.
+            while not self._has_started:
+                if self._stop.received is None:
+                    for _, number in self._get_all("signal/"):
+                        self._stop.hear_of(int(number))
+                else:
+                    self._pass_on()
+                    return
+                time.sleep(LOOK_EVERY_S)
+
+    def _pass_on(self) -> None:
+        assert self._stop.received is not None
+        self._put(f"signal/{self.index}", str(self._stop.received.value))
+
+    def _put(self, key: str, value: str) -> None:
+        self._store.key_value_set(key, value, allow_overwrite=True)
+
+    def _get_all(self, folder: str) -> list[tuple[str, str]]:
+        return self._store.key_value_dir_get(folder)
+
+
+def _left(index: str, word: dict[str, Any]) -> PeerLost:
+    return PeerLost(f"process {index} gave up: {word['failed']}", word["code"])
+
+
+def _first_line(error: BaseException) -> str:
+    """Return the first line of an error's text; those of gRPC have many."""
+    return str(error).partition("\n")[0]

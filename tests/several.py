@@ -1,0 +1,50 @@
+"""A run of several processes, as a scheduler or a user starts them: real ones, which meet on this machine."""
+
+import signal
+import socket
+import time
+from dataclasses import dataclass
+from subprocess import Popen
+
+from runs import DEADLINE_S, Ended, Run, end
+
+SAVED = "75"  # the exit code of a run that was stopped and is saved
+
+
+@dataclass
+class Several:
+    """Processes that train together in one run directory."""
+
+    run: Run
+    processes: list[Popen[str]]
+
+    def signal(self, number: signal.Signals, *indices: int) -> None:
+        """Send a signal to some of them."""
+        for index in indices:
+            self.processes[index].send_signal(number)
+
+    def end(self, timeout_s: float = DEADLINE_S) -> list[Ended]:
+        """Wait until all have ended."""
+        deadline = time.monotonic() + timeout_s
+        try:
+            return [end(process, max(0.1, deadline - time.monotonic())) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def start(run: Run, count: int, *args: str, each: tuple[tuple[str, ...], ...] = ()) -> Several:
+    """Start as many processes; `each` holds arguments for single ones."""
+    address = f"127.0.0.1:{free_port()}"
+    processes = []
+    for index in range(count):
+        own = each[index] if each else ()
+        named = ("--coordinator", address, "--num-processes", str(count), "--process-id", str(index))
+        processes.append(run.start(*named, "--preempted-exit-code", SAVED, *args, *own))
+    return Several(run, processes)
