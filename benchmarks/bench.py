@@ -17,6 +17,7 @@ class Plan(NamedTuple):
 
     rounds: int = 15
     window_s: float = 2.0
+    calls: int = 60
     seeds: int = 10
     accurate_seeds: int = 5
     steps: int | None = None  # of the trainings that otherwise go to their end
@@ -31,6 +32,7 @@ class Plan(NamedTuple):
 QUICK = Plan(
     rounds=1,
     window_s=0.3,
+    calls=3,
     seeds=1,
     accurate_seeds=1,
     steps=3,

@@ -6,6 +6,7 @@ No JAX here: `--help` and a usage error come at once.
 import dataclasses
 import json
 import os
+import re
 import sys
 import typing
 from collections.abc import Iterator, Sequence
@@ -153,6 +154,11 @@ class Config:
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise ConfigError(f"{name}={value} is out of range; use a value from 0 to below 1")
+        if self.workdir is not None and re.match(r"[a-z][a-z0-9]+:/", str(self.workdir)):
+            raise ConfigError(
+                f"workdir={self.workdir} is no directory but an address. A run needs a file system that has renaming "
+                "and locks, as NFS and Lustre have and object stores have not; use a directory"
+            )
         self._check_processes()
         if not 0 <= self.lock_wait_s <= sys.float_info.max:
             raise ConfigError(f"lock_wait_s={self.lock_wait_s} is out of range; use a finite value of 0 or more")

@@ -205,6 +205,13 @@ def test_processes_that_are_named_wrongly_or_in_part_are_a_usage_error(
     assert message in usage_error(args, capsys)
 
 
+@pytest.mark.parametrize("address", ["gs://bucket/run", "s3://bucket/run", "hdfs://host/run"])
+def test_an_object_store_is_no_place_for_a_run_and_is_not_taken_for_a_directory(
+    address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "is no directory but an address" in usage_error(["--workdir", address], capsys)
+
+
 def test_processes_are_named_in_full_or_left_to_a_scheduler_or_ruled_out() -> None:
     named = configs.parse(["--coordinator", "[::1]:65535", "--num-processes", "2", "--process-id", "1"])
     assert (named.coordinator, named.num_processes, named.process_id) == ("[::1]:65535", 2, 1)
