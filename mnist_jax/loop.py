@@ -1,5 +1,6 @@
 """The loop: where the pure functions, the checkpoints, the journal, the signals and the other processes meet."""
 
+import time
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from mnist_jax.peers import PeerLost, Peers
 from mnist_jax.preemption import Stopped, StopSignal
 from mnist_jax.programs import Blueprint
 from mnist_jax.training import Diverged, Training
+
+SHARED_WITHIN_S = 3.0  # A network's file system may show a new file a moment late.
 
 EXIT_CODES: dict[type[Exception], int] = {
     Diverged: 1,
@@ -243,11 +246,14 @@ def check_is_shared(workdir: Path, lock: str, peers: Peers) -> None:
         ConfigError: it does not.
     """
     path = workdir / "lock"
-    if not path.exists() or path.read_text() != lock:
-        raise ConfigError(
-            f"process {peers.index} does not find in {workdir} what process 0 wrote there; all processes need the same "
-            "directory, on a file system that they share: --workdir DIR"
-        )
+    deadline_s = time.monotonic() + SHARED_WITHIN_S
+    while not path.exists() or path.read_text() != lock:
+        if time.monotonic() > deadline_s:
+            raise ConfigError(
+                f"process {peers.index} does not find in {workdir} what process 0 wrote there; all processes need the "
+                "same directory, on a file system that they share: --workdir DIR"
+            )
+        time.sleep(0.05)
 
 
 def make_blueprint(config: Config, dataset: Dataset) -> Blueprint:

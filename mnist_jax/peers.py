@@ -166,11 +166,11 @@ class Peers:
         return word["value"]
 
     def give_up(self, error: Exception, code: int) -> None:
-        """Tell the others, before the training, that this process leaves, why, and with which exit code.
+        """Tell the others, who are waiting for this process before or after the training, why it leaves.
 
-        It is the one of all that is worth knowing: a scheduler tells by it whether to start them again.
+        They leave with its exit code, for by that a scheduler tells whether to start them again.
         """
-        if self.is_alone or self._has_started:
+        if self.is_alone:
             return
         with contextlib.suppress(Exception):  # Who cannot hear it finds that this process is gone.
             if self.is_first:

@@ -25,6 +25,7 @@ COLLECTIVES = r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-per
 
 def train_and_tell(width: int) -> dict[str, Any]:
     """Train on two devices whose processes tell each other so many numbers, and return what is computed and how."""
+    distributed.keep_compiled_programs()
     dataset, mesh = data.load("digits", say=print), distributed.data_mesh()
     abstract = council.abstract_wishes(mesh).update(shape=(2, width))
     council.abstract_wishes = lambda _: abstract
@@ -48,8 +49,8 @@ def train_and_tell(width: int) -> dict[str, Any]:
     }
 
 
-def test_to_tell_each_other_something_takes_no_collective_and_changes_no_bit_of_the_training():
-    two = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+def test_to_tell_each_other_something_takes_no_collective_and_changes_no_bit_of_the_training(environment):
+    two = {**environment, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     telling, silent = (in_new_process(train_and_tell, width, **two) for width in (6, 0))
     assert silent["collectives"] == [["all-reduce"] * 2] * 2  # of whole numbers and of the others
     assert telling["collectives"] == silent["collectives"]
