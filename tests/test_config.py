@@ -298,10 +298,10 @@ def test_help_and_usage_errors_come_without_the_slow_imports() -> None:
 def test_a_run_is_loaded_as_it_was_saved(config: Config, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "config.json"
     configs.save(config, path)
-    # Where a run lies, how long it was waited for and that it began afresh are not its settings; the folder of its
-    # data does not hang on where the command was given.
+    # Where a run lies, how long it and its processes were waited for and that it began afresh are not its settings; the
+    # folder of its data does not hang on where the command was given.
     data_dir = None if config.data_dir is None else Path(os.path.abspath(config.data_dir))
-    of_one_start = {name: getattr(Config(), name) for name in ("workdir", "lock_wait_s", "fresh")}
+    of_one_start = {name: getattr(Config(), name) for name in ("workdir", "lock_wait_s", "fresh", "peer_timeout_s")}
     assert configs.load(path) == dataclasses.replace(config, **of_one_start, data_dir=data_dir)
 
 
@@ -389,8 +389,8 @@ def test_a_setting_of_a_wrong_type_is_named(field: str, value: object, tmp_path:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *((field, limits[0] - 1) for field, limits in WITH_RANGE.items()),
-        *((field, limits[1] + 1) for field, limits in WITH_RANGE.items()),
+        *((field, limits[0] - 1) for field, limits in WITH_RANGE.items() if field in WRONG_TYPES),
+        *((field, limits[1] + 1) for field, limits in WITH_RANGE.items() if field in WRONG_TYPES),
         *((field, value) for field in POSITIVE for value in (0, -1.0, math.inf, math.nan)),
     ],
 )
