@@ -111,8 +111,7 @@ def train(
         SaveFailed: the last save failed.
     """
     try:
-        introduce(config, workdir, peers)
-        stop.run(jax.devices)  # It waits for all processes.
+        introduce(config, workdir, stop, peers)
         environment = provenance.describe_environment()
         journal.event("start", step=store.newest_step, config=config.to_json(), **environment)
         if store.removed:
@@ -175,17 +174,18 @@ def keep_evaluation_if_due(training: Training, keeper: Keeper) -> None:
         keeper.evaluation(training.evaluate())
 
 
-def introduce(config: Config, workdir: Path, peers: Peers) -> None:
+def introduce(config: Config, workdir: Path, stop: StopSignal, peers: Peers) -> None:
     """Tell the other processes which run this is, and wait until they have all found it.
 
     Raises:
         PeerLost: one of them is gone, or does not see the same directory.
         Stopped: a signal came.
     """
-    if not peers.is_alone:
+    if not peers.is_alone:  # Alone, nothing may come before the first words of the journal and the settings.
         cpu_threads = provenance.cpu_threads_of(list_checkpoints(workdir / "checkpoints"))
         peers.tell([config.to_json(), str(workdir.absolute()), (workdir / "lock").read_text(), cpu_threads])
-    peers.assemble()
+        peers.assemble()
+        stop.run(jax.devices)  # It waits for all processes.
 
 
 def follow(stop: StopSignal, peers: Peers) -> int:

@@ -192,10 +192,10 @@ class Peers:
             PeerLost: one is gone, or has given up.
             Stopped: a signal came to one of them before all were there.
         """
-        if self._stop.received is not None:
-            raise Stopped
         if self.is_alone:
             return
+        if self._stop.received is not None:
+            raise Stopped
         place = f"there/{self._words}/"
         if self.is_first:
             while len(self._get_all(place)) < self.count - 1:

@@ -130,7 +130,8 @@ class Training:
         if self._interval is None:
             return None
         (step, sums), self._interval = self._interval, None
-        metrics = Metrics(step, *averages(sums))
+        with self._peers.mind():
+            metrics = Metrics(step, *averages(sums))
         if not np.isfinite(metrics.loss):
             raise Diverged(f"the loss of the updates up to step {step} is {metrics.loss}")
         return metrics
