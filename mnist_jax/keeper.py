@@ -9,7 +9,6 @@ from mnist_jax.checkpoint import CheckpointError, CheckpointStore, InvalidState,
 from mnist_jax.distributed import one_copy
 from mnist_jax.journal import Journal, Terminal
 from mnist_jax.preemption import StopSignal
-from mnist_jax.programs import Programs
 from mnist_jax.training import Diverged, Metrics, Training, averages
 
 RETRY_SAVE_S = 5.0
@@ -32,14 +31,13 @@ class Keeper:
     def __init__(
         self,
         training: Training,
-        programs: Programs,
         store: CheckpointStore,
         journal: Journal,
         terminal: Terminal,
         about: dict[str, Any],
     ) -> None:
         """Watch a training; `about` is what each checkpoint says of the run besides its config."""
-        self.training, self.programs = training, programs
+        self.training, self.programs = training, training.programs
         self.store, self.journal, self.terminal = store, journal, terminal
         self.config = training.config
         self.about = {"config": self.config.to_json(), **about}
@@ -64,9 +62,9 @@ class Keeper:
             self._record("train", metrics)
             self.terminal.interval(self._describe(*metrics))
 
-    def begin_evaluation(self) -> None:
-        """Write what comes before an evaluation."""
-        self.interval(self.training.take_interval())
+    def begin_evaluation(self, metrics: Metrics | None) -> None:
+        """Write what comes before an evaluation: the metrics of the interval that ended there, if one did."""
+        self.interval(metrics)
         self.journal.event("phase", step=self.step, phase="evaluate")
 
     def evaluation(self, metrics: Metrics | None) -> None:

@@ -58,7 +58,6 @@ def run(
     several processes train together, this is for process 0, and `follow` for the others.
     """
     peers = peers or Peers(stop)
-    provenance.prepare_jax(provenance.cpu_threads_of(list_checkpoints(workdir / "checkpoints")))
     terminal = Terminal()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -146,43 +145,51 @@ def train(
         peers.give_up(error, config.preempted_exit_code)
         return stopped(store.newest_step, stop, journal, store)
     training = Training(blueprint, programs, dataset, state, stop, peers, is_evaluated=is_evaluated)
-    about = {"data": provenance.describe_data(dataset), **environment}
-    return carry_out(training, Keeper(training, programs, store, journal, terminal, about), stop)
-
-
-def carry_out(training: Training, keeper: Keeper, stop: StopSignal) -> Outcome:
-    """Train until the end or until a signal, keep all that is to be kept, and return the outcome.
-
-    Raises:
-        Diverged, OSError, PeerLost, SaveFailed: as `train` does.
-    """
-    keeper.journal.event("phase", step=training.step, phase="train")
-    keep_evaluation_if_due(training, keeper)  # The last stop may have cut this very evaluation short.
-    while not training.is_over and not training.council.is_to_stop:
-        keeper.interval(training.advance())
-        keeper.progress()
-        keep_evaluation_if_due(training, keeper)
-        keeper.save_if_due()
-        keeper.report_saves()
+    keeper = Keeper(training, store, journal, terminal, {"data": provenance.describe_data(dataset), **environment})
+    journal.event("phase", step=step, phase="train")
+    carry_out(training, keeper)
     return keeper.end(stop)
 
 
-def keep_evaluation_if_due(training: Training, keeper: Keeper) -> None:
+def carry_out(training: Training, keeper: Keeper | None) -> None:
+    """Train until the end or until a signal. All processes make the same calls here; process 0 has a keeper.
+
+    Raises:
+        Diverged, OSError, PeerLost: as `train` does.
+    """
+    evaluate_if_due(training, keeper)  # The last stop may have cut this very evaluation short.
+    while not training.is_over and not training.council.is_to_stop:
+        ended = training.advance()
+        if keeper is not None:
+            keeper.interval(ended)
+            keeper.progress()
+        evaluate_if_due(training, keeper)
+        if keeper is not None:
+            keeper.save_if_due()
+            keeper.report_saves()
+
+
+def evaluate_if_due(training: Training, keeper: Keeper | None) -> None:
     """Evaluate where it is time to, and keep what comes out."""
     if training.is_evaluation_due:
-        keeper.begin_evaluation()
-        keeper.evaluation(training.evaluate())
+        ended = training.take_interval()
+        if keeper is not None:
+            keeper.begin_evaluation(ended)
+        metrics = training.evaluate()
+        if keeper is not None:
+            keeper.evaluation(metrics)
 
 
 def introduce(config: Config, workdir: Path, stop: StopSignal, peers: Peers) -> None:
-    """Tell the other processes which run this is, and wait until they have all found it.
+    """Prepare JAX for this run, tell the other processes which one it is, and wait until they have all found it.
 
     Raises:
         PeerLost: one of them is gone, or does not see the same directory.
         Stopped: a signal came.
     """
+    cpu_threads = provenance.cpu_threads_of(list_checkpoints(workdir / "checkpoints"))
+    provenance.prepare_jax(cpu_threads)
     if not peers.is_alone:  # Alone, nothing may come before the first words of the journal and the settings.
-        cpu_threads = provenance.cpu_threads_of(list_checkpoints(workdir / "checkpoints"))
         peers.tell([config.to_json(), str(workdir.absolute()), (workdir / "lock").read_text(), cpu_threads])
         peers.assemble()
         stop.run(jax.devices)  # It waits for all processes.
@@ -213,10 +220,7 @@ def follow(stop: StopSignal, peers: Peers) -> int:
             state = stop.run(blueprint.create) if step is None else checkpoint.read(blueprint.abstract_state)[0]
             peers.start()
             training = Training(blueprint, programs, dataset, state, stop, peers, is_evaluated=is_evaluated)
-            evaluate_if_due(training)
-            while not training.is_over and not training.council.is_to_stop:
-                training.advance()
-                evaluate_if_due(training)
+            carry_out(training, keeper=None)
         return int(peers.hear(heedless=True))
     except tuple(EXIT_CODES) as error:
         code = exit_code(error)
@@ -230,13 +234,6 @@ def exit_code(error: Exception) -> int:
     if isinstance(error, PeerLost):
         return error.code
     return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
-
-
-def evaluate_if_due(training: Training) -> None:
-    """Evaluate where it is time to."""
-    if training.is_evaluation_due:
-        training.take_interval()
-        training.evaluate()
 
 
 def check_is_shared(workdir: Path, lock: str, peers: Peers) -> None:

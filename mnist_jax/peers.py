@@ -146,18 +146,8 @@ class Peers:
             PeerLost: process 0 is gone, or has given up.
             Stopped: a signal came, to whichever process.
         """
-        import jax
-
         key, self._words = f"word/{self._words}", self._words + 1
-        while True:
-            if self._stop.received is not None and not heedless:
-                raise Stopped
-            try:
-                word = json.loads(self._store.blocking_key_value_get(key, SLICE_MS))
-                break
-            except jax.errors.JaxRuntimeError as error:
-                if "DEADLINE_EXCEEDED" not in str(error):
-                    raise self._lost(f"process 0 is gone: {_first_line(error)}") from error
+        word = json.loads(self._wait_for(key, heedless=heedless))
         if "stopped" in word:
             self._stop.hear_of(word["stopped"])
             raise Stopped
@@ -198,12 +188,8 @@ class Peers:
             raise Stopped
         place = f"there/{self._words}/"
         if self.is_first:
-            while len(self._get_all(place)) < self.count - 1:
-                for name, word in self._get_all("gave_up/"):
-                    raise _left(name.rpartition("/")[2], json.loads(word))
-                if self._stop.received is not None:
-                    raise Stopped
-                time.sleep(LOOK_EVERY_S / 5)
+            for index in range(1, self.count):
+                self._wait_for(f"{place}{index}", heedless=False)
             self.tell("go")
         else:
             self._put(f"{place}{self.index}", "")
@@ -251,6 +237,21 @@ class Peers:
         if not self.is_alone:
             self._put(f"word/{self._words}", json.dumps(word))
             self._words += 1
+
+    def _wait_for(self, key: str, *, heedless: bool) -> str:
+        """Return what is put under a key as soon as it is there; process 0 looks for those who gave up meanwhile."""
+        import jax
+
+        while True:
+            if self._stop.received is not None and not heedless:
+                raise Stopped
+            for name, word in self._get_all("gave_up/") if self.is_first else ():
+                raise _left(name.rpartition("/")[2], json.loads(word))
+            try:
+                return str(self._store.blocking_key_value_get(key, SLICE_MS))
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise self._lost(f"process 0 is gone: {_first_line(error)}") from error
 
     def _pass_signals_on(self) -> None:
         """Tell the others of a signal to this process, and hear of one to another, until the training starts."""

@@ -70,7 +70,7 @@ class Training:
         self.pace: Pace[tuple[MetricSums, jax.Array]] = Pace(CALL_S)
         self.latest: tuple[int, MetricSums] | None = None  # the newest call that is done: its last step, its sums
         self._eval_every_steps = self.config.eval_every_steps or self.updates.steps_per_epoch
-        self._programs, self._peers = programs, peers
+        self.programs, self._peers = programs, peers
         self.council = Council(blueprint.mesh, stop)  # what all processes have agreed on
         self._test_images, self._test_labels = (
             distributed.put(array, distributed.replicated(blueprint.mesh))
@@ -168,28 +168,32 @@ class Training:
         return metrics
 
     def _evaluate(self) -> MetricSums | None:
-        calls: list[tuple[MetricSums, jax.Array]] = []
-        for first in range(0, len(self._test_labels), self._programs.eval_call_images):
-            calls.append(
-                self._programs.evaluate(
-                    self.updates.state.variables_to_use,
-                    self._test_images,
-                    self._test_labels,
-                    np.int32(first),
-                    self.council.wishes(self.pace.steps_per_call),
-                )
+        pace: Pace[tuple[MetricSums, jax.Array]] = Pace(CALL_S)
+        parts: list[MetricSums] = []
+
+        def take(sums: MetricSums, heard: jax.Array) -> None:
+            parts.append(sums)
+            self.council.hear(heard)
+
+        for first in range(0, len(self._test_labels), self.programs.eval_call_images):
+            call = self.programs.evaluate(
+                self.updates.state.variables_to_use,
+                self._test_images,
+                self._test_labels,
+                np.int32(first),
+                self.council.wishes(self.pace.steps_per_call),
             )
-            sums, heard = calls[-2:][0]
             with self._peers.mind():
-                jax.block_until_ready(sums)
-            if len(calls) > 1:
-                self.council.hear(heard)
+                done = pace.dispatched(1, call)
+            if done is not None:
+                take(*done)
             if self.council.is_to_stop:
                 return None
         with self._peers.mind():
-            jax.block_until_ready(calls[-1])
-        self.council.hear(calls[-1][1])
-        return jax.tree.map(lambda *parts: np.sum(np.asarray(parts)), *(sums for sums, _ in calls))
+            calls_in_flight = pace.drain()
+        for call in calls_in_flight:
+            take(*call)
+        return jax.tree.map(lambda *values: np.sum(np.asarray(values)), *parts)
 
 
 def averages(sums: MetricSums) -> tuple[float, float]:

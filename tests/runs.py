@@ -49,6 +49,11 @@ class Run:
         """Return the bytes of `metrics.jsonl`."""
         return (self.workdir / "metrics.jsonl").read_bytes()
 
+    def lines(self) -> int:
+        """Return how many lines `metrics.jsonl` has."""
+        path = self.workdir / "metrics.jsonl"
+        return len(path.read_bytes().splitlines()) if path.exists() else 0
+
     def steps(self) -> list[int]:
         """Return the steps of the checkpoints."""
         return sorted(int(path.name) for path in (self.workdir / "checkpoints").iterdir() if path.name.isdigit())

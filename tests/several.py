@@ -39,12 +39,11 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def start(run: Run, count: int, *args: str, each: tuple[tuple[str, ...], ...] = ()) -> Several:
-    """Start as many processes; `each` holds arguments for single ones."""
+def start(run: Run, count: int, *args: str) -> Several:
+    """Start as many processes."""
     address = f"127.0.0.1:{free_port()}"
     processes = []
     for index in range(count):
-        own = each[index] if each else ()
         named = ("--coordinator", address, "--num-processes", str(count), "--process-id", str(index))
-        processes.append(run.start(*named, "--preempted-exit-code", SAVED, *args, *own))
+        processes.append(run.start(*named, "--preempted-exit-code", SAVED, *args))
     return Several(run, processes)

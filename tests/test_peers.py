@@ -14,7 +14,7 @@ from pathlib import Path
 import layouts
 import pytest
 from filelock import FileLock
-from runs import DEADLINE_S, Run, end, in_new_process
+from runs import Run, end, in_new_process
 from several import Several, free_port, start
 
 from mnist_jax import peers
@@ -39,17 +39,12 @@ def undisturbed(tmp_path_factory, environment, worker_id):
     return of
 
 
-def check_codes(several: Several, code: int, timeout_s: float = DEADLINE_S):
+def check_codes(several: Several, code: int):
     """Wait for the end of all processes, which all leave with one code, and return how process 0 ended."""
-    ended = several.end(timeout_s)
+    ended = several.end()
     assert [one.code for one in ended] == [code] * len(ended), "".join(one.err for one in ended)
     assert [one.err for one in ended[1:]] == [""] * (len(ended) - 1) or code not in (0, 75)
     return ended[0]
-
-
-def lines(run: Run) -> int:
-    path = run.workdir / "metrics.jsonl"
-    return len(path.read_bytes().splitlines()) if path.exists() else 0
 
 
 def wait_for(several: Several, is_so) -> None:
@@ -58,8 +53,8 @@ def wait_for(several: Several, is_so) -> None:
 
 
 def wait_for_another_line(several: Several) -> None:
-    before = lines(several.run)
-    wait_for(several, lambda: several.run.events("phase")[-1:] and lines(several.run) > before)
+    before = several.run.lines()
+    wait_for(several, lambda: several.run.events("phase")[-1:] and several.run.lines() > before)
 
 
 def check_ended_like(run: Run, undisturbed: Run) -> None:

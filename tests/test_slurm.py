@@ -45,13 +45,9 @@ def test_a_job_is_preempted_requeued_and_cut_by_its_time_limit_and_ends_like_an_
 
             def has_trained(_: dict[str, str]) -> bool:
                 phases = [event["phase"] for event in run.events("phase")]
-                return phases.count("train") == turn and lines() > before
+                return phases.count("train") == turn and run.lines() > before
 
-            def lines() -> int:
-                path = run.workdir / "metrics.jsonl"
-                return len(path.read_bytes().splitlines()) if path.exists() else 0
-
-            before = lines()
+            before = run.lines()
             cluster.wait_for(job, has_trained, timeout_s=120)
 
         flags = ("--output", log, "--cpus-per-task=1", "--time=30", "--signal=TERM@50", SCRIPT)
