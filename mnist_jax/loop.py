@@ -146,7 +146,6 @@ def train(
         return stopped(store.newest_step, stop, journal, store)
     training = Training(blueprint, programs, dataset, state, stop, peers, is_evaluated=is_evaluated)
     keeper = Keeper(training, store, journal, terminal, {"data": provenance.describe_data(dataset), **environment})
-    journal.event("phase", step=step, phase="train")
     carry_out(training, keeper)
     return keeper.end(stop)
 
@@ -157,6 +156,8 @@ def carry_out(training: Training, keeper: Keeper | None) -> None:
     Raises:
         Diverged, OSError, PeerLost: as `train` does.
     """
+    if keeper is not None:
+        keeper.journal.event("phase", step=training.step, phase="train")
     evaluate_if_due(training, keeper)  # The last stop may have cut this very evaluation short.
     while not training.is_over and not training.council.is_to_stop:
         ended = training.advance()
