@@ -17,7 +17,8 @@ class Plan(NamedTuple):
 
     rounds: int = 15
     window_s: float = 2.0
-    calls: int = 60
+    together_rounds: int = 160  # many and short ones: how two processes take turns on two cores scatters by a tenth
+    together_calls: int = 10
     seeds: int = 10
     accurate_seeds: int = 5
     steps: int | None = None  # of the trainings that otherwise go to their end
@@ -32,7 +33,8 @@ class Plan(NamedTuple):
 QUICK = Plan(
     rounds=1,
     window_s=0.3,
-    calls=3,
+    together_rounds=1,
+    together_calls=3,
     seeds=1,
     accurate_seeds=1,
     steps=3,

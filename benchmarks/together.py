@@ -23,7 +23,7 @@ def together(bench: Bench) -> Iterator[Row]:
         contestants = {"silent": silent, "agreeing": agreeing, "alone": alone}
         for steps_per_s in contestants.values():
             steps_per_s(0)  # The first calls connect the processes.
-        rates = alternate(contestants, bench.plan.rounds)
+        rates = alternate(contestants, bench.plan.together_rounds)
     yield Row(
         what=f"cnn, two processes that agree, against two that do not, batch 2 × {BATCH_SIZE}",
         unit="steps/s",
@@ -62,7 +62,7 @@ def group(bench: Bench, processes: int, *words: str) -> Iterator[Callable[[int],
         list(threads.map(stack.enter_context, workers))  # None is ready before all have met.
 
         def steps_per_s(_: int) -> float:
-            answers = list(threads.map(lambda worker: worker.ask("train", bench.plan.calls), workers))
+            answers = list(threads.map(lambda worker: worker.ask("train", bench.plan.together_calls), workers))
             return answers[0]["steps"] / max(answer["seconds"] for answer in answers)
 
         yield steps_per_s

@@ -47,7 +47,9 @@ class Council:
         self._shape = abstract_wishes(mesh)
         self._is_alone = not self._shape.shape[1]
         self._row = next(n for n, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index())
-        self._nothing = self._put(np.zeros(self._shape.shape[1], np.int32))
+        self._said = np.zeros(self._shape.shape[1], np.int32)
+        self._on_devices = self._put(self._said)
+        self._index = jax.process_index()
         self._is_to_stop = False
         self._is_save_asked = False
         self._steps = 1
@@ -75,11 +77,14 @@ class Council:
             steps: how many steps a call should make; only that of process 0 counts.
         """
         if self._is_alone:
-            return self._nothing
+            return self._on_devices
         wishes = np.zeros((self._shape.shape[1] // 3, 3), np.int32)
-        mine = wishes[jax.process_index()]
+        mine = wishes[self._index]
         mine[STOP], mine[SAVE], mine[STEPS] = self._stop.received or 0, self._stop.take_save_request(), steps
-        return self._put(wishes.ravel())
+        if (wishes.ravel() != self._said).any():  # To bring them to the devices takes longer than to look.
+            self._said = wishes.ravel()
+            self._on_devices = self._put(self._said)
+        return self._on_devices
 
     def hear(self, heard: jax.Array) -> None:
         """Take note of what all processes wished with a call that is done."""

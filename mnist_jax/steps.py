@@ -63,6 +63,8 @@ def train_steps(
         [W], added up over the devices.
     """
 
+    devices = len(wishes)
+
     def mean_loss(
         params: Any, batch_stats: Any, images: jax.Array, labels: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, tuple[jax.Array, Any]]:
@@ -73,7 +75,7 @@ def train_steps(
 
     def update(_: jax.Array, carried: tuple[TrainState, jax.Array]) -> tuple[TrainState, jax.Array]:
         """Make one update: the step alone says which images, which random numbers, and which learning rate."""
-        state, _ = carried
+        state, right = carried
         steps_per_epoch = data.order.size // batch_size
         first = state.step % steps_per_epoch * batch_size
         rows = jax.lax.dynamic_slice_in_dim(data.order, first, batch_size)
@@ -87,37 +89,33 @@ def train_steps(
         )
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        correct, heard = _count(is_right(logits, labels), wishes)
-        metrics = MetricSums(
-            loss=state.metrics.loss + loss * batch_size,
-            correct=state.metrics.correct + correct,
-            images=state.metrics.images + batch_size,
+        metrics = state.metrics.replace(
+            loss=state.metrics.loss + loss * batch_size, images=state.metrics.images + batch_size
         )
         state = state.replace(
             step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state, metrics=metrics
         )
         if state.average is not None:
             state = state.replace(average=_average(state, average_decay))
-        return state, heard
+        return state, right + _count(is_right(logits, labels), devices)
 
-    state, heard = jax.lax.fori_loop(0, n, update, (state, jnp.zeros_like(wishes[0])))
+    # Each device counts its own right answers, which are whole numbers: no order of adding them up changes a bit. All
+    # are added up once for all updates, together with the wishes, which so take no message of their own.
+    none = jax.lax.with_sharding_constraint(jnp.zeros(devices, jnp.int32), batch_sharding)
+    state, right = jax.lax.fori_loop(0, n, update, (state, none))
+    correct, heard = _over_devices(right, wishes)
+    state = state.replace(metrics=state.metrics.replace(correct=state.metrics.correct + correct))
     return state, state.metrics, heard
 
 
-def _count(right: jax.Array, wishes: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return how many images are right, and the wishes added up over the devices.
+def _count(right: jax.Array, devices: int) -> jax.Array:
+    """Return how many images each device has right. right: [N] bool, in equal parts on them -> [devices] int32."""
+    return jnp.sum(right.reshape(devices, -1), axis=1, dtype=jnp.int32)
 
-    It is one sum of both, so where the devices are those of several processes, the wishes take no message of their own.
 
-    Args:
-        right: [N] bool, whose rows lie on the devices in equal parts.
-        wishes: [devices, W] int32.
-
-    Returns:
-        [] int32 and [W] int32.
-    """
-    counts = jnp.sum(right.reshape(len(wishes), -1), axis=1, dtype=jnp.int32)
-    total = jnp.sum(jnp.column_stack([counts, wishes]), axis=0)
+def _over_devices(right: jax.Array, wishes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the counts [devices] and the wishes [devices, W], each added up over the devices, in one sum of both."""
+    total = jnp.sum(jnp.column_stack([right, wishes]), axis=0)
     return total[0], total[1:]
 
 
@@ -161,7 +159,7 @@ def evaluate(
     rows = jnp.minimum(rows, labels.size - 1)
     logits: Any = model.apply(variables, images[rows], train=False)
     losses = cross_entropy(logits, labels[rows])
-    correct, heard = _count(is_right(logits, labels[rows]) & there, wishes)
+    correct, heard = _over_devices(_count(is_right(logits, labels[rows]) & there, len(wishes)), wishes)
     sums = MetricSums(loss=jnp.sum(losses, where=there), correct=correct, images=jnp.sum(there, dtype=jnp.int32))
     return sums, heard
 
