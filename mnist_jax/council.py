@@ -16,16 +16,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mnist_jax.preemption import StopSignal
 
-STOP, SAVE, STEPS = range(3)  # The columns of the wishes; there is a row for each process.
+STOP, SIGNAL, SAVE, STEPS = range(4)  # The columns of the wishes; there is a row for each process.
 
 
 def abstract_wishes(mesh: Mesh) -> jax.ShapeDtypeStruct:
     """Return the shape of the wishes, as a call gets them from the devices: [devices, W] int32, split by the device.
 
-    W is three times the number of processes, and 0 for a process that is alone: it knows what it wishes.
+    W is four times the number of processes, and 0 for a process that is alone: it knows what it wishes.
     """
     processes = len({device.process_index for device in mesh.devices.flat})
-    width = 3 * processes if processes > 1 else 0
+    width = 4 * processes if processes > 1 else 0
     sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
     return jax.ShapeDtypeStruct((mesh.size, width), jnp.int32, sharding=sharding)
 
@@ -50,14 +50,22 @@ class Council:
         self._said = np.zeros(self._shape.shape[1], np.int32)
         self._on_devices = self._put(self._said)
         self._index = jax.process_index()
-        self._is_to_stop = False
+        self._wants_to_stop = self._is_to_stop = False
         self._is_save_asked = False
         self._steps = 1
 
     @property
     def is_to_stop(self) -> bool:
-        """Whether all processes are to stop now, for a signal to any of them."""
-        return self._stop.received is not None if self._is_alone else self._is_to_stop
+        """Whether all processes are to stop now, for a signal to any of them or for a failure."""
+        return self._wishes_to_stop if self._is_alone else self._is_to_stop
+
+    def ask_to_stop(self) -> None:
+        """Wish that all processes stop without a signal: this one failed, and will say so when all have stopped."""
+        self._wants_to_stop = True
+
+    @property
+    def _wishes_to_stop(self) -> bool:
+        return self._wants_to_stop or self._stop.received is not None
 
     def steps(self, wished: int) -> int:
         """Return how many steps the next call is to make: what process 0 wishes, if only it says so some calls ago."""
@@ -78,9 +86,10 @@ class Council:
         """
         if self._is_alone:
             return self._on_devices
-        wishes = np.zeros((self._shape.shape[1] // 3, 3), np.int32)
+        wishes = np.zeros((self._shape.shape[1] // 4, 4), np.int32)
         mine = wishes[self._index]
-        mine[STOP], mine[SAVE], mine[STEPS] = self._stop.received or 0, self._stop.take_save_request(), steps
+        mine[STOP], mine[SIGNAL] = self._wishes_to_stop, self._stop.received or 0
+        mine[SAVE], mine[STEPS] = self._stop.take_save_request(), steps
         if (wishes.ravel() != self._said).any():  # To bring them to the devices takes longer than to look.
             self._said = wishes.ravel()
             self._on_devices = self._put(self._said)
@@ -90,10 +99,10 @@ class Council:
         """Take note of what all processes wished with a call that is done."""
         if self._is_alone:
             return
-        wishes = np.asarray(heard).reshape(-1, 3)
-        if wishes[:, STOP].any():
-            self._is_to_stop = True
-            self._stop.hear_of(int(wishes[:, STOP].max()))
+        wishes = np.asarray(heard).reshape(-1, 4)
+        self._is_to_stop |= bool(wishes[:, STOP].any())
+        if wishes[:, SIGNAL].any():
+            self._stop.hear_of(int(wishes[:, SIGNAL].max()))
         self._is_save_asked |= bool(wishes[:, SAVE].any())
         self._steps = int(wishes[0, STEPS])
 

@@ -1,5 +1,6 @@
 """What process 0 keeps of a run while it trains: metrics, checkpoints, history, and what a person sees of it."""
 
+import contextlib
 import time
 from typing import Any, NamedTuple
 
@@ -43,6 +44,7 @@ class Keeper:
         self.about = {"config": self.config.to_json(), **about}
         self._next_save_s = time.monotonic() + self.config.checkpoint_every_s
         self._trouble_told = False
+        self._failure: Diverged | None = None
         self._pin_best()
 
     @property
@@ -120,8 +122,7 @@ class Keeper:
     def report_saves(self, *, another_follows: bool = True) -> None:
         """Tell how the saves went that ended, and of lines that the disk does not take.
 
-        Raises:
-            Diverged: the state is not finite, and so was not saved.
+        A state that is not finite was not saved: all processes are asked to stop, and then `end` fails.
         """
         trouble = self.journal.trouble
         if trouble and not self._trouble_told:
@@ -131,7 +132,8 @@ class Keeper:
         self._trouble_told = trouble is not None
         for result in self.store.results():
             if isinstance(result, InvalidState):
-                raise Diverged("the state has values that are not finite")
+                self._failure = Diverged("the state has values that are not finite")
+                self.training.council.ask_to_stop()
             if isinstance(result, SaveFailed):
                 self._report_failure(result, another_follows=another_follows)
             elif isinstance(result, Notice):
@@ -156,8 +158,10 @@ class Keeper:
         """Save the state, unless it is saved already, and return the outcome.
 
         Raises:
+            Diverged: it is not finite, or one before it was not.
             SaveFailed: it could not be saved.
         """
+        self._check()
         training, reason = self.training, "end"
         if not training.is_finished:
             assert stop.received is not None
@@ -166,12 +170,18 @@ class Keeper:
         about = self._prepare_save(reason)
         state = one_copy(training.updates.state)
         try:
-            self.store.save_and_wait(self.step, state, about=about, valid=self.programs.is_finite(state))
+            with contextlib.suppress(InvalidState):
+                self.store.save_and_wait(self.step, state, about=about, valid=self.programs.is_finite(state))
         finally:
             self.report_saves(another_follows=False)
+        self._check()
         if training.is_finished:
             return finished(self.step, self.journal, self.store)
         return stopped(self.step, stop, self.journal, self.store)
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
 
     def _pin_best(self) -> None:
         """Have the best checkpoint kept; until it is committed, the one that was the best before it as well."""

@@ -30,8 +30,6 @@ from mnist_jax.preemption import Stopped, StopSignal
 from mnist_jax.programs import Blueprint
 from mnist_jax.training import Diverged, Training
 
-SHARED_WITHIN_S = 3.0  # A network's file system may show a new file a moment late.
-
 EXIT_CODES: dict[type[Exception], int] = {
     Diverged: 1,
     ConfigError: 2,
@@ -110,8 +108,7 @@ def train(
         SaveFailed: the last save failed.
     """
     try:
-        introduce(config, workdir, stop, peers)
-        environment = provenance.describe_environment()
+        environment = introduce(config, workdir, stop, peers)
         journal.event("start", step=store.newest_step, config=config.to_json(), **environment)
         if store.removed:
             journal.event("unfinished_removed", step=store.newest_step, names=store.removed)
@@ -168,6 +165,7 @@ def carry_out(training: Training, keeper: Keeper | None) -> None:
         if keeper is not None:
             keeper.save_if_due()
             keeper.report_saves()
+    training.settle()
 
 
 def evaluate_if_due(training: Training, keeper: Keeper | None) -> None:
@@ -181,8 +179,10 @@ def evaluate_if_due(training: Training, keeper: Keeper | None) -> None:
             keeper.evaluation(metrics)
 
 
-def introduce(config: Config, workdir: Path, stop: StopSignal, peers: Peers) -> None:
+def introduce(config: Config, workdir: Path, stop: StopSignal, peers: Peers) -> dict[str, dict[str, Any]]:
     """Prepare JAX for this run, tell the other processes which one it is, and wait until they have all found it.
+
+    Returns what the bits depend on besides the run: software, settings and devices of all processes.
 
     Raises:
         PeerLost: one of them is gone, or does not see the same directory.
@@ -191,9 +191,11 @@ def introduce(config: Config, workdir: Path, stop: StopSignal, peers: Peers) -> 
     cpu_threads = provenance.cpu_threads_of(list_checkpoints(workdir / "checkpoints"))
     provenance.prepare_jax(cpu_threads)
     if not peers.is_alone:  # Alone, nothing may come before the first words of the journal and the settings.
-        peers.tell([config.to_json(), str(workdir.absolute()), (workdir / "lock").read_text(), cpu_threads])
+        threads = distributed.cpu_threads()  # as many on all, whatever the cores of each
+        peers.tell([config.to_json(), str(workdir.absolute()), (workdir / "lock").read_text(), threads])
         peers.assemble()
         stop.run(jax.devices)  # It waits for all processes.
+    return provenance.join(peers.assemble(provenance.describe_environment()))
 
 
 def follow(stop: StopSignal, peers: Peers) -> int:
@@ -205,10 +207,11 @@ def follow(stop: StopSignal, peers: Peers) -> int:
     try:
         settings, workdir, lock, cpu_threads = peers.hear()
         config = configs.from_json(settings, Path(workdir) / "config.json")
-        check_is_shared(Path(workdir), lock, peers)
+        check_is_shared(Path(workdir), lock, stop, peers)
         peers.assemble()
         provenance.prepare_jax(cpu_threads)
         stop.run(jax.devices)
+        peers.assemble(provenance.describe_environment())
         fingerprint = peers.hear()
         dataset = stop.run(lambda: data.load(config.dataset, config.data_dir, say=notice))
         if dataset.fingerprint != fingerprint:
@@ -237,15 +240,23 @@ def exit_code(error: Exception) -> int:
     return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
 
 
-def check_is_shared(workdir: Path, lock: str, peers: Peers) -> None:
+def check_is_shared(workdir: Path, lock: str, stop: StopSignal, peers: Peers) -> None:
     """Check that this process sees the run directory of process 0, and not another one of the same name.
 
+    A network's file system may show a new file half a minute late.
+
     Raises:
-        ConfigError: it does not.
+        ConfigError: it does not see it in time, or what is there is no run directory.
+        Stopped: a signal came.
     """
     path = workdir / "lock"
-    deadline_s = time.monotonic() + SHARED_WITHIN_S
-    while not path.exists() or path.read_text() != lock:
+    deadline_s = time.monotonic() + peers.timeout_s
+    while True:
+        configs.check_directory(workdir)
+        if path.exists() and path.read_text() == lock:
+            return
+        if stop.received is not None:
+            raise Stopped
         if time.monotonic() > deadline_s:
             raise ConfigError(
                 f"process {peers.index} does not find in {workdir} what process 0 wrote there; all processes need the "

@@ -20,6 +20,13 @@ from typing import Any
 
 from mnist_jax.preemption import Stopped, StopSignal
 
+# Where launchers say how many processes they started, and which of them this is.
+COUNTS = {
+    "SLURM_STEP_NUM_TASKS": "SLURM_PROCID",
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
+    "PMI_SIZE": "PMI_RANK",
+}
+
 SLICE_MS = 100  # How long Python may be inside of a wait, and can call no handler.
 LOOK_EVERY_S = 0.1
 LEAVE_S = 10.0
@@ -45,10 +52,15 @@ def may_have_peers() -> bool:
     """
     found = os.environ.get
     return (
-        any(found(name, "1") not in ("", "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+        _launched() is not None
         or any(found(name) for name in ("JAX_COORDINATOR_ADDRESS", "JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES"))
         or importlib.util.find_spec("libtpu") is not None
     )
+
+
+def _launched() -> str | None:
+    """Return the variable by which a launcher says that it started more than one process, if one does."""
+    return next((name for name in COUNTS if os.environ.get(name, "1") not in ("", "1")), None)
 
 
 def meet(stop: StopSignal, coordinator: str | None, count: int | None, index: int | None, timeout_s: float) -> "Peers":
@@ -85,11 +97,26 @@ def meet(stop: StopSignal, coordinator: str | None, count: int | None, index: in
         stop.run(lambda: jax.distributed.initialize(coordinator, count, index, **options))
     except ValueError as error:
         if coordinator is None:
+            _check_is_alone()
             return Peers(stop)  # JAX found that no launcher is at work.
         raise CannotMeet(f"the processes cannot meet at {coordinator}: {error}") from error
     except RuntimeError as error:
         raise PeerLost(f"the processes did not meet: {_first_line(error)}") from error
     return Peers(stop, timeout_s)
+
+
+def _check_is_alone() -> None:
+    """Check that no launcher whose word JAX does not understand started several processes: each would train alone.
+
+    Raises:
+        CannotMeet: one did.
+    """
+    if count := _launched():
+        raise CannotMeet(
+            f"{os.environ[count]} processes were started ({count}), and JAX does not find out how they meet; say "
+            f"--coordinator HOST:PORT --num-processes ${count} --process-id ${COUNTS[count]}, or --num-processes 1 "
+            "where each is to train alone"
+        )
 
 
 def _check_is_free(bound: str | None, coordinator: str) -> None:
@@ -99,8 +126,9 @@ def _check_is_free(bound: str | None, coordinator: str) -> None:
         PeerLost: it cannot, perhaps because an earlier turn of this run has not ended yet.
     """
     host, _, port = (bound or coordinator).rpartition(":")
+    family = socket.AF_INET6 if bound and bound.startswith("[") else socket.AF_INET
     try:
-        socket.create_server((host.strip("[]") if bound else "", int(port))).close()
+        socket.create_server((host.strip("[]") if bound else "", int(port)), family=family).close()
     except OSError as error:
         raise PeerLost(f"process 0 cannot listen on port {port} of {host} ({error.strerror})") from error
 
@@ -113,7 +141,7 @@ class Peers:
 
     def __init__(self, stop: StopSignal, timeout_s: float | None = None) -> None:
         """Speak for this process, which is alone unless `jax.distributed` has been started."""
-        self._stop, self._timeout_s = stop, timeout_s
+        self._stop, self.timeout_s = stop, timeout_s or 0.0
         self.is_alone = timeout_s is None
         self.index, self.count = 0, 1
         self._store: Any = None
@@ -175,25 +203,27 @@ class Peers:
             else:
                 self._put(f"gave_up/{self.index}", json.dumps({"failed": str(error), "code": code}))
 
-    def assemble(self) -> None:
-        """Wait until all processes have come to this point.
+    def assemble(self, brought: Any = None) -> list[Any]:
+        """Wait until all processes have come to this point, and return what they brought, by their index.
+
+        Process 0 gets that of all, a JSON value each, and the others their own.
 
         Raises:
             PeerLost: one is gone, or has given up.
             Stopped: a signal came to one of them before all were there.
         """
         if self.is_alone:
-            return
+            return [brought]
         if self._stop.received is not None:
             raise Stopped
         place = f"there/{self._words}/"
         if self.is_first:
-            for index in range(1, self.count):
-                self._wait_for(f"{place}{index}", heedless=False)
+            others = [json.loads(self._wait_for(f"{place}{index}", heedless=False)) for index in range(1, self.count)]
             self.tell("go")
-        else:
-            self._put(f"{place}{self.index}", "")
-            self.hear(heedless=True)  # It said that it is there, so it comes along if process 0 says so.
+            return [brought, *others]
+        self._put(f"{place}{self.index}", json.dumps(brought))
+        self.hear(heedless=True)  # It said that it is there, so it comes along if process 0 says so.
+        return [brought]
 
     def start(self) -> None:
         """Wait until all processes are ready to train. From then on each signal is a matter of the council.
@@ -210,12 +240,12 @@ class Peers:
         """Say of an error in a wait for what all processes compute together that it is the loss of one of them.
 
         Raises:
-            PeerLost: there was an error, and this process is not alone.
+            PeerLost: there was an error, not that the memory is full, and this process is not alone.
         """
         try:
             yield
         except (ValueError, RuntimeError) as error:  # JAX raises both for a broken connection.
-            if self.is_alone:
+            if self.is_alone or "RESOURCE_EXHAUSTED" in str(error):
                 raise
             raise self._lost(f"the connection to another process is lost: {_first_line(error)}") from error
 

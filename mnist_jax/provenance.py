@@ -59,6 +59,22 @@ def describe_environment() -> dict[str, dict[str, Any]]:
     }
 
 
+def join(environments: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Return the environment of several processes: that of the first, and where another has something else, that too.
+
+    Args:
+        environments: of each process, in their order, as it describes it.
+    """
+    first, *others = environments
+    joined = {part: dict(values) for part, values in first.items()}
+    for index, other in enumerate(others, start=1):
+        for part, values in other.items():
+            for name, value in values.items():
+                if first[part].get(name) != value:
+                    joined[part][f"{name} of process {index}"] = value
+    return joined
+
+
 def describe_data(dataset: Dataset) -> dict[str, Any]:
     """Return what a data set is, as JSON values."""
     sizes = {"train_images": len(dataset.train_labels), "test_images": len(dataset.test_labels)}

@@ -62,7 +62,6 @@ def train_steps(
         The state after `n` updates; a copy of its metric sums that stays when the state is donated; and the wishes
         [W], added up over the devices.
     """
-
     devices = len(wishes)
 
     def mean_loss(

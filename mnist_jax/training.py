@@ -167,6 +167,15 @@ class Training:
         self._evaluated_step = self.step
         return metrics
 
+    def settle(self) -> None:
+        """Wait until all calls are done: what comes then is of this process alone, and no other can break it.
+
+        Raises:
+            PeerLost: another process is gone.
+        """
+        with self._peers.mind():
+            self.pace.drain()
+
     def _evaluate(self) -> MetricSums | None:
         pace: Pace[tuple[MetricSums, jax.Array]] = Pace(CALL_S)
         parts: list[MetricSums] = []

@@ -39,11 +39,12 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def start(run: Run, count: int, *args: str) -> Several:
-    """Start as many processes."""
+def start(run: Run, count: int, *args: str, variables: dict[int, dict[str, str]] | None = None) -> Several:
+    """Start as many processes, some of them with environment variables of their own."""
     address = f"127.0.0.1:{free_port()}"
     processes = []
     for index in range(count):
         named = ("--coordinator", address, "--num-processes", str(count), "--process-id", str(index))
-        processes.append(run.start(*named, "--preempted-exit-code", SAVED, *args))
+        own = Run(run.workdir, {**run.environment, **(variables or {}).get(index, {})})
+        processes.append(own.start(*named, "--preempted-exit-code", SAVED, *args))
     return Several(run, processes)

@@ -50,7 +50,6 @@ OWNERS = {
     "orbax": {"checkpoint"},
     "rich": {"journal"},
     "signal": {"preemption"},
-    "sklearn": {"data"},
     "tensorboard": {"journal"},
     "tensorflow_datasets": {"data"},
     "tyro": {"config", "status", "replay"},

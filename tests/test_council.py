@@ -51,11 +51,11 @@ def train_and_tell(width: int) -> dict[str, Any]:
 
 def test_to_tell_each_other_something_takes_no_collective_and_changes_no_bit_of_the_training(environment):
     two = {**environment, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-    telling, silent = (in_new_process(train_and_tell, width, **two) for width in (6, 0))
+    telling, silent = (in_new_process(train_and_tell, width, **two) for width in (8, 0))
     assert silent["collectives"] == [["all-reduce"] * 2] * 2  # of whole numbers and of the others
     assert telling["collectives"] == silent["collectives"]
     assert telling["sha256"] == silent["sha256"]
-    assert telling["heard"] == [[6, 8, 10, 12, 14, 16]] * 2  # 0 to 5 on one device, 6 to 11 on the other
+    assert telling["heard"] == [[8, 10, 12, 14, 16, 18, 20, 22]] * 2  # 0 to 7 on one device, 8 to 15 on the other
     assert silent["heard"] == [[], []]
 
 
@@ -73,6 +73,11 @@ def test_a_process_that_is_alone_does_at_once_what_it_wishes(alone):
     assert alone.take_save_request()
     assert not alone.take_save_request()
     os.kill(os.getpid(), signal.SIGTERM)
+    assert alone.is_to_stop
+
+
+def test_who_fails_asks_to_stop_without_a_signal(alone):
+    alone.ask_to_stop()
     assert alone.is_to_stop
 
 

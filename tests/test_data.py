@@ -255,6 +255,16 @@ def test_digits_for_the_test_are_every_fifth_one_and_no_other_is_left_out(digits
     assert (len(train), len(test), len(train & test)) == (1438, 359, 0)
 
 
+def test_digits_that_are_not_where_they_should_be_are_an_error(monkeypatch, tmp_path) -> None:
+    class Empty:
+        def locate_file(self, name: str) -> Path:
+            return tmp_path / name
+
+    monkeypatch.setattr(data, "distribution", lambda _: Empty())
+    with pytest.raises(DataError, match=r"scikit-learn's digits cannot be read .*name another --dataset"):
+        data.load("digits", say=print)
+
+
 # What "auto" is
 
 

@@ -14,7 +14,7 @@ from mnist_jax import config as configs
 from mnist_jax.loop import EXIT_CODES
 
 FILE = Path(__file__).parents[1] / "scripts" / "kubernetes.yaml"
-SERVICE, JOB = yaml.safe_load_all(FILE.read_text())
+SERVICE, POLICY, JOB = yaml.safe_load_all(FILE.read_text())
 POD = JOB["spec"]["template"]["spec"]
 [CONTAINER] = POD["containers"]
 RULES = JOB["spec"]["podFailurePolicy"]["rules"]
@@ -47,7 +47,7 @@ VERSIONS = [re.search(r"Kubernetes (1\.\d+) or newer", FILE.read_text())[1], kub
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("document", [SERVICE, JOB], ids=["Service", "Job"])
+@pytest.mark.parametrize("document", [SERVICE, POLICY, JOB], ids=["Service", "NetworkPolicy", "Job"])
 def test_the_oldest_and_the_newest_kubernetes_know_each_field(document: dict[str, Any], version: str) -> None:
     assert kubernetes_validate.validate(document, version, strict=True) == ".".join(version.split(".")[:2])
 
@@ -142,6 +142,12 @@ def test_the_service_finds_the_pods_before_they_are_ready() -> None:
     assert SERVICE["spec"]["selector"].items() <= labels.items()
     assert SERVICE["spec"]["clusterIP"] == "None"
     assert SERVICE["spec"]["publishNotReadyAddresses"] is True
+
+
+def test_only_the_pods_of_the_job_reach_each_other() -> None:
+    pods = {"matchLabels": SERVICE["spec"]["selector"]}
+    assert POLICY["spec"] == {"podSelector": pods, "ingress": [{"from": [{"podSelector": pods}]}]}
+    assert POLICY["metadata"].get("namespace") == JOB["metadata"].get("namespace")
 
 
 def test_the_run_lies_within_the_claim_that_all_pods_share() -> None:

@@ -1,5 +1,6 @@
 """Several processes that train together: stopped, killed and carried on, they end as they would have undisturbed."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -17,8 +18,12 @@ from filelock import FileLock
 from runs import Run, end, in_new_process
 from several import Several, free_port, start
 
-from mnist_jax import peers
-from mnist_jax.preemption import STOP_SIGNALS, StopSignal
+from mnist_jax import loop, peers
+from mnist_jax.checkpoint import list_checkpoints
+from mnist_jax.config import ConfigError
+from mnist_jax.peers import PeerLost, Peers
+from mnist_jax.preemption import STOP_SIGNALS, Stopped, StopSignal
+from mnist_jax.training import Training
 
 ARGS = ("--dataset", "digits", "--steps", "60", "--log-every-steps", "5", "--eval-every-steps", "25")
 
@@ -64,7 +69,7 @@ def check_ended_like(run: Run, undisturbed: Run) -> None:
     assert ends[0]["state_sha256"] == ends[1]["state_sha256"]
 
 
-@pytest.mark.parametrize(("count", "signals"), [(2, STOP_SIGNALS), (4, (signal.SIGTERM, signal.SIGUSR1))])
+@pytest.mark.parametrize(("count", "signals"), [(2, STOP_SIGNALS), (4, (signal.SIGTERM,))])
 def test_a_signal_to_any_one_process_stops_all_and_they_end_as_if_undisturbed(count, signals, new_run, undisturbed):
     run = new_run()
     victims = itertools.cycle((count - 1, 0))
@@ -126,7 +131,8 @@ def test_a_signal_before_the_training_is_passed_on_and_nothing_is_begun(phase, v
 
 
 def test_a_save_signal_to_any_process_saves_and_the_training_goes_on(new_run):
-    several = start(new_run(), 2, *ARGS, "--steps", "100000", "--eval-every-steps", "100000")
+    flags = (*ARGS, "--steps", "100000", "--eval-every-steps", "100000")
+    several = start(new_run(), 2, *flags, variables={1: {"PJRT_NPROC": "7"}})
     for victim in (1, 0):
         wait_for_another_line(several)
         before = len(several.run.events("save"))
@@ -137,6 +143,17 @@ def test_a_save_signal_to_any_process_saves_and_the_training_goes_on(new_run):
     check_codes(several, 75)
     reasons = [event["reason"] for event in several.run.events("save")]
     assert reasons == ["signal SIGUSR2", "signal SIGUSR2", "signal SIGTERM"]
+    # The bits depend on the threads of each process, so a checkpoint tells of all.
+    [checkpoint, *_] = list_checkpoints(several.run.workdir / "checkpoints")
+    assert checkpoint.manifest()["about"]["devices"]["cpu_threads of process 1"] == 7
+
+
+def test_a_state_that_is_not_finite_ends_all_processes_alike_though_only_process_0_looks_at_it(new_run):
+    cadence = ("--log-every-steps", "100000", "--eval-every-steps", "100000", "--checkpoint-every-steps", "3")
+    several = start(new_run(), 2, "--dataset", "digits", "--steps", "100000", "--learning-rate", "1e30", *cadence)
+    first = check_codes(several, 1)
+    assert "the state has values that are not finite. Nothing of that was saved" in first.err
+    assert not several.run.events("save")
 
 
 def test_flags_that_contradict_the_run_end_all_processes_with_the_code_of_process_0(new_run, undisturbed, tmp_path):
@@ -183,9 +200,10 @@ def test_a_run_directory_that_process_1_does_not_share_is_a_clear_error(new_run,
         pytest.skip("this user may not mount a file system")
     address = f"127.0.0.1:{free_port()}"
     named = ["--coordinator", address, "--num-processes", "2", "--process-id"]
+    patience = ("--peer-timeout-s", "3")
     first = run.start(*named, "0", *ARGS)
     second = subprocess.Popen(
-        [*alone, sys.executable, "-m", "mnist_jax.train", "--workdir", str(run.workdir), *named, "1", *ARGS],
+        [*alone, sys.executable, "-m", "mnist_jax.train", "--workdir", str(run.workdir), *named, "1", *patience, *ARGS],
         env={**os.environ, **run.environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -201,9 +219,11 @@ def test_a_run_directory_that_process_1_does_not_share_is_a_clear_error(new_run,
 EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
 
 
-def seen_by(count: int, devices: list[int], checkpoints: list[str], environment: dict[str, str]) -> list[dict]:
+def seen_by(
+    count: int, devices: list[int], checkpoints: list[str], environment: dict[str, str], address: str = ""
+) -> list[dict]:
     """Return what each of so many processes sees of some checkpoints on the first so many devices."""
-    address = f"127.0.0.1:{free_port()}" if count > 1 else ""
+    address = address or (f"127.0.0.1:{free_port()}" if count > 1 else "")
     words = (*map(str, devices), "--", *checkpoints)
     processes = [
         subprocess.Popen(
@@ -258,6 +278,7 @@ def test_a_run_that_changes_its_layout_says_so_and_reaches_its_end(new_run, undi
         ({"SLURM_STEP_NUM_TASKS": "1"}, False),
         ({"SLURM_STEP_NUM_TASKS": "2"}, True),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"PMI_SIZE": "2"}, True),
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, True),
         ({"JAX_COORDINATOR_ADDRESS": "a:1"}, True),
@@ -266,7 +287,7 @@ def test_a_run_that_changes_its_layout_says_so_and_reaches_its_end(new_run, undi
 )
 def test_a_launcher_of_several_processes_is_known_by_what_it_sets(variables, hint, monkeypatch):
     for name in list(os.environ):
-        if name.startswith(("SLURM_", "OMPI_", "KUBERNETES_", "JOB_COMPLETION", "JAX_COORD", "TPU_")):
+        if name.startswith(("SLURM_", "OMPI_", "PMI_", "KUBERNETES_", "JOB_COMPLETION", "JAX_COORD", "TPU_")):
             monkeypatch.delenv(name)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -281,8 +302,18 @@ def test_one_process_is_alone_whatever_a_scheduler_says(monkeypatch):
 
 
 def test_a_process_is_alone_where_jax_finds_no_launcher(new_run):
-    finished = new_run(SLURM_STEP_NUM_TASKS="2").finish(*ARGS, "--steps", "5")
+    finished = new_run(JOB_COMPLETION_INDEX="0").finish(*ARGS, "--steps", "5")
     assert finished.code == 0, finished.err
+
+
+def test_processes_that_do_not_find_out_how_they_meet_do_not_train_each_alone(new_run):
+    """As Open MPI 5 starts them, which no longer sets what JAX looks for."""
+    run = new_run(OMPI_COMM_WORLD_SIZE="3", OMPI_COMM_WORLD_RANK="1")
+    ended = run.finish(*ARGS)
+    assert ended.code == 2
+    assert "3 processes were started (OMPI_COMM_WORLD_SIZE)" in ended.err
+    assert "--num-processes $OMPI_COMM_WORLD_SIZE --process-id $OMPI_COMM_WORLD_RANK" in ended.err
+    assert not run.workdir.exists()
 
 
 def test_an_address_that_process_0_cannot_have_is_an_error(new_run):
@@ -291,3 +322,67 @@ def test_an_address_that_process_0_cannot_have_is_an_error(new_run):
         ended = new_run().finish("--coordinator", taken, "--num-processes", "2", "--process-id", "0", *ARGS)
     assert ended.code == 69
     assert f"process 0 cannot listen on port {taken.partition(':')[2]}" in ended.err
+
+
+def test_processes_meet_at_an_address_of_the_newer_kind_too(environment):
+    with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6) as server:
+        address = f"[::1]:{server.getsockname()[1]}"
+        with pytest.raises(PeerLost, match=r"process 0 cannot listen on port \d+ of \[::1\]"):
+            peers._check_is_free(address, address)
+        server.close()
+        seen = seen_by(2, [2], [], environment, address)
+        assert seen == [{"processes": 2, "devices": 2, "same": [[]]}] * 2
+        return
+    pytest.skip("this machine has no such addresses")
+
+
+# What an error means
+
+
+@pytest.fixture
+def of_two():
+    """A process that is not alone, and has met nobody yet."""
+    with StopSignal() as stop:
+        process = Peers(stop)
+        process.is_alone = False
+        yield process
+
+
+def test_an_error_in_a_common_computation_is_the_loss_of_a_peer(of_two):
+    with pytest.raises(PeerLost, match="the connection to another process is lost: Gloo broke"), of_two.mind():
+        raise RuntimeError("Gloo broke\nmany lines follow")
+
+
+def test_a_full_memory_is_no_loss_of_a_peer(of_two):
+    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"), of_two.mind():
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes")
+
+
+def test_a_peer_that_is_lost_in_the_last_call_is_found_before_the_last_save(of_two):
+    """For the save would fail, and the exit code be that of a disk."""
+
+    class Broken:
+        def drain(self):
+            raise RuntimeError("Gloo broke")
+
+    training = Training.__new__(Training)
+    training._peers, training.pace = of_two, Broken()
+    with pytest.raises(PeerLost):
+        training.settle()
+
+
+# The directory that all share
+
+
+def test_a_signal_ends_the_wait_for_the_shared_directory(of_two, tmp_path):
+    of_two.timeout_s = 60.0
+    of_two._stop.hear_of(signal.SIGTERM)
+    with pytest.raises(Stopped):
+        loop.check_is_shared(tmp_path, "the lock of process 0", of_two._stop, of_two)
+
+
+def test_a_link_in_the_place_of_the_lock_is_not_followed(of_two, tmp_path):
+    (tmp_path / "elsewhere").write_text("the lock of process 0")
+    (tmp_path / "lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="no link"):
+        loop.check_is_shared(tmp_path, "the lock of process 0", of_two._stop, of_two)

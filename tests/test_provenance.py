@@ -57,6 +57,19 @@ def test_the_environment_as_a_run_describes_it_is_whole_and_without_changes_agai
     assert provenance.changes(about, environment) == []
 
 
+def test_of_several_processes_each_is_described_where_it_differs_from_the_first_and_a_change_of_any_is_told():
+    first = {"software": {"jax": "0.10.2"}, "settings": {}, "devices": {"cpu_threads": 2, "count": 3}}
+    slower = {**first, "devices": {"cpu_threads": 1, "count": 3}}
+    newer = {**first, "software": {"jax": "0.12.0"}}
+    assert provenance.join([first]) == provenance.join([first, first, first]) == first
+    joined = provenance.join([first, slower, newer])
+    assert joined["devices"] == {**first["devices"], "cpu_threads of process 1": 1}
+    assert joined["software"] == {"jax": "0.10.2", "jax of process 2": "0.12.0"}
+    assert provenance.changes({**ABOUT, **joined}, provenance.join([first, first, newer])) == [
+        "devices cpu_threads of process 1 1 -> None"
+    ]
+
+
 def test_what_a_run_says_of_itself_is_taken_as_it_is():
     assert provenance.check_about({"step": 3, "about": ABOUT}) == ABOUT
 

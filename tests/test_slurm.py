@@ -51,7 +51,8 @@ def test_a_job_is_preempted_requeued_and_cut_by_its_time_limit_and_ends_like_an_
             cluster.wait_for(job, has_trained, timeout_s=120)
 
         flags = ("--output", log, "--cpus-per-task=1", "--time=30", "--signal=TERM@50", SCRIPT)
-        job = cluster.submit(*flags, "--workdir", run.workdir, *ARGS, **variables)
+        # --fresh stays in the command, and must not begin anew in the later turns.
+        job = cluster.submit(*flags, "--fresh", "--workdir", run.workdir, *ARGS, **variables)
         wait_for_turn(1)
         high = cluster.submit("--partition=high", "--ntasks=4", "--output=/dev/null", tmp_path / "high.sh")
         cluster.wait_for(high, lambda job: job["JobState"] == "COMPLETED")

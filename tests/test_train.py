@@ -39,11 +39,11 @@ def stop_again_and_again(reference, run: Run, number: signal.Signals) -> None:
     """Stop a run at arbitrary moments, carry it on each time, and compare its end with that of the undisturbed one."""
     moments = random.Random(number.name)
     args, stops = reference.args, 0
-    while stops < 3:
+    while stops < 2:
         process = run.start(*args)
         args = ()  # From now on the bare command, as soon as there is something to carry on.
         run.wait_for_phase(moments.choice(PHASES[1:3]), process)
-        time.sleep(moments.uniform(0, 0.5))
+        time.sleep(moments.uniform(0, 0.3))
         ended = stop(process, number)
         assert ended.code == 0, ended.err
         if ended.last_line.startswith("finished"):
@@ -53,7 +53,7 @@ def stop_again_and_again(reference, run: Run, number: signal.Signals) -> None:
         last = run.events()[-1]
         assert last["event"] == "exit"
         assert {name: str(last[name]) for name in ended.fields} == ended.fields
-    assert stops >= 2
+    assert stops
     assert_ended_like(reference, run, run.finish())
 
 
@@ -138,7 +138,7 @@ def test_stopped_where_a_checkpoint_is_no_second_one_is_written(reference, new_r
     run.finish(*reference.args, "--keep", "100")
     saves = run.events("save")
     assert len({save["step"] for save in saves}) == len(saves)
-    assert run.steps()[-1] == 600
+    assert run.steps()[-1] == 300
 
 
 def test_a_finished_run_says_so_and_trains_nothing(reference, new_run):
@@ -180,7 +180,7 @@ def test_fresh_moves_the_old_run_aside_and_begins_anew(reference, new_run):
     assert ended.fields["state_sha256"] != reference.sha256
     old = Run(run.workdir.with_name("run.old-1"))
     assert old.metrics() == reference.metrics
-    assert old.steps()[-1] == 600
+    assert old.steps()[-1] == 300
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(new_run):
@@ -198,9 +198,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(new_run):
     assert run.events("resume") or not run.steps()
 
 
-@pytest.mark.parametrize("devices", [2, 4])
-def test_several_devices_train_and_resume_a_run_saved_on_one_as_numerically_equivalent(new_run, devices):
-    several = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+def test_several_devices_train_and_resume_a_run_saved_on_one_as_numerically_equivalent(new_run):
+    several = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     args = ("--dataset", "digits", "--steps", "60", "--log-every-steps", "20")
     plain, alone = new_run("one"), new_run("several", **several)
     whole = plain.finish(*args)
@@ -219,7 +218,7 @@ def test_several_devices_train_and_resume_a_run_saved_on_one_as_numerically_equi
     [resume] = moved.events("resume")
     assert resume["step"] == int(stopped.fields["step"])
     assert resume["exact"] is False
-    assert f"devices count 1 -> {devices}" in resume["changed"]
+    assert "devices count 1 -> 4" in resume["changed"]
     assert "numerically equivalent" in again.out
     process = moved.start()
     assert moved.wait_for_phase("train", process)
