@@ -16,7 +16,7 @@ from mnist_jax import config as configs
 from mnist_jax import data, loop, provenance
 from mnist_jax.checkpoint import CheckpointStore
 from mnist_jax.journal import Journal, Terminal
-from mnist_jax.keeper import Keeper
+from mnist_jax.keeper import Copies, Keeper
 from mnist_jax.peers import Peers
 from mnist_jax.preemption import StopSignal
 from mnist_jax.training import Training
@@ -35,7 +35,8 @@ def main(args: Sequence[str]) -> None:
         journal, store = Journal(workdir), CheckpointStore(workdir / "checkpoints", keep=config.keep)
         stop = StopSignal()
         training = Training(blueprint, programs, dataset, blueprint.create(), stop, Peers(stop), is_evaluated=True)
-        keeper = Keeper(training, store, journal, Terminal(), provenance.describe_environment())
+        copies = Copies(None, workdir, store)
+        keeper = Keeper(training, store, journal, Terminal(), copies, provenance.describe_environment())
         parameters = sum(leaf.size for leaf in jax.tree.leaves(training.updates.state.params))
         commands = {"train": train, "train_and_save": train_and_save, "save": save}
         serve({"parameters": parameters}, {name: partial(command, keeper) for name, command in commands.items()})

@@ -269,10 +269,10 @@ class CheckpointStore:
         self._parent = os.open(self.directory.parent, os.O_RDONLY | os.O_DIRECTORY)
         self.removed = tuple(sorted(path.name for path in self.directory.iterdir() if _LEFTOVER.fullmatch(path.name)))
         for name in self.removed:
-            _remove(self.directory / name)
+            remove(self.directory / name)
         for path in (self.directory, *self.directory.parents):  # A checkpoint is lost with any name that leads to it.
             with contextlib.suppress(PermissionError):
-                _bring_to_disk(path)
+                bring_to_disk(path)
         self.keep = keep
         self.pinned: set[int] = set()
         self._digests: dict[int, str | None] = dict.fromkeys(found.step for found in list_checkpoints(self.directory))
@@ -440,7 +440,7 @@ class CheckpointStore:
     ) -> dict[str, Any]:
         """Write a checkpoint and return its manifest when the disk has all of it."""
         unfinished = self.directory / f"{step}.unfinished"
-        _remove(unfinished)  # An earlier try may have broken off.
+        remove(unfinished)  # An earlier try may have broken off.
         (unfinished / "state").mkdir(parents=True)
         with contextlib.closing(_orbax()) as orbax:
             orbax.save(unfinished / "state", args=ocp.args.PyTreeSave({"leaves": content}))
@@ -458,11 +458,11 @@ class CheckpointStore:
         _write_manifest(unfinished / "manifest.json", manifest)
         for directory, _, files in os.walk(unfinished):
             for name in (*files, "."):
-                _bring_to_disk(Path(directory, name))
+                bring_to_disk(Path(directory, name))
         if os.path.lexists(self._checkpoint(step).path):  # An earlier try got as far as this, and the disk no further.
             self._quarantine(Damaged(step, "not-committed", "it did not come to the disk"))
         unfinished.rename(self._checkpoint(step).path)
-        _bring_to_disk(self.directory)
+        bring_to_disk(self.directory)
         self._digests = {**self._digests, step: str(manifest["sha256"])}
         return manifest
 
@@ -501,7 +501,7 @@ class CheckpointStore:
                 leftover = self.directory / f"{old}.removed"
                 self._checkpoint(old).path.rename(leftover)
                 self._digests = {kept: digest for kept, digest in self._digests.items() if kept != old}
-                _remove(leftover)
+                remove(leftover)
             except OSError as error:
                 text = f"the old checkpoint of step {old} could not be removed: {error}"
                 self._results.put(Notice(step, "removal_failed", text))
@@ -593,7 +593,7 @@ def _is_complete(manifest: Mapping[str, Any]) -> bool:
     )
 
 
-def _bring_to_disk(path: Path) -> None:
+def bring_to_disk(path: Path) -> None:
     """Return when the disk has a file's bytes, or the names in a directory."""
     file = os.open(path, os.O_RDONLY)
     try:
@@ -606,7 +606,7 @@ def _bring_to_disk(path: Path) -> None:
         os.close(file)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Remove what is there, if anything is; a symbolic link goes, and what it leads to stays."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)

@@ -125,6 +125,8 @@ class Config:
     """Updates between checkpoints, besides those that the seconds ask for."""
     keep: Annotated[int, tyro.conf.arg(metavar="N")] = 3
     """Number of newest checkpoints to keep; the best one is kept besides."""
+    mirror: Annotated[str | None, _optional("URL", "no copy")] = None
+    """Where each checkpoint is copied to: s3://BUCKET/PATH, gs://BUCKET/PATH. An empty disk gets the run back."""
     lock_wait_s: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 60.0
     """Seconds to wait for another process that is at work in the directory, as one that is just saving to leave."""
     coordinator: Annotated[str | None, _optional("HOST:PORT", "what the scheduler says, or alone")] = None
@@ -157,7 +159,12 @@ class Config:
         if self.workdir is not None and re.match(r"[a-z][a-z0-9]+:/", str(self.workdir)):
             raise ConfigError(
                 f"workdir={self.workdir} is no directory but an address. A run needs a file system that has renaming "
-                "and locks, as NFS and Lustre have and object stores have not; use a directory"
+                "and locks, as NFS and Lustre have and object stores have not; use a directory, and --mirror "
+                "for a copy in S3 or Google Cloud Storage"
+            )
+        if self.mirror is not None and not re.match(r"(s3|gs|file)://.", self.mirror):
+            raise ConfigError(
+                f"mirror={self.mirror} is no place for a copy; use s3://BUCKET/PATH, gs://BUCKET/PATH or file:///PATH"
             )
         self._check_processes()
         if not 0 <= self.lock_wait_s <= sys.float_info.max:
@@ -255,7 +262,8 @@ _NOT_OF_THE_RUN = (
     *("coordinator", "num_processes", "process_id", "peer_timeout_s"),
 )
 _MOST_CONFIG_BYTES = 2**20
-_FILES = ("config.json", "config.json.partial", "lock", "metrics.jsonl", "events.jsonl")
+RECORDS = ("config.json", "metrics.jsonl", "events.jsonl")  # A checkpoint is of no use without them.
+_FILES = (*RECORDS, "config.json.partial", "lock")
 _DIRECTORIES = ("checkpoints", "checkpoints/quarantine", "tensorboard")
 
 
@@ -317,6 +325,15 @@ def load(path: Path) -> Config:
         raise ConfigError(
             f"{path} cannot be read ({error.strerror}); restore it, or start anew with --fresh"
         ) from error
+    return from_bytes(content, path)
+
+
+def from_bytes(content: bytes, path: Path) -> Config:
+    """Return the settings in a JSON file that `save` wrote; `path` says where it lies.
+
+    Raises:
+        ConfigError: it is too large or not JSON, or its values are none of ours.
+    """
     if len(content) > _MOST_CONFIG_BYTES:
         raise ConfigError(f"{path} has more than {_MOST_CONFIG_BYTES} bytes; restore it, or start anew with --fresh")
     try:
@@ -334,6 +351,7 @@ def from_json(values: Any, path: Path) -> Config:
     """
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no table of settings; restore it, or start anew with --fresh")
+    values = {"mirror": None, **values}  # There was none up to version 0.4.
     types = typing.get_type_hints(Config)
     for name in types:
         if name not in values and name not in _NOT_OF_THE_RUN:
@@ -376,7 +394,8 @@ def _in_words(kind: Any) -> str:
         return "one of " + ", ".join(typing.get_args(kind))
     if options := typing.get_args(kind):
         return " or ".join(map(_in_words, options))
-    words = {bool: "true or false", int: "a whole number", float: "a number", Path: "a path", type(None): "null"}
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
+    words[type(None)] = "null"
     return words[kind]
 
 

@@ -2,13 +2,16 @@
 
 import contextlib
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mnist_jax.checkpoint import CheckpointError, CheckpointStore, InvalidState, Notice, SaveFailed
+from mnist_jax.config import RECORDS
 from mnist_jax.distributed import one_copy
 from mnist_jax.journal import Journal, Terminal
+from mnist_jax.mirror import Mirror, MirrorFailed, Pushed
 from mnist_jax.preemption import StopSignal
 from mnist_jax.training import Diverged, Metrics, Training, averages
 
@@ -26,6 +29,35 @@ class Outcome(NamedTuple):
         return " ".join([self.word, *(f"{name}={value}" for name, value in self.fields.items())])
 
 
+class Copies:
+    """The copies of a run's checkpoints in an object store, or nothing where the run has no mirror."""
+
+    def __init__(self, url: str | None, workdir: Path, store: CheckpointStore) -> None:
+        """Copy what `store` has committed in `workdir`."""
+        self._mirror = Mirror(url) if url else None
+        self._workdir, self._store = workdir, store
+
+    def begin(self, step: int) -> None:
+        """Begin to copy the checkpoint of a step."""
+        if self._mirror is not None:
+            self._mirror.begin_push(self._workdir, step, keep=self._store.steps, files=RECORDS)
+
+    def copy(self, step: int) -> None:
+        """Copy the checkpoint of a step.
+
+        Raises:
+            MirrorFailed: it could not be copied.
+        """
+        if self._mirror is not None:
+            if not self._mirror.wait(self._mirror.timeout_s):
+                raise MirrorFailed(f"{self._mirror.url}: the copy of an earlier checkpoint is still under way")
+            self._mirror.push(self._workdir, step, keep=self._store.steps, files=RECORDS)
+
+    def results(self) -> list[Pushed | MirrorFailed]:
+        """Return how the copying went that ended since the last call."""
+        return [] if self._mirror is None else self._mirror.results()
+
+
 class Keeper:
     """The records of a training, and the clock that says when to save."""
 
@@ -35,11 +67,12 @@ class Keeper:
         store: CheckpointStore,
         journal: Journal,
         terminal: Terminal,
+        copies: Copies,
         about: dict[str, Any],
     ) -> None:
         """Watch a training; `about` is what each checkpoint says of the run besides its config."""
         self.training, self.programs = training, training.programs
-        self.store, self.journal, self.terminal = store, journal, terminal
+        self.store, self.journal, self.terminal, self.copies = store, journal, terminal, copies
         self.config = training.config
         self.about = {"config": self.config.to_json(), **about}
         self._next_save_s = time.monotonic() + self.config.checkpoint_every_s
@@ -147,6 +180,14 @@ class Keeper:
                 self.journal.event(
                     "save", step=result.step, reason=reason, seconds=result.seconds, sha256=result.sha256
                 )
+                if another_follows:
+                    self.copies.begin(result.step)
+        for copied in self.copies.results():
+            if isinstance(copied, MirrorFailed):
+                self.journal.event("copy_failed", step=self.step, error=str(copied))
+                self.terminal.warn(f"warning: {copied}. Training goes on, and the next checkpoint is copied again.")
+            else:
+                self.journal.event("copy", step=copied.step, seconds=copied.seconds)
 
     def _report_failure(self, failure: SaveFailed, *, another_follows: bool = True) -> None:
         self._next_save_s = time.monotonic() + min(RETRY_SAVE_S, self.config.checkpoint_every_s)
@@ -159,6 +200,7 @@ class Keeper:
 
         Raises:
             Diverged: it is not finite, or one before it was not.
+            MirrorFailed: it is saved, and could not be copied.
             SaveFailed: it could not be saved.
         """
         self._check()
@@ -175,6 +217,7 @@ class Keeper:
         finally:
             self.report_saves(another_follows=False)
         self._check()
+        self.copies.copy(self.step)
         if training.is_finished:
             return finished(self.step, self.journal, self.store)
         return stopped(self.step, stop, self.journal, self.store)

@@ -24,7 +24,8 @@ from mnist_jax.command import notice
 from mnist_jax.config import Config, ConfigError
 from mnist_jax.data import DataError, Dataset
 from mnist_jax.journal import Journal, Terminal
-from mnist_jax.keeper import Keeper, Outcome, finished, stopped
+from mnist_jax.keeper import Copies, Keeper, Outcome, finished, stopped
+from mnist_jax.mirror import MirrorFailed
 from mnist_jax.peers import PeerLost, Peers
 from mnist_jax.preemption import Stopped, StopSignal
 from mnist_jax.programs import Blueprint
@@ -38,6 +39,7 @@ EXIT_CODES: dict[type[Exception], int] = {
     Damaged: 65,
     NoReadableCheckpoint: 65,
     PeerLost: 69,
+    MirrorFailed: 74,
     SaveFailed: 74,
     OSError: 74,
 }
@@ -105,15 +107,13 @@ def train(
         Diverged: the loss is not finite; that state is not saved.
         OSError: a file of the journal cannot be written.
         PeerLost: another process is gone.
+        MirrorFailed: the last checkpoint was not copied.
         SaveFailed: the last save failed.
     """
+    copies = Copies(config.mirror, workdir, store)
     try:
         environment = introduce(config, workdir, stop, peers)
-        journal.event("start", step=store.newest_step, config=config.to_json(), **environment)
-        if store.removed:
-            journal.event("unfinished_removed", step=store.newest_step, names=store.removed)
-        if not store.steps:  # From the first moment the bare command knows what it is to carry on.
-            configs.save(config, workdir / "config.json")
+        note_start(config, workdir, environment, store, journal)
         journal.event("phase", step=store.newest_step, phase="data")
         load = loading.result if loading else lambda: data.load(config.dataset, config.data_dir, say=terminal.say)
         dataset = stop.run(load)
@@ -122,11 +122,13 @@ def train(
         restored = restore(blueprint, dataset, environment, store, journal, terminal)
         if restored is not None:  # Only now is it known that the config does not contradict the checkpoint.
             configs.save(config, workdir / "config.json")
+            copies.begin(restored.step)  # The last start may have ended before that was done.
         step = restored.step if restored else 0
         is_evaluated = journal.accuracy_at(step) is not None
         is_finished = is_evaluated and step >= blueprint.total_steps
         peers.tell([step if restored else None, is_evaluated, is_finished])
         if is_finished:
+            copies.copy(step)
             terminal.say(f"{workdir} is finished: --fresh starts it anew, --workdir DIR begins another run")
             return finished(step, journal, store)
         if restored is None:
@@ -142,9 +144,21 @@ def train(
         peers.give_up(error, config.preempted_exit_code)
         return stopped(store.newest_step, stop, journal, store)
     training = Training(blueprint, programs, dataset, state, stop, peers, is_evaluated=is_evaluated)
-    keeper = Keeper(training, store, journal, terminal, {"data": provenance.describe_data(dataset), **environment})
+    about = {"data": provenance.describe_data(dataset), **environment}
+    keeper = Keeper(training, store, journal, terminal, copies, about)
     carry_out(training, keeper)
     return keeper.end(stop)
+
+
+def note_start(
+    config: Config, workdir: Path, environment: dict[str, Any], store: CheckpointStore, journal: Journal
+) -> None:
+    """Write down that the run is started, and with which settings, where nothing was saved with others yet."""
+    journal.event("start", step=store.newest_step, config=config.to_json(), **environment)
+    if store.removed:
+        journal.event("unfinished_removed", step=store.newest_step, names=store.removed)
+    if not store.steps:  # From the first moment the bare command knows what it is to carry on.
+        configs.save(config, workdir / "config.json")
 
 
 def carry_out(training: Training, keeper: Keeper | None) -> None:

@@ -23,7 +23,7 @@ from mnist_jax.journal import Terminal, accuracy_at, read_events, read_metrics, 
 
 HISTORY = (
     *("start", "lost", "resume", "quarantine", "metrics_changed", "unfinished_removed"),
-    *("signal", "save_failed", "low_space", "checkpoints_vanished", "removal_failed", "exit"),
+    *("signal", "save_failed", "low_space", "checkpoints_vanished", "removal_failed", "copy_failed", "exit"),
 )
 
 

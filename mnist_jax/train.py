@@ -9,7 +9,7 @@ import dataclasses
 import gc
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,18 @@ from mnist_jax.preemption import Stopped, StopSignal
 RUNS = Path("runs")
 
 
+class MirrorOutOfReach(Exception):
+    """The object store does not tell what it holds of the run."""
+
+
 def main(args: Sequence[str]) -> int:
     """Start a run or carry it on, and return the exit code.
 
     0: finished, or stopped and saved (the latter is `--preempted-exit-code`). 1: the loss is not finite. 2: bad usage,
     bad data, or a flag that contradicts the run. 65: no checkpoint is good. 69: of several processes another one is
-    gone. 73: another run is at work in the directory. 74: the last save failed, or the disk takes no more. A second
-    signal n ends the process with 128+n. An error that nobody foresaw is 70, and told in full.
+    gone. 73: another run is at work in the directory. 74: the last save or its copy failed, the disk takes no more, or
+    the mirror is out of reach. A second signal n ends the process with 128+n. An error that nobody foresaw is 70, and
+    told in full.
     """
     mend_standard_streams()
     asked = configs.parse(args, Config())  # The defaults of a preset depend on the data: they come with it.
@@ -57,6 +62,10 @@ def main(args: Sequence[str]) -> int:
             peers.give_up(error, 73)
             notice(f"error: {error}: --workdir DIR.")
             return 73
+        except MirrorOutOfReach as error:
+            peers.give_up(error, 74)
+            notice(f"error: {error}")
+            return 74
         except PeerLost as error:
             notice(f"error: {error}")
             return 69
@@ -120,11 +129,67 @@ def find_run(args: Sequence[str], asked: Config, stop: StopSignal, locks: contex
         workdir = workdir.resolve()  # "." would move along with its directory, and of a link only the link.
         _move_aside(workdir)
         lock(workdir)  # It is another directory now. The lock on the old one is kept.
+    if asked.mirror is not None and not (workdir / "config.json").exists():
+        stop.run(lambda: bring_back(str(asked.mirror), workdir, is_fresh=asked.fresh))
     if (workdir / "config.json").exists():
-        return _settings_of_old_run(args, asked, workdir), workdir
+        config = _settings_of_old_run(args, asked, workdir)
+        if config.mirror is not None:
+            stop.run(lambda: check_copies(str(config.mirror), config, workdir))
+        return config, workdir
     name = name or resolve()
     config = configs.parse(args, Config.of_preset(asked.preset, asked.model, name))
     return dataclasses.replace(config, dataset=name), workdir
+
+
+def bring_back(url: str, workdir: Path, *, is_fresh: bool) -> None:
+    """Bring the run that is copied under a URL, if one is, into a directory that holds none.
+
+    Raises:
+        ConfigError: it is there, and `is_fresh` says to begin anew; or the URL is no place for a copy.
+        MirrorOutOfReach: nobody knows whether it is there.
+    """
+    with _mirror(url) as mirror:
+        if is_fresh and mirror.newest_step() is not None:
+            raise ConfigError(f"{url} holds the copy of a run; to begin anew use another --mirror, or empty that one")
+        fetched = mirror.fetch(workdir, files=configs.RECORDS)
+    for step, reason in fetched.refused.items():
+        notice(f"warning: the copy of step {step} was not taken: {reason}")
+    if fetched.steps:
+        notice(f"brought back from {url}: the checkpoints of steps {', '.join(map(str, fetched.steps))}")
+
+
+def check_copies(url: str, config: Config, workdir: Path) -> None:
+    """Check that the copies under a URL are of the run in a directory, and do not know more of it.
+
+    Raises:
+        ConfigError: they are of another run, or another machine carried this one on; or the URL is no place for them.
+        MirrorOutOfReach: they cannot be looked at.
+    """
+    here = max((int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdigit()), default=-1)
+    with _mirror(url) as mirror:
+        there, settings = mirror.newest_step(), mirror.read("config.json")
+    if there is None or settings is None:
+        return
+    if any(configs.contradictions(configs.from_bytes(settings, Path(f"{url}/config.json")), config)):
+        raise ConfigError(f"{url} holds the copy of another run; use another --mirror")
+    if there > here:
+        raise ConfigError(
+            f"the copy in {url} is at step {there}, and {workdir} at step {max(here, 0)}: the run was carried on "
+            "elsewhere. Use an empty --workdir to carry on from the copy, or another --mirror"
+        )
+
+
+@contextlib.contextmanager
+def _mirror(url: str) -> Iterator[Any]:
+    """Yield the mirror under a URL, and say of what goes wrong with it what to do."""
+    from mnist_jax.mirror import Mirror, MirrorFailed  # TensorStore is for those who have a mirror.
+
+    try:
+        yield Mirror(url)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    except MirrorFailed as error:
+        raise MirrorOutOfReach(f"{error}. Try again, or do without: --mirror None") from error
 
 
 def _settings_of_old_run(args: Sequence[str], asked: Config, workdir: Path) -> Config:

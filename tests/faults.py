@@ -44,7 +44,7 @@ from mnist_jax.preemption import STOP_SIGNALS
 
 STEPS, SAVE_EVERY = 120, 20
 LEFTOVERS = (".unfinished", ".removed")
-FALLIBLE = ("_orbax", "_write_manifest", "_bring_to_disk", "Path.rename")  # parts of a save, all in its own thread
+FALLIBLE = ("_orbax", "_write_manifest", "bring_to_disk", "Path.rename")  # parts of a save, all in its own thread
 
 
 class Result(NamedTuple):
@@ -368,8 +368,8 @@ def slow_saves() -> None:
     """Have each file take its time to the disk, and each old checkpoint to go, so that a kill can come in between."""
     from mnist_jax import checkpoint
 
-    before(checkpoint, "_bring_to_disk", lambda path: time.sleep(0.02 * (".unfinished" in str(path))))
-    before(checkpoint, "_remove", lambda path: time.sleep(0.3 * (path.suffix == ".removed")))
+    before(checkpoint, "bring_to_disk", lambda path: time.sleep(0.02 * (".unfinished" in str(path))))
+    before(checkpoint, "remove", lambda path: time.sleep(0.3 * (path.suffix == ".removed")))
 
 
 # ---- Signals --------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ ROOMS = {
     "preemption": set(),
     "distributed": set(),
     "lock": set(),
+    "mirror": {"checkpoint"},
     "command": set(),
     "journal": {"command"},
     "peers": {"preemption"},
@@ -29,13 +30,15 @@ ROOMS = {
     "programs": {"config", "model", "augment", "train_state", "steps", "distributed", "council"},
     "updates": {"data", "distributed", "programs", "steps", "train_state"},
     "training": {"data", "distributed", "peers", "council", "preemption", "programs", "train_state", "updates"},
-    "keeper": {"checkpoint", "distributed", "journal", "preemption", "programs", "training"},
+    "keeper": {
+        *("config", "checkpoint", "distributed", "journal", "mirror", "preemption", "programs", "training"),
+    },
     "provenance": {"config", "data", "distributed", "checkpoint", "train_state"},
     "loop": {
         *("command", "config", "data", "programs", "training", "keeper", "provenance"),
-        *("checkpoint", "peers", "preemption", "distributed", "journal"),
+        *("checkpoint", "peers", "preemption", "distributed", "journal", "mirror"),
     },
-    "train": {"command", "config", "data", "lock", "peers", "preemption", "loop"},
+    "train": {"command", "config", "data", "lock", "mirror", "peers", "preemption", "loop"},
     "status": {"command", "provenance", "config", "checkpoint", "journal", "lock"},
     "replay": {
         *("command", "config", "council", "data", "updates", "provenance", "loop"),
@@ -52,6 +55,7 @@ OWNERS = {
     "signal": {"preemption"},
     "tensorboard": {"journal"},
     "tensorflow_datasets": {"data"},
+    "tensorstore": {"mirror"},
     "tyro": {"config", "status", "replay"},
 }
 

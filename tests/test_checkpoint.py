@@ -174,7 +174,7 @@ def test_a_failed_save_is_told_changes_nothing_and_can_be_tried_again(store, mon
     assert store.steps == [1, 2]
 
 
-@pytest.mark.parametrize("name", ["_write_manifest", "_bring_to_disk"])
+@pytest.mark.parametrize("name", ["_write_manifest", "bring_to_disk"])
 def test_a_save_that_broke_off_half_way_can_be_tried_again(store, monkeypatch, name):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, name, fail_with(OSError(5, "Input/output error")))
@@ -437,7 +437,7 @@ def test_a_checkpoint_counts_when_the_disk_has_it_and_only_then_do_old_ones_go(t
 
 
 def test_a_save_whose_name_did_not_come_to_the_disk_does_not_count_and_can_be_tried_again(store, monkeypatch):
-    bring_to_disk = checkpoint._bring_to_disk
+    bring_to_disk = checkpoint.bring_to_disk
 
     def fail_for_the_name(path):
         if path == store.directory:
@@ -445,7 +445,7 @@ def test_a_save_whose_name_did_not_come_to_the_disk_does_not_count_and_can_be_tr
         bring_to_disk(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_bring_to_disk", fail_for_the_name)
+        patch.setattr(checkpoint, "bring_to_disk", fail_for_the_name)
         with pytest.raises(SaveFailed, match="Input/output error"):
             store.save_and_wait(1, make_tree(1))
     assert store.steps == []

@@ -50,6 +50,7 @@ FREE = (
     "checkpoint_every_s",
     "checkpoint_every_steps",
     "keep",
+    "mirror",
     "lock_wait_s",
     "coordinator",
     "num_processes",
@@ -212,6 +213,13 @@ def test_an_object_store_is_no_place_for_a_run_and_is_not_taken_for_a_directory(
     assert "is no directory but an address" in usage_error(["--workdir", address], capsys)
 
 
+@pytest.mark.parametrize("place", ["bucket/run", "http://host/run", "s3:/bucket", "s3://", ""])
+def test_a_mirror_is_an_address_of_an_object_store(place: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "use s3://BUCKET/PATH, gs://BUCKET/PATH or file:///PATH" in usage_error(["--mirror", place], capsys)
+    for scheme in ("s3", "gs", "file"):
+        assert configs.parse(["--mirror", f"{scheme}:///run"]).mirror == f"{scheme}:///run"
+
+
 def test_processes_are_named_in_full_or_left_to_a_scheduler_or_ruled_out() -> None:
     named = configs.parse(["--coordinator", "[::1]:65535", "--num-processes", "2", "--process-id", "1"])
     assert (named.coordinator, named.num_processes, named.process_id) == ("[::1]:65535", 2, 1)
@@ -342,7 +350,14 @@ def test_a_config_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         configs.load(path)
 
 
-@pytest.mark.parametrize("field", [*Config().to_json()])
+def test_a_run_of_a_version_that_had_no_mirror_is_carried_on(tmp_path: Path) -> None:
+    values = Config().to_json()
+    del values["mirror"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert configs.load(tmp_path / "config.json") == Config()
+
+
+@pytest.mark.parametrize("field", [field for field in Config().to_json() if field != "mirror"])
 def test_a_setting_that_the_config_file_lacks_is_named(field: str, tmp_path: Path) -> None:
     values = Config().to_json()
     del values[field]
@@ -371,6 +386,7 @@ WRONG_TYPES = {
     "checkpoint_every_s": ["30", None, True],
     "checkpoint_every_steps": ["3", 3.0, True],
     "keep": ["3", 3.0, None],
+    "mirror": [1, True, ["s3://bucket/run"]],
     "preempted_exit_code": ["75", 75.0, None, True],
 }
 

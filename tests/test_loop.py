@@ -17,6 +17,7 @@ from mnist_jax.checkpoint import CheckpointStore
 from mnist_jax.config import Config
 from mnist_jax.journal import Journal, Terminal
 from mnist_jax.keeper import Keeper
+from mnist_jax.mirror import Mirror, MirrorFailed
 from mnist_jax.preemption import StopSignal
 from mnist_jax.training import Pace
 
@@ -65,6 +66,36 @@ def test_a_failed_background_save_is_told_and_training_goes_on_and_the_next_save
     assert ends[0]["state_sha256"] == ends[1]["state_sha256"]
     metrics = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("undisturbed", "run")]
     assert metrics[0] == metrics[1]
+
+
+def test_a_copy_that_failed_is_told_and_training_goes_on_and_only_the_last_one_decides(tmp_path, monkeypatch, capfd):
+    settings = config(mirror=f"file://{tmp_path}/mirror")
+    push = Mirror.push
+
+    def fail_but_at_the_end(self, run, step, **options):
+        if step < 40:
+            raise MirrorFailed(f"{self.url}: the door is shut")
+        return push(self, run, step, **options)
+
+    def fail(self, run, step, **options):
+        raise MirrorFailed(f"{self.url}: the door is shut")
+
+    with StopSignal() as stop:
+        monkeypatch.setattr(Mirror, "push", fail_but_at_the_end)
+        assert loop.run(settings, tmp_path / "run", stop) == 0
+        assert f"warning: {settings.mirror}: the door is shut. Training goes on" in capfd.readouterr().err
+        monkeypatch.setattr(Mirror, "push", fail)
+        assert loop.run(settings, tmp_path / "another", stop) == 74
+        assert (
+            f"error: {settings.mirror}: the door is shut\nThe newest checkpoint is of step 40."
+            in capfd.readouterr().err
+        )
+        monkeypatch.setattr(Mirror, "push", push)
+        assert Mirror(settings.mirror).newest_step() == 40
+        shutil.rmtree(tmp_path / "mirror")
+        assert loop.run(settings, tmp_path / "another", stop) == 0  # It is finished, and only its copy was missing.
+    assert events(tmp_path / "run", "copy_failed")
+    assert Mirror(settings.mirror).newest_step() == 40
 
 
 def test_a_save_that_time_asked_for_and_that_failed_is_tried_again_soon(tmp_path, monkeypatch):

@@ -1,17 +1,23 @@
+import dataclasses
 import json
 import os
 import pty
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from object_store import closed_port, s3_environment, s3_server
 from runs import Ended, Run, end, stop
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mnist_jax import train
+from mnist_jax.config import Config, ConfigError
 from mnist_jax.preemption import STOP_SIGNALS
 
 PHASES = ("data", "compile", "train", "evaluate")
@@ -390,3 +396,83 @@ def test_a_name_that_the_output_cannot_write_does_not_stop_the_training(new_run)
     ended = run.finish("--dataset", "digits", "--steps", "3")
     assert ended.code == 0, ended.err
     assert "\\xe9" in ended.out
+
+
+# The copy in an object store
+
+
+def test_a_run_whose_disk_is_gone_is_brought_back_from_its_mirror_and_ends_alike(reference, new_run, tmp_path):
+    mirror = ("--mirror", f"file://{tmp_path}/mirror")
+    run = new_run()
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        process = run.start(*reference.args, *mirror)
+        assert run.wait_for(lambda: len(run.events("copy")) > 1, process)
+        code = stop(process, number).code
+        assert code == (0 if number == signal.SIGTERM else -number)
+        shutil.rmtree(run.workdir)
+    ended = run.finish(*reference.args, *mirror)
+    assert f"brought back from file://{tmp_path}/mirror: the checkpoints of steps " in ended.err
+    assert_ended_like(reference, run, ended)
+    resumes = run.events("resume")
+    assert [resume["exact"] for resume in resumes] == [True, True]  # The history came back as well.
+    assert (resumes[-1]["lost_steps"], resumes[-1]["saved_because"]) == (0, "signal SIGTERM")
+
+
+def test_a_run_is_carried_on_from_an_object_store(new_run):
+    digits = ("--dataset", "digits", "--steps", "60", "--log-every-steps", "10", "--checkpoint-every-steps", "5")
+    whole = new_run("whole").finish(*digits)
+    with s3_server() as (bucket, variables):
+        run = new_run(**variables)
+        process = run.start(*digits, "--mirror", f"{bucket}/run")
+        assert run.wait_for_phase("train", process)
+        assert stop(process, signal.SIGTERM).last_line.startswith("stopped ")
+        shutil.rmtree(run.workdir)
+        ended = run.finish(*digits, "--mirror", f"{bucket}/run")
+    assert ended.out.splitlines()[0].endswith(": exact")
+    assert ended.last_line == whole.last_line
+
+
+def committed(mirror: Path, step: int, settings: Config) -> None:
+    """Write what a mirror needs to hold the copy of a run at a step."""
+    manifest = mirror / "checkpoints" / str(step) / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text('{"files": {}}')
+    (mirror / "config.json").write_text(json.dumps(settings.to_json()))
+
+
+def test_a_copy_that_knows_more_than_the_directory_or_is_of_another_run_is_never_written_over(tmp_path, capfd):
+    mirror, run = tmp_path / "mirror", tmp_path / "run"
+    (run / "checkpoints" / "20").mkdir(parents=True)
+    config, url = Config(), f"file://{mirror}"
+    train.check_copies(url, config, run)  # There is nothing yet.
+    committed(mirror, 20, config)
+    train.check_copies(url, config, run)
+    with pytest.raises(ConfigError, match="holds the copy of another run; use another --mirror"):
+        train.check_copies(url, dataclasses.replace(config, seed=1), run)
+    committed(mirror, 30, config)
+    with pytest.raises(ConfigError, match=r"is at step 30, and .* at step 20: the run was carried on elsewhere"):
+        train.check_copies(url, config, run)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_to_begin_anew_takes_a_mirror_that_holds_no_run(tmp_path):
+    train.bring_back(f"file://{tmp_path}/mirror", tmp_path / "run", is_fresh=True)
+    committed(tmp_path / "mirror", 20, Config())
+    with pytest.raises(ConfigError, match="to begin anew use another --mirror"):
+        train.bring_back(f"file://{tmp_path}/mirror", tmp_path / "run", is_fresh=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mirror_that_does_not_answer_or_cannot_exist_is_told_of_before_the_run_begins(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("mnist_jax.mirror.TRIES", 0)
+    with closed_port() as port:
+        for name, value in s3_environment(port).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(train.MirrorOutOfReach, match=r"s3://bucket/run: .* Try again, or do without"):
+            train.check_copies("s3://bucket/run", Config(), tmp_path / "run")
+        workdir = tmp_path / "run"
+        assert train.main(["--dataset", "digits", "--workdir", str(workdir), "--mirror", "s3://bucket/run"]) == 74
+    assert not (workdir / "config.json").exists()
+    assert "error: s3://bucket/run: " in capfd.readouterr().err
+    with pytest.raises(ConfigError, match=r"Invalid S3 bucket name.*; use s3://bucket/path"):
+        train.bring_back("s3://no such bucket", workdir, is_fresh=False)

@@ -1,0 +1,591 @@
+"""A copy of a run in an object store, for machines whose disk goes when they go.
+
+A run directory needs a file system that renames and locks. A bucket does neither, but it outlives the machine. So it
+holds copies, under the names of the originals:
+
+    config.json, metrics.jsonl …     the small files that the caller names
+    checkpoints/120/state/…          the files of a checkpoint, those that its manifest lists
+    checkpoints/120/manifest.json    written last and deleted first: a copy counts while this is there
+
+What breaks off leaves copies that are whole, and remains that never count and that a later push removes. The store
+must show what was written to whoever asks next, as S3 and Google Cloud Storage do, and have one writer at a time.
+
+This file stands alone but for `checkpoint.py`.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import queue
+import re
+import shutil
+import stat
+import threading
+import time
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import tensorstore as ts
+
+from mnist_jax.checkpoint import MOST_MANIFEST_BYTES, bring_to_disk, remove
+
+MOST_SMALL_FILE_BYTES = 2**30
+PIECE_BYTES = 2**25  # A file is read in pieces of this size, and so many requests are on their way at once:
+CONCURRENCY = 4
+
+# Each further try waits twice as long as the one before, so these take half of `timeout_s`, or 16 s where that is less:
+# what then is told is the reason, and not only that time ran out. TensorStore by itself would try for a quarter of an
+# hour.
+TRIES = 4
+FIRST_DELAY = 1 / 32  # of `timeout_s`, and at most a second
+
+
+class MirrorFailed(Exception):
+    """The object store did not take or give what it was asked for."""
+
+
+class Pushed(NamedTuple):
+    """A copy that is committed."""
+
+    step: int
+    seconds: float
+
+    def __str__(self) -> str:
+        """Return a line for people."""
+        return f"the checkpoint of step {self.step} was copied in {self.seconds:.2f} s"
+
+
+class Fetched(NamedTuple):
+    """The steps that were brought back, oldest first, and why others were not."""
+
+    steps: list[int]
+    refused: dict[int, str]
+
+
+class Mirror:
+    """The copy of one run under one URL.
+
+        mirror = Mirror("s3://bucket/runs/mnist")
+        mirror.fetch(run, files=["metrics.jsonl"])
+        ...
+        mirror.begin_push(run, step, keep=store.steps, files=["metrics.jsonl"])  # returns at once
+        ...
+        mirror.close()
+
+    Credentials are looked for where each service's own tools look: `AWS_ACCESS_KEY_ID` and its like, `~/.aws`,
+    `GOOGLE_APPLICATION_CREDENTIALS`, the machine's role. `AWS_ENDPOINT_URL` names another server that talks like S3.
+    """
+
+    def __init__(self, url: str, *, timeout_s: float = 20.0) -> None:
+        """Note where the copy lies; nothing is opened yet.
+
+        Args:
+            url: `s3://bucket/path`, `gs://bucket/path` or `file:///path`.
+            timeout_s: the most that one push, fetch or look takes, however many requests it makes.
+
+        Raises:
+            ValueError: the URL is none of these.
+        """
+        self.url = url
+        self.timeout_s = timeout_s
+        self._spec = _spec(url, timeout_s)
+        self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mirror")
+        self._lock = threading.Lock()
+        self._waiting: tuple[Path, int, frozenset[int], tuple[str, ...]] | None = None
+        self._is_pushing = False
+        self._pushing: Future[None] | None = None
+        self._results: queue.SimpleQueue[Pushed | MirrorFailed] = queue.SimpleQueue()
+
+    def newest_step(self) -> int | None:
+        """Return the step of the newest committed copy, or None where there is none.
+
+        Raises:
+            MirrorFailed: the store did not tell.
+        """
+        return max(_committed(self._open().copies()), default=None)
+
+    def read(self, name: str) -> bytes | None:
+        """Return what a small file holds, or None where it has no copy.
+
+        Raises:
+            MirrorFailed: the store did not give it, or it is absurdly large.
+        """
+        with self._told_in_a_line(f"{name} was not read"):
+            return self._open().read(name, MOST_SMALL_FILE_BYTES)
+
+    def push(self, run: Path, step: int, *, keep: Collection[int], files: Sequence[str]) -> Pushed | None:
+        """Copy the small files and then a checkpoint of a run, and return when the copy is committed.
+
+        The small files must hold already what leads to this checkpoint. A copy that is there and is the same is not
+        written again; one that differs ceases to count before its first byte changes. What broke off earlier is
+        removed, of whatever step.
+
+        Args:
+            run: the run directory.
+            step: names the checkpoint.
+            keep: the steps whose copies stay; others go once this one is committed. But later ones are of a history
+                that was given up, and go first: the small files are about to forget what led to them.
+            files: names in the run directory; those that are not there are left out.
+
+        Returns:
+            None where the checkpoint is not there, or goes meanwhile, as an older one does when newer ones are saved.
+
+        Raises:
+            MirrorFailed: the store did not take it, or the checkpoint is not what its manifest says.
+        """
+        started = time.monotonic()
+        directory = run / "checkpoints" / str(step)
+        with self._told_in_a_line(f"the checkpoint of step {step} was not copied"):
+            manifest = _read(directory / "manifest.json", MOST_MANIFEST_BYTES)
+            if manifest is None:
+                return None
+            table = _table(manifest)
+            bucket = self._open()
+            copies = bucket.copies()
+            there = copies.pop(step, set())
+            given_up = {old: copies.pop(old) for old in sorted(copies) if old > step and old not in keep}
+            bucket.remove(given_up)
+            bucket.write(_small_files(run, files))
+            try:
+                _push_checkpoint(bucket, directory, manifest, table, there)
+            except _Gone:
+                return None
+            kept = _committed(copies).intersection(keep)
+            bucket.remove({old: names for old, names in copies.items() if old not in kept})
+        return Pushed(step, time.monotonic() - started)
+
+    def begin_push(self, run: Path, step: int, *, keep: Collection[int], files: Sequence[str]) -> None:
+        """Push in the background; one that has not begun yet gives way to this one.
+
+        How it went, `results` tells.
+        """
+        with self._lock:
+            self._waiting = run, step, frozenset(keep), tuple(files)
+            if not self._is_pushing:
+                self._pushing = self._background.submit(self._push_what_waits)
+                self._is_pushing = True
+
+    def _push_what_waits(self) -> None:
+        """Push, in the background thread, until nothing waits."""
+        while True:
+            with self._lock:
+                waiting, self._waiting = self._waiting, None
+                if waiting is None:
+                    self._is_pushing = False
+                    return
+            run, step, keep, files = waiting
+            try:
+                if pushed := self.push(run, step, keep=keep, files=files):
+                    self._results.put(pushed)
+            except MirrorFailed as failure:
+                self._results.put(failure)
+            except Exception as error:  # Whatever it is, it must not end the pushes that come after.
+                self._results.put(MirrorFailed(f"{self.url}: {type(error).__name__}: {_in_a_line(error)}"))
+
+    def results(self) -> list[Pushed | MirrorFailed]:
+        """Return how the background pushes went that ended since the last call; it raises nothing."""
+        ended = []
+        while not self._results.empty():
+            ended.append(self._results.get())
+        return ended
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait for the background pushes, and tell whether all have ended. Signal handlers run meanwhile.
+
+        Without a limit it takes at most twice the `timeout_s` of the mirror: one may be under way, and one wait.
+        """
+        return self._pushing is None or not wait([self._pushing], timeout=timeout_s).not_done
+
+    def close(self) -> None:
+        """Wait for the background pushes, and take no more."""
+        self._background.shutdown(wait=True)
+
+    def fetch(self, run: Path, *, files: Sequence[str]) -> Fetched:
+        """Bring committed copies back into a run directory, and with them the small files.
+
+        Checkpoints that are there already stay as they are. The small files are replaced only where a checkpoint comes
+        that is newer than all of these, and they are in place before it is. Nothing of a copy is believed: no name
+        leads elsewhere, nothing is larger than it says, no link is followed. Whether the bytes are those that were
+        saved is for whoever restores the checkpoint to check.
+
+        Args:
+            run: the run directory, which is made if it is not there.
+            files: names in the run directory; those that have no copy are left out.
+
+        Raises:
+            MirrorFailed: the store did not give it; or there are copies, all were refused, and no checkpoint is here.
+                To begin anew would then be wrong.
+        """
+        with self._told_in_a_line(f"{run} did not get all of it back"):
+            checkpoints = run / "checkpoints"
+            if checkpoints.is_symlink():
+                raise _Refused(f"{checkpoints} is a symbolic link, and nothing is brought to where it leads")
+            bucket = self._open()
+            copies = bucket.copies()
+            here = {int(path.name) for path in checkpoints.glob("*") if _STEP.fullmatch(path.name)}
+            taken, refused = set(), {}
+            for step in sorted(_committed(copies) - here, reverse=True):  # Where not all find room, the newest does.
+                try:
+                    _take_checkpoint(bucket, step, copies[step], checkpoints)
+                except (_Refused, OSError) as error:
+                    refused[step] = _in_a_line(error)
+                else:
+                    taken.add(step)
+            if refused and not taken and not here:
+                raise _Refused("; ".join(f"step {step}: {refused[step]}" for step in sorted(refused)))
+            if taken:
+                _take_small_files(bucket, run, files, replace=max(taken) > max(here, default=-1))
+            for step in sorted(taken):
+                (checkpoints / f"{step}.unfinished").rename(checkpoints / str(step))
+                bring_to_disk(checkpoints)
+        return Fetched(sorted(taken), refused)
+
+    def _open(self) -> "_Bucket":
+        return _Bucket(self.url, self._spec, self.timeout_s)
+
+    @contextlib.contextmanager
+    def _told_in_a_line(self, what: str) -> Iterator[None]:
+        """Raise MirrorFailed for what is wrong on either side."""
+        try:
+            yield
+        except (_Refused, OSError) as error:
+            raise MirrorFailed(f"{self.url}: {what}: {_in_a_line(error)}") from None
+
+
+class _Refused(Exception):
+    """A file, a checkpoint or a copy is not what it should be."""
+
+
+class _Gone(Exception):
+    """The checkpoint was removed while it was copied."""
+
+
+_STEP = re.compile(r"0|[1-9][0-9]{0,17}")
+_IN_A_COPY = re.compile(rf"checkpoints/({_STEP.pattern})/(manifest\.json|state/.+)")
+_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
+
+
+def _spec(url: str, timeout_s: float) -> dict[str, Any]:
+    """Return what TensorStore is to open.
+
+    Raises:
+        ValueError: it is no place for a copy.
+    """
+    try:
+        parts = urlsplit(url)
+        if "@" in parts.netloc or "?" in url or "#" in url or not url.isprintable():
+            raise ValueError("it may hold a bucket and a path, and nothing else")
+        if parts.scheme not in ("s3", "gs", "file"):
+            raise ValueError("nothing is known of such a place")
+        spec = ts.KvStore.Spec(url).to_json()
+    except ValueError as error:
+        shown = re.sub(r"//[^/]*@", "//", re.split(r"[?#]", url)[0])  # Not what may be a password.
+        reason = str(error).rsplit('": ')[-1]
+        raise ValueError(
+            f"{shown!r} is no place for a mirror: {reason}; use s3://bucket/path, gs://bucket/path or file:///path"
+        ) from None
+    if spec.get("path"):
+        spec["path"] = spec["path"].rstrip("/") + "/"
+    driver = spec["driver"]
+    if driver == "file":
+        return spec
+    spec[f"{driver}_request_concurrency"] = {"limit": CONCURRENCY}
+    delay_ms = int(1000 * min(1.0, FIRST_DELAY * timeout_s))
+    spec[f"{driver}_request_retries"] = {
+        "max_retries": TRIES,
+        "initial_delay": f"{delay_ms}ms",
+        "max_delay": f"{delay_ms * 2**TRIES}ms",
+    }
+    if driver == "s3":
+        variable = os.environ.get
+        if endpoint := variable("AWS_ENDPOINT_URL_S3") or variable("AWS_ENDPOINT_URL"):
+            spec["endpoint"] = endpoint.rstrip("/")
+            # Amazon tells where a bucket lies, which need not be where this machine does.
+            if region := variable("AWS_REGION") or variable("AWS_DEFAULT_REGION"):
+                spec["aws_region"] = region
+        if variable("AWS_ACCESS_KEY_ID") and variable("AWS_SECRET_ACCESS_KEY"):
+            # The whole chain would find the same, and first complain on standard error of files that are not there.
+            spec["aws_credentials"] = {"type": "environment"}
+    return spec
+
+
+class _Bucket:
+    """The open store, for one push, fetch or look, all of which has to end in time.
+
+    It is opened anew for each. Requests that a silent server never answers keep their places in TensorStore's queue,
+    and after some pushes none would be left: of 4 places, 4 lost ones blocked all that came later.
+    """
+
+    def __init__(self, url: str, spec: Mapping[str, Any], timeout_s: float) -> None:
+        self._url, self._timeout_s = url, timeout_s
+        self._ends_at = time.monotonic() + timeout_s
+        self._store = self._result("it cannot be opened", ts.KvStore.open(dict(spec)))
+
+    def copies(self) -> dict[int, set[str]]:
+        """Return the files of each copy, be it whole or not. Other names are nobody's, neither read nor removed."""
+        within = ts.KvStore.KeyRange("checkpoints/", "checkpoints0")
+        copies: dict[int, set[str]] = {}
+        for key in self._result("it cannot be listed", self._store.list(within)):
+            match = _IN_A_COPY.fullmatch(key.decode(errors="replace"))
+            if match and _is_plain(match[2]):
+                copies.setdefault(int(match[1]), set()).add(match[2])
+        return copies
+
+    def read(self, name: str, most_bytes: int) -> bytes | None:
+        """Return what a file holds, or None where it is not there.
+
+        Raises:
+            _Refused: it has more bytes.
+        """
+        what = f"{name} cannot be read"
+        try:
+            beyond = self._store.read(name, byte_range=slice(most_bytes, most_bytes + 1))
+            is_larger = bool(self._result(what, beyond).value)
+        except (MirrorFailed, _Refused):  # To ask for what is beyond the end is an error, and that is well.
+            is_larger = False
+        result = None if is_larger else self._result(what, self._store.read(name))
+        if result is None or len(result.value) > most_bytes:
+            raise _Refused(f"{name} has more than {most_bytes:,} bytes")
+        return None if result.state == "missing" else result.value
+
+    def read_pieces(self, place: str, sizes: Mapping[str, int]) -> Iterator[tuple[str, bytes]]:
+        """Return what files in a place hold, in pieces, no more than their sizes, and nothing of empty ones.
+
+        Raises:
+            _Refused: one of them is not there, or shorter.
+        """
+        pieces = (
+            (name, slice(start, min(start + PIECE_BYTES, size)))
+            for name, size in sizes.items()
+            for start in range(0, size, PIECE_BYTES)
+        )
+        reads = ((name, self._store.read(f"{place}/{name}", byte_range=piece)) for name, piece in pieces)
+        for name, result in self._in_order("cannot be read", reads):
+            if result.state == "missing":
+                raise _Refused(f"{name} is missing")
+            yield name, result.value
+
+    def write(self, contents: Iterable[tuple[str, bytes]]) -> None:
+        """Write files; a few at a time are asked for and held in memory."""
+        writes = ((name, self._store.write(name, content)) for name, content in contents)
+        for _ in self._in_order("cannot be written", writes):
+            pass
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Delete files, if they are there."""
+        deletes = ((name, self._store.write(name, None)) for name in names)
+        for _ in self._in_order("cannot be deleted", deletes):
+            pass
+
+    def remove(self, copies: Mapping[int, Collection[str]]) -> None:
+        """Delete copies: first what makes them count."""
+        paths = [f"checkpoints/{step}/{name}" for step, names in copies.items() for name in names]
+        self.delete(path for path in paths if path.endswith("/manifest.json"))
+        self.delete(path for path in paths if not path.endswith("/manifest.json"))
+
+    def _in_order(self, what: str, requests: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+        """Return the names and results of requests, of which a few are on their way at once."""
+        on_their_way: deque[tuple[str, Any]] = deque()
+        try:
+            for request in requests:
+                on_their_way.append(request)
+                if len(on_their_way) == CONCURRENCY:
+                    name, future = on_their_way.popleft()
+                    yield name, self._result(f"{name} {what}", future)
+            while on_their_way:
+                name, future = on_their_way.popleft()
+                yield name, self._result(f"{name} {what}", future)
+        finally:
+            for _, future in on_their_way:
+                future.cancel()
+
+    def _result(self, what: str, future: Any) -> Any:
+        """Return the result of a request, if it comes in time.
+
+        Raises:
+            MirrorFailed: it does not come, or is an error.
+        """
+        try:
+            return future.result(timeout=max(0.0, self._ends_at - time.monotonic()))
+        except TimeoutError:
+            future.cancel()
+            reason = f"{self._timeout_s:g} s were not enough"
+        except Exception as error:  # Whatever a store answers, and more may come with other versions of TensorStore.
+            reason = _in_a_line(error)
+        if reason.startswith("OUT_OF_RANGE"):
+            raise _Refused(f"{what}: {reason}")
+        if reason.startswith(("PERMISSION_DENIED", "UNAUTHENTICATED")):
+            reason += "; is there a credential, and does it allow this?"
+        raise MirrorFailed(f"{self._url}: {what}: {reason}")
+
+
+def _committed(copies: Mapping[int, Collection[str]]) -> set[int]:
+    """Return the steps of the copies that count."""
+    return {step for step, names in copies.items() if "manifest.json" in names}
+
+
+def _small_files(run: Path, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    for name in names:
+        content = _read(run / name, MOST_SMALL_FILE_BYTES)
+        if content is not None:
+            yield name, content
+
+
+def _push_checkpoint(
+    bucket: _Bucket, directory: Path, manifest: bytes, table: Mapping[str, tuple[int, str]], there: set[str]
+) -> None:
+    """Write a checkpoint, its manifest last, unless the copy that is there is the same and whole.
+
+    Raises:
+        _Gone: it was removed meanwhile.
+        _Refused: it is not what its manifest says.
+    """
+    place = f"checkpoints/{directory.name}"
+    if not _is_same(bucket, place, manifest, table, there):
+        bucket.delete([f"{place}/manifest.json"] if "manifest.json" in there else [])
+        bucket.write(_contents(directory, place, table))
+        bucket.write([(f"{place}/manifest.json", manifest)])
+    bucket.delete(f"{place}/{name}" for name in there - table.keys() - {"manifest.json"})
+
+
+def _is_same(bucket: _Bucket, place: str, manifest: bytes, names: Collection[str], there: set[str]) -> bool:
+    """Tell whether a copy with these names and this manifest is there."""
+    if not there.issuperset({*names, "manifest.json"}):
+        return False
+    try:
+        return bucket.read(f"{place}/manifest.json", len(manifest)) == manifest
+    except _Refused:
+        return False
+
+
+def _contents(directory: Path, place: str, table: Mapping[str, tuple[int, str]]) -> Iterator[tuple[str, bytes]]:
+    """Return the files of a checkpoint, each when it is asked for and found good."""
+    found = _regular_files(directory)
+    for name, (size, sha256) in table.items():
+        content = _read(directory / name, size) if name in found else None
+        if content is None and not (directory / "manifest.json").exists():
+            raise _Gone
+        if content is None:
+            raise _Refused(f"{name} is missing, or no file")
+        if len(content) != size or hashlib.sha256(content).hexdigest() != sha256:
+            raise _Refused(f"{name} has other bytes than were saved")
+        yield f"{place}/{name}", content
+
+
+def _take_checkpoint(bucket: _Bucket, step: int, there: set[str], checkpoints: Path) -> None:
+    """Bring a copy to the disk, under the name of a save that is not finished.
+
+    Raises:
+        _Refused: it is not what it should be.
+        OSError: the disk did not take it.
+    """
+    place = f"checkpoints/{step}"
+    manifest = bucket.read(f"{place}/manifest.json", MOST_MANIFEST_BYTES)
+    if manifest is None:
+        raise _Refused("manifest.json is missing")
+    sizes = {name: size for name, (size, _) in _table(manifest).items()}
+    if missing := sorted(sizes.keys() - there):
+        raise _Refused(f"{missing[0]} is missing")
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    size, free = sum(sizes.values()), shutil.disk_usage(checkpoints).free
+    if size > free:
+        raise _Refused(f"it has {size:,} bytes, and {free:,} are free in {checkpoints}")
+    unfinished = checkpoints / f"{step}.unfinished"
+    remove(unfinished)
+    try:
+        for name in sizes:
+            (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
+            (unfinished / name).open("xb").close()
+        for name, piece in bucket.read_pieces(place, sizes):
+            with (unfinished / name).open("ab") as file:
+                file.write(piece)
+        (unfinished / "manifest.json").write_bytes(manifest)
+        for parent, _, names in os.walk(unfinished):
+            for name in (*names, "."):
+                bring_to_disk(Path(parent, name))
+    except BaseException:
+        remove(unfinished)
+        raise
+
+
+def _take_small_files(bucket: _Bucket, run: Path, names: Sequence[str], *, replace: bool) -> None:
+    """Bring the small files to the disk, each under its name when it is whole; over those that are here if asked to."""
+    for name in names:
+        if not replace and os.path.lexists(run / name):
+            continue
+        content = bucket.read(name, MOST_SMALL_FILE_BYTES)
+        if content is None:
+            continue
+        partial = run / f"{name}.partial"
+        remove(partial)
+        with partial.open("xb") as file:
+            file.write(content)
+        bring_to_disk(partial)
+        partial.replace(run / name)
+    bring_to_disk(run)
+
+
+def _table(manifest: bytes) -> dict[str, tuple[int, str]]:
+    """Return size and SHA-256 of each file that a manifest lists.
+
+    Raises:
+        _Refused: it lists none, or some that no checkpoint has.
+    """
+    try:
+        rows = json.loads(manifest)["files"]
+        table = {name: (row["bytes"], row["sha256"]) for name, row in rows.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise _Refused("manifest.json cannot be understood") from None
+    for name, (size, sha256) in table.items():
+        if not (name.startswith("state/") and _is_plain(name)):
+            raise _Refused(f"a checkpoint has no file {name[:200]!r}")
+        if not (type(size) is int and 0 <= size < 2**60 and isinstance(sha256, str)):
+            raise _Refused(f"no file is as manifest.json describes {name}")
+    return table
+
+
+def _is_plain(name: str) -> bool:
+    """Tell whether a name with slashes leads down from a directory, and nowhere else."""
+    return name.isprintable() and "\\" not in name and not {"", ".", ".."} & set(name.split("/"))
+
+
+def _read(path: Path, most_bytes: int) -> bytes | None:
+    """Return what a file holds, or None where it is not there.
+
+    Raises:
+        _Refused: it has more bytes, or is no regular file.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise _Refused(f"{path} is no file")
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise _Refused(f"{path} has more than {most_bytes:,} bytes")
+    return content
+
+
+def _regular_files(directory: Path) -> set[str]:
+    """Return the names of the regular files below a directory. No symbolic link is followed."""
+    if directory.is_symlink():
+        return set()
+    found = (Path(parent, name) for parent, _, names in os.walk(directory) for name in names)
+    return {path.relative_to(directory).as_posix() for path in found if path.is_file() and not path.is_symlink()}
+
+
+def _in_a_line(error: object) -> str:
+    """Return what an error says, without secrets and without what TensorStore appends in brackets, pages of it."""
+    text = " ".join(str(error).split())
+    text = re.split(r" \[[\w-]+='", text)[0]
+    for secret in filter(None, map(os.environ.get, _SECRETS)):
+        text = text.replace(secret, "(secret)")
+    text = re.sub(r"//[^/@\s]*@", "//", text)
+    return "".join(letter if letter.isprintable() else "?" for letter in text)[:1000]
