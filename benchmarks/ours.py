@@ -35,7 +35,7 @@ def main(args: Sequence[str]) -> None:
         journal, store = Journal(workdir), CheckpointStore(workdir / "checkpoints", keep=config.keep)
         stop = StopSignal()
         training = Training(blueprint, programs, dataset, blueprint.create(), stop, Peers(stop), is_evaluated=True)
-        copies = Copies(None, workdir, store)
+        copies = Copies(None, workdir, store, journal)
         keeper = Keeper(training, store, journal, Terminal(), copies, provenance.describe_environment())
         parameters = sum(leaf.size for leaf in jax.tree.leaves(training.updates.state.params))
         commands = {"train": train, "train_and_save": train_and_save, "save": save}

@@ -101,7 +101,7 @@ class Checkpoint:
     @property
     def bytes(self) -> int:
         """The size of its files together."""
-        return sum(path.lstat().st_size for path in _files(self.path).values())
+        return sum(path.lstat().st_size for path in regular_files(self.path).values())
 
     def manifest(self) -> dict[str, Any]:
         """Return the manifest: format, step, sha256 (of the whole state), leaves, files, about.
@@ -133,7 +133,7 @@ class Checkpoint:
         """
         manifest = self.manifest()
         try:
-            found = _files(self.path)
+            found = regular_files(self.path)
             for name, wanted in manifest["files"].items():
                 if name not in found:
                     raise Damaged(self.step, "missing-file", f"file {name} is missing")
@@ -196,7 +196,7 @@ def list_checkpoints(directory: Path) -> list[Checkpoint]:
     """Return the checkpoints in a directory, oldest first; what an unfinished save left is none."""
     if not directory.is_dir():
         return []
-    found = [Checkpoint(path) for path in directory.iterdir() if _STEP.fullmatch(path.name)]
+    found = [Checkpoint(path) for path in directory.iterdir() if STEP.fullmatch(path.name)]
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
@@ -451,7 +451,7 @@ class CheckpointStore:
             "leaves": table,
             "files": {
                 name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-                for name, path in sorted(_files(unfinished).items())
+                for name, path in sorted(regular_files(unfinished).items())
             },
             "about": dict(about),
         }
@@ -518,7 +518,7 @@ class CheckpointStore:
         return refuge
 
 
-_STEP = re.compile(r"0|[1-9][0-9]{0,17}")
+STEP = re.compile(r"0|[1-9][0-9]{0,17}")
 _LEFTOVER = re.compile(r"[0-9]+\.(unfinished|removed)")
 
 
@@ -535,7 +535,7 @@ def _orbax() -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False, multiprocessing_options=alone)
 
 
-def _files(directory: Path) -> dict[str, Path]:
+def regular_files(directory: Path) -> dict[str, Path]:
     """Return the regular files under a directory by their names relative to it. No symbolic link is followed."""
     found = (Path(parent, name) for parent, _, files in os.walk(directory) for name in files)
     return {path.relative_to(directory).as_posix(): path for path in found if stat.S_ISREG(path.lstat().st_mode)}

@@ -126,7 +126,7 @@ class Config:
     keep: Annotated[int, tyro.conf.arg(metavar="N")] = 3
     """Number of newest checkpoints to keep; the best one is kept besides."""
     mirror: Annotated[str | None, _optional("URL", "no copy")] = None
-    """Where each checkpoint is copied to: s3://BUCKET/PATH, gs://BUCKET/PATH. An empty disk gets the run back."""
+    """Object store that gets a copy of the checkpoints, s3://BUCKET/PATH or gs://BUCKET/PATH. Say it at each start."""
     lock_wait_s: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 60.0
     """Seconds to wait for another process that is at work in the directory, as one that is just saving to leave."""
     coordinator: Annotated[str | None, _optional("HOST:PORT", "what the scheduler says, or alone")] = None
@@ -258,7 +258,7 @@ _RANGES = (
 )
 _MATHEMATICS = ("preset", *(field for field in Recipe._fields if field != "epochs"), "seed")
 _NOT_OF_THE_RUN = (
-    *("workdir", "lock_wait_s", "fresh"),
+    *("workdir", "lock_wait_s", "fresh", "mirror"),
     *("coordinator", "num_processes", "process_id", "peer_timeout_s"),
 )
 _MOST_CONFIG_BYTES = 2**20
@@ -328,7 +328,7 @@ def load(path: Path) -> Config:
     return from_bytes(content, path)
 
 
-def from_bytes(content: bytes, path: Path) -> Config:
+def from_bytes(content: bytes, path: Path | str) -> Config:
     """Return the settings in a JSON file that `save` wrote; `path` says where it lies.
 
     Raises:
@@ -343,7 +343,7 @@ def from_bytes(content: bytes, path: Path) -> Config:
     return from_json(values, path)
 
 
-def from_json(values: Any, path: Path) -> Config:
+def from_json(values: Any, path: Path | str) -> Config:
     """Return the settings in JSON values, as `Config.to_json` made them; `path` says where they come from.
 
     Raises:
@@ -351,7 +351,6 @@ def from_json(values: Any, path: Path) -> Config:
     """
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no table of settings; restore it, or start anew with --fresh")
-    values = {"mirror": None, **values}  # There was none up to version 0.4.
     types = typing.get_type_hints(Config)
     for name in types:
         if name not in values and name not in _NOT_OF_THE_RUN:
@@ -394,8 +393,7 @@ def _in_words(kind: Any) -> str:
         return "one of " + ", ".join(typing.get_args(kind))
     if options := typing.get_args(kind):
         return " or ".join(map(_in_words, options))
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
-    words[type(None)] = "null"
+    words = {bool: "true or false", int: "a whole number", float: "a number", Path: "a path", type(None): "null"}
     return words[kind]
 
 

@@ -362,10 +362,10 @@ def _digits() -> Dataset:
         DataError: they are not where scikit-learn has them.
     """
     # The file and not `sklearn.datasets.load_digits`, for whose import, with SciPy's statistics, each start paid 0.7 s.
-    path = distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
     try:
-        table = np.loadtxt(str(path), delimiter=",")
-    except (OSError, ValueError) as error:
+        path = distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
+        table = np.loadtxt(str(path), delimiter=",").reshape(1797, 65)
+    except (ImportError, OSError, ValueError) as error:
         raise DataError(
             f"scikit-learn's digits cannot be read ({error}); install another version of it, or name another --dataset"
         ) from error

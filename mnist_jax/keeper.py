@@ -11,11 +11,12 @@ from mnist_jax.checkpoint import CheckpointError, CheckpointStore, InvalidState,
 from mnist_jax.config import RECORDS
 from mnist_jax.distributed import one_copy
 from mnist_jax.journal import Journal, Terminal
-from mnist_jax.mirror import Mirror, MirrorFailed, Pushed
+from mnist_jax.mirror import Mirror, MirrorFailed
 from mnist_jax.preemption import StopSignal
 from mnist_jax.training import Diverged, Metrics, Training, averages
 
 RETRY_SAVE_S = 5.0
+LAST_COPY_S = 20.0  # Between their signal and the kill schedulers leave 30 s, if nobody asks for more.
 
 
 class Outcome(NamedTuple):
@@ -30,32 +31,50 @@ class Outcome(NamedTuple):
 
 
 class Copies:
-    """The copies of a run's checkpoints in an object store, or nothing where the run has no mirror."""
+    """The copies of a run's checkpoints in an object store, or nothing where no mirror was asked for."""
 
-    def __init__(self, url: str | None, workdir: Path, store: CheckpointStore) -> None:
-        """Copy what `store` has committed in `workdir`."""
+    def __init__(self, url: str | None, workdir: Path, store: CheckpointStore, journal: Journal) -> None:
+        """Copy what `store` commits in `workdir`."""
         self._mirror = Mirror(url) if url else None
-        self._workdir, self._store = workdir, store
+        self._workdir, self._store, self._journal = workdir, store, journal
+        self._last_failure: MirrorFailed | None = None
+
+    @property
+    def steps_under_way(self) -> set[int]:
+        """The steps whose checkpoints are being copied, and so have to stay."""
+        return self._mirror.steps_under_way if self._mirror is not None else set()
 
     def begin(self, step: int) -> None:
-        """Begin to copy the checkpoint of a step."""
+        """Begin to copy the checkpoint of a step; one that waits for its turn gives way to it."""
         if self._mirror is not None:
             self._mirror.begin_push(self._workdir, step, keep=self._store.steps, files=RECORDS)
 
-    def copy(self, step: int) -> None:
-        """Copy the checkpoint of a step.
+    def failures(self) -> list[MirrorFailed]:
+        """Return what was not copied since the last call, and write down what was."""
+        failures = []
+        for result in self._mirror.results() if self._mirror is not None else ():
+            if isinstance(result, MirrorFailed):
+                self._journal.event("copy_failed", step=self._store.newest_step, error=str(result))
+                failures.append(result)
+                self._last_failure = result
+            else:
+                self._journal.event("copy", step=result.step, seconds=result.seconds)
+                self._last_failure = None
+        return failures
+
+    def finish(self) -> None:
+        """Wait until the copies under way are made, but not for longer than schedulers have patience.
 
         Raises:
-            MirrorFailed: it could not be copied.
+            MirrorFailed: the last one was not.
         """
-        if self._mirror is not None:
-            if not self._mirror.wait(self._mirror.timeout_s):
-                raise MirrorFailed(f"{self._mirror.url}: the copy of an earlier checkpoint is still under way")
-            self._mirror.push(self._workdir, step, keep=self._store.steps, files=RECORDS)
-
-    def results(self) -> list[Pushed | MirrorFailed]:
-        """Return how the copying went that ended since the last call."""
-        return [] if self._mirror is None else self._mirror.results()
+        if self._mirror is None:
+            return
+        if not self._mirror.wait(LAST_COPY_S):
+            raise MirrorFailed(f"{self._mirror.url}: the last copy was not made in {LAST_COPY_S:g} s")
+        self.failures()
+        if self._last_failure is not None:
+            raise self._last_failure
 
 
 class Keeper:
@@ -78,6 +97,7 @@ class Keeper:
         self._next_save_s = time.monotonic() + self.config.checkpoint_every_s
         self._trouble_told = False
         self._failure: Diverged | None = None
+        self._best: set[int] = set()
         self._pin_best()
 
     @property
@@ -111,7 +131,7 @@ class Keeper:
         self.journal.event("evaluation", step=step, loss=loss, accuracy=accuracy)
         self.terminal.say(f"step {step}: test loss {loss:.4f}, test accuracy {accuracy:.4f}")
         self._pin_best()
-        if step in self.store.pinned:
+        if step in self._best:
             self.save("best test accuracy so far")
 
     def _record(self, split: str, metrics: Metrics) -> None:
@@ -167,7 +187,7 @@ class Keeper:
             if isinstance(result, InvalidState):
                 self._failure = Diverged("the state has values that are not finite")
                 self.training.council.ask_to_stop()
-            if isinstance(result, SaveFailed):
+            elif isinstance(result, SaveFailed):
                 self._report_failure(result, another_follows=another_follows)
             elif isinstance(result, Notice):
                 self.journal.event(result.event, step=result.step, text=result.text)
@@ -180,14 +200,11 @@ class Keeper:
                 self.journal.event(
                     "save", step=result.step, reason=reason, seconds=result.seconds, sha256=result.sha256
                 )
-                if another_follows:
-                    self.copies.begin(result.step)
-        for copied in self.copies.results():
-            if isinstance(copied, MirrorFailed):
-                self.journal.event("copy_failed", step=self.step, error=str(copied))
-                self.terminal.warn(f"warning: {copied}. Training goes on, and the next checkpoint is copied again.")
-            else:
-                self.journal.event("copy", step=copied.step, seconds=copied.seconds)
+                self.copies.begin(result.step)
+        if another_follows:
+            for failure in self.copies.failures():
+                self.terminal.warn(f"warning: {failure}. Training goes on, and the next checkpoint is copied again.")
+        self._pin()
 
     def _report_failure(self, failure: SaveFailed, *, another_follows: bool = True) -> None:
         self._next_save_s = time.monotonic() + min(RETRY_SAVE_S, self.config.checkpoint_every_s)
@@ -200,7 +217,6 @@ class Keeper:
 
         Raises:
             Diverged: it is not finite, or one before it was not.
-            MirrorFailed: it is saved, and could not be copied.
             SaveFailed: it could not be saved.
         """
         self._check()
@@ -217,7 +233,7 @@ class Keeper:
         finally:
             self.report_saves(another_follows=False)
         self._check()
-        self.copies.copy(self.step)
+        self.copies.begin(self.step)
         if training.is_finished:
             return finished(self.step, self.journal, self.store)
         return stopped(self.step, stop, self.journal, self.store)
@@ -230,8 +246,13 @@ class Keeper:
         """Have the best checkpoint kept; until it is committed, the one that was the best before it as well."""
         best = self.journal.best()
         if best is not None:
-            before = set() if best["step"] in self.store.steps else self.store.pinned
-            self.store.pinned = before | {best["step"]}
+            before = set() if best["step"] in self.store.steps else self._best
+            self._best = before | {best["step"]}
+        self._pin()
+
+    def _pin(self) -> None:
+        """Have those checkpoints kept that have to stay, however old they are."""
+        self.store.pinned = self._best | self.copies.steps_under_way
 
     def _learning_rate(self, step: int) -> float:
         """Return the learning rate of the update that led to a step, in the shortest digits that mean it."""

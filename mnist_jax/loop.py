@@ -1,5 +1,6 @@
 """The loop: where the pure functions, the checkpoints, the journal, the signals and the other processes meet."""
 
+import contextlib
 import time
 from concurrent.futures import Future
 from pathlib import Path
@@ -62,12 +63,14 @@ def run(
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         journal, store = Journal(workdir), CheckpointStore(workdir / "checkpoints", keep=config.keep)
+        copies = Copies(config.mirror, workdir, store, journal)
     except OSError as error:
         terminal.warn(f"error: {workdir} cannot hold a run ({error}); choose another --workdir")
         peers.give_up(error, 2)
         return 2
     try:
-        outcome = train(config, workdir, stop, peers, store, journal, terminal, loading)
+        outcome = train(config, workdir, stop, peers, store, copies, journal, terminal, loading)
+        copies.finish()
         code = config.preempted_exit_code if outcome.word == "stopped" else 0
         journal.event("exit", outcome=outcome.word, code=code, **outcome.fields)
         terminal.say(str(outcome))
@@ -82,6 +85,9 @@ def run(
             terminal.warn(
                 "If another version of this program wrote it, carry on with that, or begin anew with --fresh."
             )
+        if not isinstance(error, MirrorFailed):  # What was saved before the failure is to be copied all the same.
+            with contextlib.suppress(MirrorFailed):
+                copies.finish()
         journal.event("exit", outcome="failed", code=code, step=store.newest_step, error=str(error))
     finally:
         store.close()
@@ -95,6 +101,7 @@ def train(
     stop: StopSignal,
     peers: Peers,
     store: CheckpointStore,
+    copies: Copies,
     journal: Journal,
     terminal: Terminal,
     loading: "Future[Dataset] | None" = None,
@@ -107,10 +114,8 @@ def train(
         Diverged: the loss is not finite; that state is not saved.
         OSError: a file of the journal cannot be written.
         PeerLost: another process is gone.
-        MirrorFailed: the last checkpoint was not copied.
         SaveFailed: the last save failed.
     """
-    copies = Copies(config.mirror, workdir, store)
     try:
         environment = introduce(config, workdir, stop, peers)
         note_start(config, workdir, environment, store, journal)
@@ -128,7 +133,6 @@ def train(
         is_finished = is_evaluated and step >= blueprint.total_steps
         peers.tell([step if restored else None, is_evaluated, is_finished])
         if is_finished:
-            copies.copy(step)
             terminal.say(f"{workdir} is finished: --fresh starts it anew, --workdir DIR begins another run")
             return finished(step, journal, store)
         if restored is None:

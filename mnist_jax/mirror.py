@@ -32,7 +32,7 @@ from urllib.parse import urlsplit
 
 import tensorstore as ts
 
-from mnist_jax.checkpoint import MOST_MANIFEST_BYTES, bring_to_disk, remove
+from mnist_jax.checkpoint import MOST_MANIFEST_BYTES, STEP, bring_to_disk, list_checkpoints, regular_files, remove
 
 MOST_SMALL_FILE_BYTES = 2**30
 PIECE_BYTES = 2**25  # A file is read in pieces of this size, and so many requests are on their way at once:
@@ -75,7 +75,7 @@ class Mirror:
         ...
         mirror.begin_push(run, step, keep=store.steps, files=["metrics.jsonl"])  # returns at once
         ...
-        mirror.close()
+        mirror.wait(20.0)
 
     Credentials are looked for where each service's own tools look: `AWS_ACCESS_KEY_ID` and its like, `~/.aws`,
     `GOOGLE_APPLICATION_CREDENTIALS`, the machine's role. `AWS_ENDPOINT_URL` names another server that talks like S3.
@@ -86,7 +86,7 @@ class Mirror:
 
         Args:
             url: `s3://bucket/path`, `gs://bucket/path` or `file:///path`.
-            timeout_s: the most that one push, fetch or look takes, however many requests it makes.
+            timeout_s: how long a push, fetch or look goes on without an answer of the store.
 
         Raises:
             ValueError: the URL is none of these.
@@ -97,6 +97,7 @@ class Mirror:
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mirror")
         self._lock = threading.Lock()
         self._waiting: tuple[Path, int, frozenset[int], tuple[str, ...]] | None = None
+        self._pushed_step: int | None = None
         self._is_pushing = False
         self._pushing: Future[None] | None = None
         self._results: queue.SimpleQueue[Pushed | MirrorFailed] = queue.SimpleQueue()
@@ -128,33 +129,30 @@ class Mirror:
         Args:
             run: the run directory.
             step: names the checkpoint.
-            keep: the steps whose copies stay; others go once this one is committed. But later ones are of a history
-                that was given up, and go first: the small files are about to forget what led to them.
+            keep: the steps whose copies stay; other older ones go once this one is committed.
             files: names in the run directory; those that are not there are left out.
 
         Returns:
-            None where the checkpoint is not there, or goes meanwhile, as an older one does when newer ones are saved.
+            None where a newer copy is there, which knows more: then nothing is done.
 
         Raises:
-            MirrorFailed: the store did not take it, or the checkpoint is not what its manifest says.
+            MirrorFailed: the store did not take it, or the checkpoint is not there or not what its manifest says.
         """
         started = time.monotonic()
         directory = run / "checkpoints" / str(step)
         with self._told_in_a_line(f"the checkpoint of step {step} was not copied"):
-            manifest = _read(directory / "manifest.json", MOST_MANIFEST_BYTES)
-            if manifest is None:
-                return None
-            table = _table(manifest)
             bucket = self._open()
             copies = bucket.copies()
-            there = copies.pop(step, set())
-            given_up = {old: copies.pop(old) for old in sorted(copies) if old > step and old not in keep}
-            bucket.remove(given_up)
-            bucket.write(_small_files(run, files))
-            try:
-                _push_checkpoint(bucket, directory, manifest, table, there)
-            except _Gone:
+            if max(_committed(copies), default=step) > step:
                 return None
+            manifest = _read(directory / "manifest.json", MOST_MANIFEST_BYTES)
+            if manifest is None:
+                raise _Refused("it is not there any more")
+            table = _table(manifest)
+            for _ in _contents(directory, table):  # Nothing good is given up for what is not good itself.
+                pass
+            bucket.write(_small_files(run, files))
+            _push_checkpoint(bucket, directory, manifest, table, copies.pop(step, set()))
             kept = _committed(copies).intersection(keep)
             bucket.remove({old: names for old, names in copies.items() if old not in kept})
         return Pushed(step, time.monotonic() - started)
@@ -175,6 +173,7 @@ class Mirror:
         while True:
             with self._lock:
                 waiting, self._waiting = self._waiting, None
+                self._pushed_step = waiting[1] if waiting else None
                 if waiting is None:
                     self._is_pushing = False
                     return
@@ -194,24 +193,23 @@ class Mirror:
             ended.append(self._results.get())
         return ended
 
-    def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait for the background pushes, and tell whether all have ended. Signal handlers run meanwhile.
+    @property
+    def steps_under_way(self) -> set[int]:
+        """The steps that a background push still reads, or is about to; their checkpoints must stay."""
+        with self._lock:
+            waiting = self._waiting[1] if self._waiting else None
+            return {step for step in (self._pushed_step, waiting) if step is not None}
 
-        Without a limit it takes at most twice the `timeout_s` of the mirror: one may be under way, and one wait.
-        """
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for the background pushes, and tell whether all have ended. Signal handlers run meanwhile."""
         return self._pushing is None or not wait([self._pushing], timeout=timeout_s).not_done
 
-    def close(self) -> None:
-        """Wait for the background pushes, and take no more."""
-        self._background.shutdown(wait=True)
-
     def fetch(self, run: Path, *, files: Sequence[str]) -> Fetched:
-        """Bring committed copies back into a run directory, and with them the small files.
+        """Bring copies that are newer than all that a run directory has back into it, and with them the small files.
 
-        Checkpoints that are there already stay as they are. The small files are replaced only where a checkpoint comes
-        that is newer than all of these, and they are in place before it is. Nothing of a copy is believed: no name
-        leads elsewhere, nothing is larger than it says, no link is followed. Whether the bytes are those that were
-        saved is for whoever restores the checkpoint to check.
+        The newest comes first; once it is here, the others are a matter of luck. The small files are in place before
+        any checkpoint is. Nothing of a copy is believed: no name leads elsewhere, nothing is larger than it says, no
+        link is followed. Whether the bytes are those that were saved is for whoever restores the checkpoint to check.
 
         Args:
             run: the run directory, which is made if it is not there.
@@ -227,19 +225,26 @@ class Mirror:
                 raise _Refused(f"{checkpoints} is a symbolic link, and nothing is brought to where it leads")
             bucket = self._open()
             copies = bucket.copies()
-            here = {int(path.name) for path in checkpoints.glob("*") if _STEP.fullmatch(path.name)}
-            taken, refused = set(), {}
-            for step in sorted(_committed(copies) - here, reverse=True):  # Where not all find room, the newest does.
+            newest_here = max((found.step for found in list_checkpoints(checkpoints)), default=-1)
+            taken: set[int] = set()
+            refused: dict[int, str] = {}
+            for step in sorted(_committed(copies), reverse=True):
+                if step <= newest_here:
+                    break
                 try:
                     _take_checkpoint(bucket, step, copies[step], checkpoints)
                 except (_Refused, OSError) as error:
                     refused[step] = _in_a_line(error)
+                except MirrorFailed as error:
+                    if not taken:
+                        raise
+                    refused[step] = str(error)
                 else:
                     taken.add(step)
-            if refused and not taken and not here:
+            if refused and not taken and newest_here < 0:
                 raise _Refused("; ".join(f"step {step}: {refused[step]}" for step in sorted(refused)))
             if taken:
-                _take_small_files(bucket, run, files, replace=max(taken) > max(here, default=-1))
+                _take_small_files(bucket, run, files)
             for step in sorted(taken):
                 (checkpoints / f"{step}.unfinished").rename(checkpoints / str(step))
                 bring_to_disk(checkpoints)
@@ -261,12 +266,7 @@ class _Refused(Exception):
     """A file, a checkpoint or a copy is not what it should be."""
 
 
-class _Gone(Exception):
-    """The checkpoint was removed while it was copied."""
-
-
-_STEP = re.compile(r"0|[1-9][0-9]{0,17}")
-_IN_A_COPY = re.compile(rf"checkpoints/({_STEP.pattern})/(manifest\.json|state/.+)")
+_IN_A_COPY = re.compile(rf"checkpoints/({STEP.pattern})/(manifest\.json|state/.+)")
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
 
 
@@ -315,7 +315,7 @@ def _spec(url: str, timeout_s: float) -> dict[str, Any]:
 
 
 class _Bucket:
-    """The open store, for one push, fetch or look, all of which has to end in time.
+    """The open store, for one push, fetch or look.
 
     It is opened anew for each. Requests that a silent server never answers keep their places in TensorStore's queue,
     and after some pushes none would be left: of 4 places, 4 lost ones blocked all that came later.
@@ -323,7 +323,6 @@ class _Bucket:
 
     def __init__(self, url: str, spec: Mapping[str, Any], timeout_s: float) -> None:
         self._url, self._timeout_s = url, timeout_s
-        self._ends_at = time.monotonic() + timeout_s
         self._store = self._result("it cannot be opened", ts.KvStore.open(dict(spec)))
 
     def copies(self) -> dict[int, set[str]]:
@@ -411,12 +410,14 @@ class _Bucket:
             MirrorFailed: it does not come, or is an error.
         """
         try:
-            return future.result(timeout=max(0.0, self._ends_at - time.monotonic()))
+            result = future.result(timeout=self._timeout_s)
         except TimeoutError:
             future.cancel()
-            reason = f"{self._timeout_s:g} s were not enough"
+            reason = f"there was no answer in {self._timeout_s:g} s"
         except Exception as error:  # Whatever a store answers, and more may come with other versions of TensorStore.
             reason = _in_a_line(error)
+        else:
+            return result
         if reason.startswith("OUT_OF_RANGE"):
             raise _Refused(f"{what}: {reason}")
         if reason.startswith(("PERMISSION_DENIED", "UNAUTHENTICATED")):
@@ -442,13 +443,13 @@ def _push_checkpoint(
     """Write a checkpoint, its manifest last, unless the copy that is there is the same and whole.
 
     Raises:
-        _Gone: it was removed meanwhile.
         _Refused: it is not what its manifest says.
+        MirrorFailed: the store did not take it.
     """
     place = f"checkpoints/{directory.name}"
     if not _is_same(bucket, place, manifest, table, there):
         bucket.delete([f"{place}/manifest.json"] if "manifest.json" in there else [])
-        bucket.write(_contents(directory, place, table))
+        bucket.write((f"{place}/{name}", content) for name, content in _contents(directory, table))
         bucket.write([(f"{place}/manifest.json", manifest)])
     bucket.delete(f"{place}/{name}" for name in there - table.keys() - {"manifest.json"})
 
@@ -463,18 +464,20 @@ def _is_same(bucket: _Bucket, place: str, manifest: bytes, names: Collection[str
         return False
 
 
-def _contents(directory: Path, place: str, table: Mapping[str, tuple[int, str]]) -> Iterator[tuple[str, bytes]]:
-    """Return the files of a checkpoint, each when it is asked for and found good."""
-    found = _regular_files(directory)
+def _contents(directory: Path, table: Mapping[str, tuple[int, str]]) -> Iterator[tuple[str, bytes]]:
+    """Return the files of a checkpoint, each when it is asked for and found good.
+
+    Raises:
+        _Refused: one is missing or damaged.
+    """
+    found = {} if directory.is_symlink() else regular_files(directory)
     for name, (size, sha256) in table.items():
         content = _read(directory / name, size) if name in found else None
-        if content is None and not (directory / "manifest.json").exists():
-            raise _Gone
         if content is None:
             raise _Refused(f"{name} is missing, or no file")
         if len(content) != size or hashlib.sha256(content).hexdigest() != sha256:
             raise _Refused(f"{name} has other bytes than were saved")
-        yield f"{place}/{name}", content
+        yield name, content
 
 
 def _take_checkpoint(bucket: _Bucket, step: int, there: set[str], checkpoints: Path) -> None:
@@ -483,6 +486,7 @@ def _take_checkpoint(bucket: _Bucket, step: int, there: set[str], checkpoints: P
     Raises:
         _Refused: it is not what it should be.
         OSError: the disk did not take it.
+        MirrorFailed: the store did not give it.
     """
     place = f"checkpoints/{step}"
     manifest = bucket.read(f"{place}/manifest.json", MOST_MANIFEST_BYTES)
@@ -498,6 +502,7 @@ def _take_checkpoint(bucket: _Bucket, step: int, there: set[str], checkpoints: P
     unfinished = checkpoints / f"{step}.unfinished"
     remove(unfinished)
     try:
+        unfinished.mkdir()
         for name in sizes:
             (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
             (unfinished / name).open("xb").close()
@@ -513,11 +518,14 @@ def _take_checkpoint(bucket: _Bucket, step: int, there: set[str], checkpoints: P
         raise
 
 
-def _take_small_files(bucket: _Bucket, run: Path, names: Sequence[str], *, replace: bool) -> None:
-    """Bring the small files to the disk, each under its name when it is whole; over those that are here if asked to."""
+def _take_small_files(bucket: _Bucket, run: Path, names: Sequence[str]) -> None:
+    """Bring the small files to the disk, each under its name when it is whole.
+
+    Raises:
+        _Refused, OSError: one is too large, or the disk did not take it.
+        MirrorFailed: the store did not give it.
+    """
     for name in names:
-        if not replace and os.path.lexists(run / name):
-            continue
         content = bucket.read(name, MOST_SMALL_FILE_BYTES)
         if content is None:
             continue
@@ -571,14 +579,6 @@ def _read(path: Path, most_bytes: int) -> bytes | None:
     if len(content) > most_bytes:
         raise _Refused(f"{path} has more than {most_bytes:,} bytes")
     return content
-
-
-def _regular_files(directory: Path) -> set[str]:
-    """Return the names of the regular files below a directory. No symbolic link is followed."""
-    if directory.is_symlink():
-        return set()
-    found = (Path(parent, name) for parent, _, names in os.walk(directory) for name in names)
-    return {path.relative_to(directory).as_posix() for path in found if path.is_file() and not path.is_symlink()}
 
 
 def _in_a_line(error: object) -> str:

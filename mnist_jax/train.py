@@ -99,6 +99,7 @@ def find_run(args: Sequence[str], asked: Config, stop: StopSignal, locks: contex
     Raises:
         ConfigError: the arguments contradict the run in the directory, or its config cannot be read.
         InUse: another process is at work in the directory.
+        MirrorOutOfReach: nobody knows whether the run is to be brought back.
         Stopped: a signal came while the network was asked for the data, or while another process was waited for.
     """
 
@@ -125,71 +126,74 @@ def find_run(args: Sequence[str], asked: Config, stop: StopSignal, locks: contex
         name = resolve()
         workdir = asked.workdir or RUNS / name
     lock(workdir)
+    copied = stop.run(lambda: copied_run(str(asked.mirror))) if asked.mirror else None
+    if asked.fresh and copied:
+        raise ConfigError(f"{asked.mirror} holds the copy of a run; to begin anew name another --mirror, or empty it")
     if asked.fresh and configs.holds_a_run(workdir):
         workdir = workdir.resolve()  # "." would move along with its directory, and of a link only the link.
         _move_aside(workdir)
         lock(workdir)  # It is another directory now. The lock on the old one is kept.
-    if asked.mirror is not None and not (workdir / "config.json").exists():
-        stop.run(lambda: bring_back(str(asked.mirror), workdir, is_fresh=asked.fresh))
-    if (workdir / "config.json").exists():
-        config = _settings_of_old_run(args, asked, workdir)
-        if config.mirror is not None:
-            stop.run(lambda: check_copies(str(config.mirror), config, workdir))
-        return config, workdir
+    settings = workdir / "config.json"
+    if copied:
+        wanted = configs.parse(args, configs.load(settings) if settings.exists() else copied)
+        if any(configs.contradictions(copied, wanted)):
+            raise ConfigError(f"{asked.mirror} holds the copy of a run with other settings; name another --mirror")
+        stop.run(lambda: bring_back(str(asked.mirror), workdir))
+    if settings.exists():
+        return _settings_of_old_run(args, asked, workdir), workdir
     name = name or resolve()
     config = configs.parse(args, Config.of_preset(asked.preset, asked.model, name))
     return dataclasses.replace(config, dataset=name), workdir
 
 
-def bring_back(url: str, workdir: Path, *, is_fresh: bool) -> None:
-    """Bring the run that is copied under a URL, if one is, into a directory that holds none.
+def copied_run(url: str) -> Config | None:
+    """Return the settings of the run that is copied under a URL, or None where none is.
 
     Raises:
-        ConfigError: it is there, and `is_fresh` says to begin anew; or the URL is no place for a copy.
-        MirrorOutOfReach: nobody knows whether it is there.
+        ConfigError: the URL is no place for a copy, or nobody knows what the copy there is of.
+        MirrorOutOfReach: the object store does not say.
     """
     with _mirror(url) as mirror:
-        if is_fresh and mirror.newest_step() is not None:
-            raise ConfigError(f"{url} holds the copy of a run; to begin anew use another --mirror, or empty that one")
+        if mirror.newest_step() is None:
+            return None
+        settings = mirror.read("config.json")
+    if settings is None:
+        raise ConfigError(f"{url} holds checkpoints of a run without its config.json; name another --mirror")
+    return configs.from_bytes(settings, f"{url}/config.json")
+
+
+def bring_back(url: str, workdir: Path) -> None:
+    """Bring what a mirror knows more of a run than its directory, be it all of it because the disk is gone.
+
+    Raises:
+        MirrorOutOfReach: there is more, and it cannot be had.
+    """
+    with _mirror(url) as mirror:
         fetched = mirror.fetch(workdir, files=configs.RECORDS)
     for step, reason in fetched.refused.items():
-        notice(f"warning: the copy of step {step} was not taken: {reason}")
+        notice(f"warning: the copy of step {step} in {url} was not taken: {reason}")
     if fetched.steps:
         notice(f"brought back from {url}: the checkpoints of steps {', '.join(map(str, fetched.steps))}")
 
 
-def check_copies(url: str, config: Config, workdir: Path) -> None:
-    """Check that the copies under a URL are of the run in a directory, and do not know more of it.
-
-    Raises:
-        ConfigError: they are of another run, or another machine carried this one on; or the URL is no place for them.
-        MirrorOutOfReach: they cannot be looked at.
-    """
-    here = max((int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdigit()), default=-1)
-    with _mirror(url) as mirror:
-        there, settings = mirror.newest_step(), mirror.read("config.json")
-    if there is None or settings is None:
-        return
-    if any(configs.contradictions(configs.from_bytes(settings, Path(f"{url}/config.json")), config)):
-        raise ConfigError(f"{url} holds the copy of another run; use another --mirror")
-    if there > here:
-        raise ConfigError(
-            f"the copy in {url} is at step {there}, and {workdir} at step {max(here, 0)}: the run was carried on "
-            "elsewhere. Use an empty --workdir to carry on from the copy, or another --mirror"
-        )
-
-
 @contextlib.contextmanager
 def _mirror(url: str) -> Iterator[Any]:
-    """Yield the mirror under a URL, and say of what goes wrong with it what to do."""
+    """Yield the mirror under a URL, and say of what goes wrong with it what to do.
+
+    Raises:
+        ConfigError: it is no place for a copy.
+        MirrorOutOfReach: it did not do what it was asked for.
+    """
     from mnist_jax.mirror import Mirror, MirrorFailed  # TensorStore is for those who have a mirror.
 
     try:
-        yield Mirror(url)
+        mirror = Mirror(url)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    try:
+        yield mirror
     except MirrorFailed as error:
-        raise MirrorOutOfReach(f"{error}. Try again, or do without: --mirror None") from error
+        raise MirrorOutOfReach(f"{error}. Try again, or go without --mirror") from error
 
 
 def _settings_of_old_run(args: Sequence[str], asked: Config, workdir: Path) -> Config:

@@ -350,21 +350,14 @@ def test_a_config_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         configs.load(path)
 
 
-def test_a_run_of_a_version_that_had_no_mirror_is_carried_on(tmp_path: Path) -> None:
-    values = Config().to_json()
-    del values["mirror"]
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    assert configs.load(tmp_path / "config.json") == Config()
-
-
-@pytest.mark.parametrize("field", [field for field in Config().to_json() if field != "mirror"])
+@pytest.mark.parametrize("field", [*Config().to_json()])
 def test_a_setting_that_the_config_file_lacks_is_named(field: str, tmp_path: Path) -> None:
     values = Config().to_json()
     del values[field]
     refused(tmp_path, json.dumps(values).encode(), f"lacks {field}", "--fresh")
 
 
-@pytest.mark.parametrize("field", ["momentum", "workdir", "fresh"])
+@pytest.mark.parametrize("field", ["momentum", "workdir", "fresh", "mirror"])
 def test_a_setting_that_is_not_known_is_named(field: str, tmp_path: Path) -> None:
     refused(tmp_path, json.dumps({**Config().to_json(), field: None}).encode(), repr(field))
 
@@ -386,7 +379,6 @@ WRONG_TYPES = {
     "checkpoint_every_s": ["30", None, True],
     "checkpoint_every_steps": ["3", 3.0, True],
     "keep": ["3", 3.0, None],
-    "mirror": [1, True, ["s3://bucket/run"]],
     "preempted_exit_code": ["75", 75.0, None, True],
 }
 

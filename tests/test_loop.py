@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -96,6 +97,34 @@ def test_a_copy_that_failed_is_told_and_training_goes_on_and_only_the_last_one_d
         assert loop.run(settings, tmp_path / "another", stop) == 0  # It is finished, and only its copy was missing.
     assert events(tmp_path / "run", "copy_failed")
     assert Mirror(settings.mirror).newest_step() == 40
+
+
+def test_a_checkpoint_stays_while_it_is_copied_however_many_newer_ones_there_are(tmp_path, monkeypatch):
+    push = Mirror.push
+
+    def push_slowly(self, *args, **options):
+        time.sleep(0.2)
+        return push(self, *args, **options)
+
+    monkeypatch.setattr(Mirror, "push", push_slowly)
+    settings = config(mirror=f"file://{tmp_path}/mirror", keep=1, checkpoint_every_steps=1, steps=100)
+    with StopSignal() as stop:
+        assert loop.run(settings, tmp_path / "run", stop) == 0
+    assert len(events(tmp_path / "run", "save")) > 5 * len(events(tmp_path / "run", "copy")) > 5
+    assert not events(tmp_path / "run", "copy_failed")
+    kept = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
+    assert len(kept) <= 3  # the last, the best, and one that was just copied
+
+
+def test_the_last_copy_is_waited_for_no_longer_than_schedulers_have_patience(tmp_path, monkeypatch, capfd):
+    go_on = threading.Event()
+    monkeypatch.setattr(Mirror, "push", lambda *_, **__: go_on.wait(60))
+    monkeypatch.setattr(keeper, "LAST_COPY_S", 0.1)
+    with StopSignal() as stop:
+        assert loop.run(config(mirror=f"file://{tmp_path}/mirror"), tmp_path / "run", stop) == 74
+    go_on.set()
+    assert "/mirror: the last copy was not made in 0.1 s" in capfd.readouterr().err
+    assert events(tmp_path / "run", "save")[-1]["step"] == 40
 
 
 def test_a_save_that_time_asked_for_and_that_failed_is_tried_again_soon(tmp_path, monkeypatch):

@@ -402,7 +402,8 @@ def test_one_number_that_is_not_finite_is_found_in_any_leaf(trainer, bad):
     for index in floating:
         damaged = np.array(leaves[index])
         damaged.reshape(-1)[-1] = bad
-        changed = [*leaves[:index], jnp.asarray(damaged), *leaves[index + 1 :]]
+        # Where it lay before, or the program would be compiled anew.
+        changed = [*leaves[:index], jax.device_put(damaged, leaves[index].sharding), *leaves[index + 1 :]]
         assert not is_finite(jax.tree.unflatten(structure, changed))
 
 

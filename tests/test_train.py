@@ -1,4 +1,4 @@
-import dataclasses
+import contextlib
 import json
 import os
 import pty
@@ -9,16 +9,17 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from object_store import closed_port, s3_environment, s3_server
 from runs import Ended, Run, end, stop
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mnist_jax import config as configs
+from mnist_jax import mirror as mirror_module
 from mnist_jax import train
 from mnist_jax.config import Config, ConfigError
-from mnist_jax.preemption import STOP_SIGNALS
+from mnist_jax.preemption import STOP_SIGNALS, StopSignal
 
 PHASES = ("data", "compile", "train", "evaluate")
 
@@ -401,78 +402,126 @@ def test_a_name_that_the_output_cannot_write_does_not_stop_the_training(new_run)
 # The copy in an object store
 
 
-def test_a_run_whose_disk_is_gone_is_brought_back_from_its_mirror_and_ends_alike(reference, new_run, tmp_path):
-    mirror = ("--mirror", f"file://{tmp_path}/mirror")
-    run = new_run()
+def test_a_run_whose_disk_is_gone_is_brought_back_from_its_mirror_and_ends_alike(new_run, tmp_path):
+    args = ("--dataset", "digits", "--steps", "400", "--log-every-steps", "10", "--checkpoint-every-steps", "5")
+    whole, run, mirror = new_run("whole"), new_run(), ("--mirror", f"file://{tmp_path}/mirror")
+    expected = whole.finish(*args)
+
+    def is_copied() -> bool:
+        """Tell whether the latest start has copied something that it made itself."""
+        starts = [place for place, event in enumerate(run.events()) if event["event"] == "start"]
+        since = [event["event"] for event in run.events()[starts[-1] :]] if starts else []
+        return "save" in since and since.count("copy") > 1
+
     for number in (signal.SIGKILL, signal.SIGTERM):
-        process = run.start(*reference.args, *mirror)
-        assert run.wait_for(lambda: len(run.events("copy")) > 1, process)
-        code = stop(process, number).code
-        assert code == (0 if number == signal.SIGTERM else -number)
+        process = run.start(*args, *mirror)
+        assert run.wait_for(is_copied, process)
+        assert stop(process, number).code == (0 if number == signal.SIGTERM else -number)
         shutil.rmtree(run.workdir)
-    ended = run.finish(*reference.args, *mirror)
+    ended = run.finish(*args, *mirror)
     assert f"brought back from file://{tmp_path}/mirror: the checkpoints of steps " in ended.err
-    assert_ended_like(reference, run, ended)
+    assert ended.last_line == expected.last_line
+    assert run.metrics() == whole.metrics()
     resumes = run.events("resume")
     assert [resume["exact"] for resume in resumes] == [True, True]  # The history came back as well.
-    assert (resumes[-1]["lost_steps"], resumes[-1]["saved_because"]) == (0, "signal SIGTERM")
+    assert resumes[-1]["lost_steps"] == 0
 
 
 def test_a_run_is_carried_on_from_an_object_store(new_run):
-    digits = ("--dataset", "digits", "--steps", "60", "--log-every-steps", "10", "--checkpoint-every-steps", "5")
+    digits = ("--dataset", "digits", "--steps", "60", "--log-every-steps", "10", "--keep", "1")
     whole = new_run("whole").finish(*digits)
     with s3_server() as (bucket, variables):
         run = new_run(**variables)
-        process = run.start(*digits, "--mirror", f"{bucket}/run")
-        assert run.wait_for_phase("train", process)
-        assert stop(process, signal.SIGTERM).last_line.startswith("stopped ")
+        process = run.start(*digits, "--checkpoint-every-steps", "1", "--mirror", f"{bucket}/run")
+        assert run.wait_for(lambda: run.events("copy"), process)
+        stopped = stop(process, signal.SIGTERM)
+        assert run.events("copy")[-1]["step"] == int(stopped.fields["step"])
         shutil.rmtree(run.workdir)
         ended = run.finish(*digits, "--mirror", f"{bucket}/run")
-    assert ended.out.splitlines()[0].endswith(": exact")
+    assert ended.code == 0, ended.err
     assert ended.last_line == whole.last_line
 
 
-def committed(mirror: Path, step: int, settings: Config) -> None:
-    """Write what a mirror needs to hold the copy of a run at a step."""
-    manifest = mirror / "checkpoints" / str(step) / "manifest.json"
-    manifest.parent.mkdir(parents=True)
-    manifest.write_text('{"files": {}}')
-    (mirror / "config.json").write_text(json.dumps(settings.to_json()))
+@pytest.fixture
+def mirrored(tmp_path):
+    """A mirror that holds the copies of steps 20 and 30 of a run, and what finds that run in a directory."""
+    mirror, config = tmp_path / "mirror", Config(dataset="digits", preset="fast", epochs=15.0)
+    for step in (20, 30):
+        manifest = mirror / "checkpoints" / str(step) / "manifest.json"
+        manifest.parent.mkdir(parents=True)
+        manifest.write_text('{"files": {}}')
+    (mirror / "config.json").write_text(json.dumps(config.to_json()))
+
+    def find(*flags: str) -> list[int]:
+        """Return the steps of the checkpoints that a start finds."""
+        args = ["--dataset", "digits", "--workdir", str(tmp_path / "run"), "--mirror", f"file://{mirror}", *flags]
+        with StopSignal() as stop, contextlib.ExitStack() as locks:
+            train.find_run(args, configs.parse(args, Config()), stop, locks)
+        return Run(tmp_path / "run").steps()
+
+    return mirror, find
 
 
-def test_a_copy_that_knows_more_than_the_directory_or_is_of_another_run_is_never_written_over(tmp_path, capfd):
-    mirror, run = tmp_path / "mirror", tmp_path / "run"
-    (run / "checkpoints" / "20").mkdir(parents=True)
-    config, url = Config(), f"file://{mirror}"
-    train.check_copies(url, config, run)  # There is nothing yet.
-    committed(mirror, 20, config)
-    train.check_copies(url, config, run)
-    with pytest.raises(ConfigError, match="holds the copy of another run; use another --mirror"):
-        train.check_copies(url, dataclasses.replace(config, seed=1), run)
-    committed(mirror, 30, config)
-    with pytest.raises(ConfigError, match=r"is at step 30, and .* at step 20: the run was carried on elsewhere"):
-        train.check_copies(url, config, run)
-    assert capfd.readouterr() == ("", "")
+def test_what_the_mirror_knows_more_is_brought_into_the_directory_whatever_is_there(mirrored, tmp_path, capfd):
+    _, find = mirrored
+    (tmp_path / "run" / "checkpoints" / "25").mkdir(parents=True)
+    assert find() == [25, 30]
+    assert "the checkpoints of steps 30\n" in capfd.readouterr().err
+    assert find() == [25, 30]
+    assert "brought back" not in capfd.readouterr().err
 
 
-def test_to_begin_anew_takes_a_mirror_that_holds_no_run(tmp_path):
-    train.bring_back(f"file://{tmp_path}/mirror", tmp_path / "run", is_fresh=True)
-    committed(tmp_path / "mirror", 20, Config())
-    with pytest.raises(ConfigError, match="to begin anew use another --mirror"):
-        train.bring_back(f"file://{tmp_path}/mirror", tmp_path / "run", is_fresh=True)
-    assert not (tmp_path / "run").exists()
+def test_where_to_bring_it_back_broke_off_the_next_start_does_it(mirrored, monkeypatch, tmp_path):
+    _, find = mirrored
+    take = mirror_module._take_small_files
+
+    def break_off(*args):
+        take(*args)
+        raise mirror_module.MirrorFailed("the line is cut")
+
+    monkeypatch.setattr(mirror_module, "_take_small_files", break_off)
+    with pytest.raises(train.MirrorOutOfReach, match=r"the line is cut\. Try again, or go without --mirror"):
+        find()
+    assert (tmp_path / "run" / "config.json").exists()
+    monkeypatch.setattr(mirror_module, "_take_small_files", take)
+    assert find() == [20, 30]
+
+
+def test_of_a_mirror_whose_newest_copy_is_bad_the_older_one_is_taken_at_each_start(mirrored, capfd):
+    mirror, find = mirrored
+    (mirror / "checkpoints" / "30" / "manifest.json").write_text("torn")
+    for _ in range(2):
+        assert find() == [20]
+        assert "warning: the copy of step 30 in " in capfd.readouterr().err
+
+
+def test_to_begin_anew_takes_a_mirror_that_holds_no_run_and_nothing_is_moved_before(mirrored, tmp_path):
+    _, find = mirrored
+    find()
+    with pytest.raises(ConfigError, match="to begin anew name another --mirror"):
+        find("--fresh")
+    assert not (tmp_path / "run.old-1").exists()
+    assert find() == [20, 30]
+
+
+def test_the_copy_of_another_run_is_neither_taken_nor_written_over(mirrored, tmp_path):
+    mirror, find = mirrored
+    with pytest.raises(ConfigError, match="holds the copy of a run with other settings; name another --mirror"):
+        find("--seed", "1")
+    (mirror / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"of a run without its config.json; name another --mirror"):
+        find()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"lock"}
 
 
 def test_a_mirror_that_does_not_answer_or_cannot_exist_is_told_of_before_the_run_begins(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("mnist_jax.mirror.TRIES", 0)
+    monkeypatch.setattr(mirror_module, "TRIES", 0)
+    args = ["--dataset", "digits", "--workdir", str(tmp_path / "run"), "--mirror"]
     with closed_port() as port:
         for name, value in s3_environment(port).items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(train.MirrorOutOfReach, match=r"s3://bucket/run: .* Try again, or do without"):
-            train.check_copies("s3://bucket/run", Config(), tmp_path / "run")
-        workdir = tmp_path / "run"
-        assert train.main(["--dataset", "digits", "--workdir", str(workdir), "--mirror", "s3://bucket/run"]) == 74
-    assert not (workdir / "config.json").exists()
+        assert train.main([*args, "s3://bucket/run"]) == 74
     assert "error: s3://bucket/run: " in capfd.readouterr().err
-    with pytest.raises(ConfigError, match=r"Invalid S3 bucket name.*; use s3://bucket/path"):
-        train.bring_back("s3://no such bucket", workdir, is_fresh=False)
+    assert train.main([*args, "s3://no such bucket"]) == 2
+    assert "Invalid S3 bucket name" in capfd.readouterr().err
+    assert not (tmp_path / "run" / "config.json").exists()
