@@ -113,7 +113,7 @@ def test_a_checkpoint_stays_while_it_is_copied_however_many_newer_ones_there_are
     assert len(events(tmp_path / "run", "save")) > 5 * len(events(tmp_path / "run", "copy")) > 5
     assert not events(tmp_path / "run", "copy_failed")
     kept = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
-    assert len(kept) <= 3  # the last, the best, and one that was just copied
+    assert len(kept) <= 4  # the last, the best, one that was being copied, and one that waited
 
 
 def test_the_last_copy_is_waited_for_no_longer_than_schedulers_have_patience(tmp_path, monkeypatch, capfd):
