@@ -261,7 +261,7 @@ _NOT_OF_THE_RUN = (
     *("workdir", "lock_wait_s", "fresh", "mirror"),
     *("coordinator", "num_processes", "process_id", "peer_timeout_s"),
 )
-_MOST_CONFIG_BYTES = 2**20
+MOST_CONFIG_BYTES = 2**20
 RECORDS = ("config.json", "metrics.jsonl", "events.jsonl")  # A checkpoint is of no use without them.
 _FILES = (*RECORDS, "config.json.partial", "lock")
 _DIRECTORIES = ("checkpoints", "checkpoints/quarantine", "tensorboard")
@@ -320,7 +320,7 @@ def load(path: Path) -> Config:
     """
     try:
         with path.open("rb") as file:
-            content = file.read(_MOST_CONFIG_BYTES + 1)
+            content = file.read(MOST_CONFIG_BYTES + 1)
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be read ({error.strerror}); restore it, or start anew with --fresh"
@@ -334,8 +334,8 @@ def from_bytes(content: bytes, path: Path | str) -> Config:
     Raises:
         ConfigError: it is too large or not JSON, or its values are none of ours.
     """
-    if len(content) > _MOST_CONFIG_BYTES:
-        raise ConfigError(f"{path} has more than {_MOST_CONFIG_BYTES} bytes; restore it, or start anew with --fresh")
+    if len(content) > MOST_CONFIG_BYTES:
+        raise ConfigError(f"{path} has more than {MOST_CONFIG_BYTES} bytes; restore it, or start anew with --fresh")
     try:
         values = json.loads(content.decode())
     except (ValueError, RecursionError) as error:

@@ -62,16 +62,21 @@ class Copies:
                 self._last_failure = None
         return failures
 
-    def finish(self) -> None:
-        """Wait until the copies under way are made, but not for longer than schedulers have patience.
+    def finish(self, stop: StopSignal) -> None:
+        """Wait until the copies under way are made; where a signal came, not for longer than schedulers have patience.
 
         Raises:
             MirrorFailed: the last one was not.
         """
         if self._mirror is None:
             return
-        if not self._mirror.wait(LAST_COPY_S):
-            raise MirrorFailed(f"{self._mirror.url}: the last copy was not made in {LAST_COPY_S:g} s")
+        signal_s = None
+        while not self._mirror.wait(0.05):
+            if stop.received is None:
+                continue
+            signal_s = signal_s or time.monotonic()
+            if time.monotonic() > signal_s + LAST_COPY_S:
+                raise MirrorFailed(f"{self._mirror.url}: the last copy was not made in {LAST_COPY_S:g} s")
         self.failures()
         if self._last_failure is not None:
             raise self._last_failure
@@ -183,6 +188,7 @@ class Keeper:
         elif self._trouble_told and not trouble:
             self.terminal.warn("the lines of the journal that could not be written are written now")
         self._trouble_told = trouble is not None
+        saved = 0
         for result in self.store.results():
             if isinstance(result, InvalidState):
                 self._failure = Diverged("the state has values that are not finite")
@@ -200,7 +206,9 @@ class Keeper:
                 self.journal.event(
                     "save", step=result.step, reason=reason, seconds=result.seconds, sha256=result.sha256
                 )
-                self.copies.begin(result.step)
+                saved = result.step
+        if saved in self.store.steps:
+            self.copies.begin(saved)
         if another_follows:
             for failure in self.copies.failures():
                 self.terminal.warn(f"warning: {failure}. Training goes on, and the next checkpoint is copied again.")

@@ -70,7 +70,7 @@ def run(
         return 2
     try:
         outcome = train(config, workdir, stop, peers, store, copies, journal, terminal, loading)
-        copies.finish()
+        copies.finish(stop)
         code = config.preempted_exit_code if outcome.word == "stopped" else 0
         journal.event("exit", outcome=outcome.word, code=code, **outcome.fields)
         terminal.say(str(outcome))
@@ -85,9 +85,10 @@ def run(
             terminal.warn(
                 "If another version of this program wrote it, carry on with that, or begin anew with --fresh."
             )
-        if not isinstance(error, MirrorFailed):  # What was saved before the failure is to be copied all the same.
+        # What was saved before is to be copied all the same, but without a peer JAX may end this process any moment.
+        if not isinstance(error, MirrorFailed | PeerLost):
             with contextlib.suppress(MirrorFailed):
-                copies.finish()
+                copies.finish(stop)
         journal.event("exit", outcome="failed", code=code, step=store.newest_step, error=str(error))
     finally:
         store.close()

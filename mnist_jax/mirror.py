@@ -108,18 +108,19 @@ class Mirror:
         Raises:
             MirrorFailed: the store did not tell.
         """
-        return max(_committed(self._open().copies()), default=None)
+        with self._told_in_a_line("it cannot be looked at"):
+            return max(_committed(self._open().copies()), default=None)
 
-    def read(self, name: str) -> bytes | None:
+    def read(self, name: str, most_bytes: int = MOST_SMALL_FILE_BYTES) -> bytes | None:
         """Return what a small file holds, or None where it has no copy.
 
         Raises:
-            MirrorFailed: the store did not give it, or it is absurdly large.
+            MirrorFailed: the store did not give it, or it is larger.
         """
         with self._told_in_a_line(f"{name} was not read"):
-            return self._open().read(name, MOST_SMALL_FILE_BYTES)
+            return self._open().read(name, most_bytes)
 
-    def push(self, run: Path, step: int, *, keep: Collection[int], files: Sequence[str]) -> Pushed | None:
+    def push(self, run: Path, step: int, *, keep: Collection[int], files: Sequence[str]) -> Pushed:
         """Copy the small files and then a checkpoint of a run, and return when the copy is committed.
 
         The small files must hold already what leads to this checkpoint. A copy that is there and is the same is not
@@ -132,19 +133,17 @@ class Mirror:
             keep: the steps whose copies stay; other older ones go once this one is committed.
             files: names in the run directory; those that are not there are left out.
 
-        Returns:
-            None where a newer copy is there, which knows more: then nothing is done.
-
         Raises:
-            MirrorFailed: the store did not take it, or the checkpoint is not there or not what its manifest says.
+            MirrorFailed: the store did not take it; or a newer copy is there, and is not given up for an older one; or
+                the checkpoint is not there, or not what its manifest says.
         """
         started = time.monotonic()
         directory = run / "checkpoints" / str(step)
         with self._told_in_a_line(f"the checkpoint of step {step} was not copied"):
             bucket = self._open()
             copies = bucket.copies()
-            if max(_committed(copies), default=step) > step:
-                return None
+            if (newest := max(_committed(copies), default=step)) > step:
+                raise _Refused(f"the copy of step {newest} is newer")
             manifest = _read(directory / "manifest.json", MOST_MANIFEST_BYTES)
             if manifest is None:
                 raise _Refused("it is not there any more")
@@ -158,11 +157,14 @@ class Mirror:
         return Pushed(step, time.monotonic() - started)
 
     def begin_push(self, run: Path, step: int, *, keep: Collection[int], files: Sequence[str]) -> None:
-        """Push in the background; one that has not begun yet gives way to this one.
+        """Push in the background, unless that is being done; one that has not begun yet gives way to this one.
 
         How it went, `results` tells.
         """
         with self._lock:
+            if step == self._pushed_step:
+                self._waiting = None
+                return
             self._waiting = run, step, frozenset(keep), tuple(files)
             if not self._is_pushing:
                 self._pushing = self._background.submit(self._push_what_waits)
@@ -179,8 +181,7 @@ class Mirror:
                     return
             run, step, keep, files = waiting
             try:
-                if pushed := self.push(run, step, keep=keep, files=files):
-                    self._results.put(pushed)
+                self._results.put(self.push(run, step, keep=keep, files=files))
             except MirrorFailed as failure:
                 self._results.put(failure)
             except Exception as error:  # Whatever it is, it must not end the pushes that come after.
@@ -207,9 +208,8 @@ class Mirror:
     def fetch(self, run: Path, *, files: Sequence[str]) -> Fetched:
         """Bring copies that are newer than all that a run directory has back into it, and with them the small files.
 
-        The newest comes first; once it is here, the others are a matter of luck. The small files are in place before
-        any checkpoint is. Nothing of a copy is believed: no name leads elsewhere, nothing is larger than it says, no
-        link is followed. Whether the bytes are those that were saved is for whoever restores the checkpoint to check.
+        The newest comes first, and the small files are in place before any checkpoint is. Nothing of a copy is
+        believed: no name leads elsewhere, nothing is larger than it says or has other bytes, no link is followed.
 
         Args:
             run: the run directory, which is made if it is not there.
@@ -235,10 +235,6 @@ class Mirror:
                     _take_checkpoint(bucket, step, copies[step], checkpoints)
                 except (_Refused, OSError) as error:
                     refused[step] = _in_a_line(error)
-                except MirrorFailed as error:
-                    if not taken:
-                        raise
-                    refused[step] = str(error)
                 else:
                     taken.add(step)
             if refused and not taken and newest_here < 0:
@@ -492,7 +488,8 @@ def _take_checkpoint(bucket: _Bucket, step: int, there: set[str], checkpoints: P
     manifest = bucket.read(f"{place}/manifest.json", MOST_MANIFEST_BYTES)
     if manifest is None:
         raise _Refused("manifest.json is missing")
-    sizes = {name: size for name, (size, _) in _table(manifest).items()}
+    table = _table(manifest)
+    sizes = {name: size for name, (size, _) in table.items()}
     if missing := sorted(sizes.keys() - there):
         raise _Refused(f"{missing[0]} is missing")
     checkpoints.mkdir(parents=True, exist_ok=True)
@@ -509,6 +506,10 @@ def _take_checkpoint(bucket: _Bucket, step: int, there: set[str], checkpoints: P
         for name, piece in bucket.read_pieces(place, sizes):
             with (unfinished / name).open("ab") as file:
                 file.write(piece)
+        for name, (_, sha256) in table.items():
+            with (unfinished / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                    raise _Refused(f"{name} has other bytes than were saved")
         (unfinished / "manifest.json").write_bytes(manifest)
         for parent, _, names in os.walk(unfinished):
             for name in (*names, "."):

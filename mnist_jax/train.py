@@ -135,7 +135,10 @@ def find_run(args: Sequence[str], asked: Config, stop: StopSignal, locks: contex
         lock(workdir)  # It is another directory now. The lock on the old one is kept.
     settings = workdir / "config.json"
     if copied:
-        wanted = configs.parse(args, configs.load(settings) if settings.exists() else copied)
+        here = configs.load(settings) if settings.exists() else copied
+        wanted = configs.parse(args, here)
+        if wanted.dataset == "auto":
+            wanted = dataclasses.replace(wanted, dataset=here.dataset)
         if any(configs.contradictions(copied, wanted)):
             raise ConfigError(f"{asked.mirror} holds the copy of a run with other settings; name another --mirror")
         stop.run(lambda: bring_back(str(asked.mirror), workdir))
@@ -156,7 +159,7 @@ def copied_run(url: str) -> Config | None:
     with _mirror(url) as mirror:
         if mirror.newest_step() is None:
             return None
-        settings = mirror.read("config.json")
+        settings = mirror.read("config.json", configs.MOST_CONFIG_BYTES)
     if settings is None:
         raise ConfigError(f"{url} holds checkpoints of a run without its config.json; name another --mirror")
     return configs.from_bytes(settings, f"{url}/config.json")

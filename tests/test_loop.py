@@ -17,7 +17,7 @@ from mnist_jax import keeper, loop, training
 from mnist_jax.checkpoint import CheckpointStore
 from mnist_jax.config import Config
 from mnist_jax.journal import Journal, Terminal
-from mnist_jax.keeper import Keeper
+from mnist_jax.keeper import Copies, Keeper
 from mnist_jax.mirror import Mirror, MirrorFailed
 from mnist_jax.preemption import StopSignal
 from mnist_jax.training import Pace
@@ -100,31 +100,41 @@ def test_a_copy_that_failed_is_told_and_training_goes_on_and_only_the_last_one_d
 
 
 def test_a_checkpoint_stays_while_it_is_copied_however_many_newer_ones_there_are(tmp_path, monkeypatch):
-    push = Mirror.push
+    push, waited = Mirror.push, []
 
-    def push_slowly(self, *args, **options):
-        time.sleep(0.2)
-        return push(self, *args, **options)
+    def push_when_others_are_saved(self, run, step, **options):
+        deadline_s = time.monotonic() + 60
+        while step < 30 and not (run / "checkpoints" / str(step + 6)).exists():
+            assert time.monotonic() < deadline_s
+            time.sleep(0.005)
+        waited.append(step)
+        return push(self, run, step, **options)
 
-    monkeypatch.setattr(Mirror, "push", push_slowly)
-    settings = config(mirror=f"file://{tmp_path}/mirror", keep=1, checkpoint_every_steps=1, steps=100)
+    monkeypatch.setattr(Mirror, "push", push_when_others_are_saved)
+    settings = config(mirror=f"file://{tmp_path}/mirror", keep=1, checkpoint_every_steps=1)
     with StopSignal() as stop:
         assert loop.run(settings, tmp_path / "run", stop) == 0
-    assert len(events(tmp_path / "run", "save")) > 5 * len(events(tmp_path / "run", "copy")) > 5
+    assert [event["step"] for event in events(tmp_path / "run", "copy")] == waited
+    assert min(waited) < 30
     assert not events(tmp_path / "run", "copy_failed")
     kept = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
     assert len(kept) <= 4  # the last, the best, one that was being copied, and one that waited
 
 
-def test_the_last_copy_is_waited_for_no_longer_than_schedulers_have_patience(tmp_path, monkeypatch, capfd):
+def test_after_a_signal_the_last_copy_is_waited_for_no_longer_than_schedulers_have_patience(tmp_path, monkeypatch):
     go_on = threading.Event()
     monkeypatch.setattr(Mirror, "push", lambda *_, **__: go_on.wait(60))
     monkeypatch.setattr(keeper, "LAST_COPY_S", 0.1)
-    with StopSignal() as stop:
-        assert loop.run(config(mirror=f"file://{tmp_path}/mirror"), tmp_path / "run", stop) == 74
+    journal, store = Journal(tmp_path), CheckpointStore(tmp_path / "checkpoints")
+    copies = Copies(f"file://{tmp_path}/mirror", tmp_path, store, journal)
+    stop = StopSignal()
+    copies.begin(40)
+    stop.hear_of(signal.SIGTERM)
+    with pytest.raises(MirrorFailed, match=r"/mirror: the last copy was not made in 0\.1 s"):
+        copies.finish(stop)
     go_on.set()
-    assert "/mirror: the last copy was not made in 0.1 s" in capfd.readouterr().err
-    assert events(tmp_path / "run", "save")[-1]["step"] == 40
+    store.close()
+    journal.close()
 
 
 def test_a_save_that_time_asked_for_and_that_failed_is_tried_again_soon(tmp_path, monkeypatch):

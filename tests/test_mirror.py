@@ -428,7 +428,8 @@ def test_a_copy_that_knows_more_is_never_given_up_for_one_that_knows_less(mirror
     push_all(mirror, run, *STEPS)
     before = snapshot(bucket)
     (run / "metrics.jsonl").write_text(metrics_to(20))
-    assert mirror.push(run, 20, keep=[20], files=FILES) is None
+    with pytest.raises(MirrorFailed, match="the checkpoint of step 20 was not copied: the copy of step 30 is newer"):
+        mirror.push(run, 20, keep=[20], files=FILES)
     assert snapshot(bucket) == before
     save(tmp_path / "behind", 10)
     assert mirror.fetch(tmp_path / "behind", files=FILES) == Fetched([20, 30], {})
@@ -566,6 +567,9 @@ def test_only_the_latest_of_the_pushes_that_wait_is_made(bucket, run):
     mirror.begin_push(run, 10, keep=STEPS, files=FILES)
     assert began.wait(60)
     mirror.begin_push(run, 20, keep=STEPS, files=FILES)
+    mirror.begin_push(run, 10, keep=STEPS, files=FILES)  # That is being done.
+    assert mirror.steps_under_way == {10}
+    mirror.begin_push(run, 20, keep=STEPS, files=FILES)
     assert mirror.steps_under_way == {10, 20}
     mirror.begin_push(run, 30, keep=STEPS, files=FILES)
     assert mirror.steps_under_way == {10, 30}
@@ -619,19 +623,16 @@ def test_checkpoints_that_are_here_stay_and_only_newer_ones_come(mirror, run, tm
     assert (other / "metrics.jsonl").read_text() == "of later steps"
 
 
-def test_once_the_newest_is_here_older_ones_may_fail_to_come(mirror, run, tmp_path, monkeypatch):
+def test_a_copy_with_other_bytes_is_refused_before_anything_here_gives_way_to_it(mirror, bucket, run, tmp_path):
     push_all(mirror, run, *STEPS)
-
-    def meddle(number, kind, name):
-        if name.startswith("checkpoints/20/"):
-            raise ValueError("UNAVAILABLE: the line is dead")
-
-    with monkeypatch.context() as patch:
-        Store(patch, meddle)
-        fetched = mirror.fetch(tmp_path / "other", files=FILES)
-    assert fetched.steps == [10, 30]
-    assert "the line is dead" in fetched.refused[20]
-    assert check_whole(tmp_path / "other") == [10, 30]
+    file = bucket / "checkpoints" / "30" / "state" / "_METADATA"
+    file.write_bytes(bytes(file.stat().st_size))
+    other = tmp_path / "other"
+    save(other, 25)
+    (other / "metrics.jsonl").write_text("mine")
+    assert mirror.fetch(other, files=FILES) == Fetched([], {30: "state/_METADATA has other bytes than were saved"})
+    assert (other / "metrics.jsonl").read_text() == "mine"
+    assert mirror.fetch(tmp_path / "empty", files=FILES).steps == [10, 20]
 
 
 def test_no_checkpoint_appears_before_the_lines_that_lead_to_it(mirror, run, tmp_path):
@@ -813,7 +814,7 @@ def test_a_size_that_cannot_be_is_refused(mirror, bucket, tmp_path, size):
 
 
 def test_of_a_file_no_more_is_read_than_the_manifest_says(mirror, bucket, tmp_path):
-    put(bucket, 10, {"state/a": {"bytes": 3, "sha256": ""}})
+    put(bucket, 10, {"state/a": {"bytes": 3, "sha256": hashlib.sha256(b"123").hexdigest()}})
     (bucket / "checkpoints/10/state/a").write_text("12345")
     mirror.fetch(tmp_path / "other", files=FILES)
     assert (tmp_path / "other/checkpoints/10/state/a").read_text() == "123"

@@ -407,15 +407,15 @@ def test_a_run_whose_disk_is_gone_is_brought_back_from_its_mirror_and_ends_alike
     whole, run, mirror = new_run("whole"), new_run(), ("--mirror", f"file://{tmp_path}/mirror")
     expected = whole.finish(*args)
 
-    def is_copied() -> bool:
-        """Tell whether the latest start has copied something that it made itself."""
+    def is_copied(turn: int) -> bool:
+        """Tell whether the so-many-th start has copied something that it made itself."""
         starts = [place for place, event in enumerate(run.events()) if event["event"] == "start"]
-        since = [event["event"] for event in run.events()[starts[-1] :]] if starts else []
+        since = [event["event"] for event in run.events()[starts[-1] :]] if len(starts) == turn else []
         return "save" in since and since.count("copy") > 1
 
-    for number in (signal.SIGKILL, signal.SIGTERM):
+    for turn, number in enumerate((signal.SIGKILL, signal.SIGTERM), start=1):
         process = run.start(*args, *mirror)
-        assert run.wait_for(is_copied, process)
+        assert run.wait_for(lambda turn=turn: is_copied(turn), process)
         assert stop(process, number).code == (0 if number == signal.SIGTERM else -number)
         shutil.rmtree(run.workdir)
     ended = run.finish(*args, *mirror)
@@ -506,8 +506,9 @@ def test_to_begin_anew_takes_a_mirror_that_holds_no_run_and_nothing_is_moved_bef
 
 def test_the_copy_of_another_run_is_neither_taken_nor_written_over(mirrored, tmp_path):
     mirror, find = mirrored
-    with pytest.raises(ConfigError, match="holds the copy of a run with other settings; name another --mirror"):
-        find("--seed", "1")
+    for flags in (["--seed", "1"], ["--dataset", "mnist"]):
+        with pytest.raises(ConfigError, match="holds the copy of a run with other settings; name another --mirror"):
+            find(*flags)
     (mirror / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"of a run without its config.json; name another --mirror"):
         find()
