@@ -188,7 +188,7 @@ class Keeper:
         elif self._trouble_told and not trouble:
             self.terminal.warn("the lines of the journal that could not be written are written now")
         self._trouble_told = trouble is not None
-        saved = 0
+        saved = None
         for result in self.store.results():
             if isinstance(result, InvalidState):
                 self._failure = Diverged("the state has values that are not finite")
