@@ -509,6 +509,12 @@ def test_the_copy_of_another_run_is_neither_taken_nor_written_over(mirrored, tmp
     for flags in (["--seed", "1"], ["--dataset", "mnist"]):
         with pytest.raises(ConfigError, match="holds the copy of a run with other settings; name another --mirror"):
             find(*flags)
+    settings = json.loads((mirror / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps(settings))
+    (mirror / "config.json").write_text(json.dumps({**settings, "dataset": "mnist"}))
+    with pytest.raises(ConfigError, match="holds the copy of a run with other settings"):
+        find("--dataset", "auto")
+    (tmp_path / "run" / "config.json").unlink()
     (mirror / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"of a run without its config.json; name another --mirror"):
         find()
