@@ -121,6 +121,30 @@ def test_a_checkpoint_stays_while_it_is_copied_however_many_newer_ones_there_are
     assert len(kept) <= 4  # the last, the best, one that was being copied, and one that waited
 
 
+def test_a_last_copy_that_failed_before_the_end_is_tried_once_more(tmp_path, monkeypatch):
+    push, end, tried = Mirror.push, Keeper.end, []
+
+    def fail_once(self, run, step, **options):
+        tried.append(step)
+        if tried.count(40) == 1:
+            raise MirrorFailed(f"{self.url}: the door is shut")
+        return push(self, run, step, **options)
+
+    def end_later(self, stop):
+        self.store.wait()
+        self.report_saves()
+        assert self.copies._mirror.wait(60)
+        return end(self, stop)
+
+    monkeypatch.setattr(Mirror, "push", fail_once)
+    monkeypatch.setattr(Keeper, "end", end_later)
+    settings = config(mirror=f"file://{tmp_path}/mirror")
+    with StopSignal() as stop:
+        assert loop.run(settings, tmp_path / "run", stop) == 0
+    assert tried[-2:] == [40, 40]
+    assert Mirror(settings.mirror).newest_step() == 40
+
+
 def test_after_a_signal_the_last_copy_is_waited_for_no_longer_than_schedulers_have_patience(tmp_path, monkeypatch):
     go_on = threading.Event()
     monkeypatch.setattr(Mirror, "push", lambda *_, **__: go_on.wait(60))
