@@ -532,6 +532,17 @@ def test_a_checkpoint_that_is_damaged_is_not_copied(mirror, bucket, run, spoil, 
     assert mirror.newest_step() == 10
 
 
+def test_for_a_checkpoint_that_is_damaged_no_good_copy_of_its_step_is_given_up(mirror, bucket, run):
+    push_all(mirror, run, 10)
+    before = snapshot(bucket)
+    shutil.rmtree(run / "checkpoints" / "10")
+    save(run, 10, shift=0.5)
+    blank(run / "checkpoints" / "10" / "state" / "_METADATA")
+    with pytest.raises(MirrorFailed, match="has other bytes than were saved"):
+        mirror.push(run, 10, keep=[10], files=FILES)
+    assert snapshot(bucket) == before
+
+
 @pytest.mark.parametrize("what", ["checkpoints/10/state/leaves", "checkpoints/10", "checkpoints/10/state/_METADATA"])
 def test_no_symbolic_link_is_followed_to_what_is_copied(mirror, bucket, run, tmp_path, what):
     (run / what).rename(tmp_path / "secret")
@@ -567,8 +578,6 @@ def test_only_the_latest_of_the_pushes_that_wait_is_made(bucket, run):
     mirror.begin_push(run, 10, keep=STEPS, files=FILES)
     assert began.wait(60)
     mirror.begin_push(run, 20, keep=STEPS, files=FILES)
-    mirror.begin_push(run, 10, keep=STEPS, files=FILES)  # That is being done.
-    assert mirror.steps_under_way == {10}
     mirror.begin_push(run, 20, keep=STEPS, files=FILES)
     assert mirror.steps_under_way == {10, 20}
     mirror.begin_push(run, 30, keep=STEPS, files=FILES)
@@ -584,6 +593,24 @@ def test_only_the_latest_of_the_pushes_that_wait_is_made(bucket, run):
     assert mirror.wait(60)
     assert [pushed.step for pushed in mirror.results()] == [30]
     assert names(bucket) == names_of(run, 10, 30)
+
+
+def test_a_push_that_is_being_made_is_not_made_twice(bucket, run):
+    began, go_on = threading.Event(), threading.Event()
+
+    class Slow(Mirror):
+        def push(self, run, step, **options):
+            began.set()
+            assert go_on.wait(60)
+            return super().push(run, step, **options)
+
+    mirror = Slow(bucket.as_uri())
+    for step in (10, 20, 10):  # The last one has the one before it forgotten.
+        mirror.begin_push(run, step, keep=STEPS, files=FILES)
+        assert began.wait(60)
+    go_on.set()
+    assert mirror.wait(60)
+    assert [pushed.step for pushed in mirror.results()] == [10]
 
 
 def test_what_goes_wrong_in_the_background_is_told_and_the_next_push_is_made(mirror, bucket, run, monkeypatch):
@@ -934,6 +961,15 @@ def test_a_refusal_is_told_in_a_line_without_a_credential(run, monkeypatch):
             assert "SignatureDoesNotMatch: (secret) is not (secret); is there" in text
             assert "[" not in text
             assert [part for part in (key, secret, "\n") if part in text] == []
+
+
+def test_whatever_a_store_answers_to_a_look_is_told_in_a_line(mirror, monkeypatch):
+    def meddle(number, kind, name):
+        raise ValueError("OUT_OF_RANGE: 416 Range Not Satisfiable")
+
+    Store(monkeypatch, meddle)
+    with pytest.raises(MirrorFailed, match="it cannot be looked at: it cannot be listed: OUT_OF_RANGE"):
+        mirror.newest_step()
 
 
 def test_a_bucket_that_is_not_there_is_told(servers, run, monkeypatch):
