@@ -563,28 +563,32 @@ def test_a_small_file_that_is_a_link_is_not_copied(mirror, bucket, run, tmp_path
 # In the background
 
 
+class Held(Mirror):
+    """A mirror whose pushes begin and then wait for a word."""
+
+    def __init__(self, url):
+        super().__init__(url)
+        self.began, self.go_on = threading.Event(), threading.Event()
+
+    def push(self, run, step, **options):
+        self.began.set()
+        assert self.go_on.wait(60)
+        return super().push(run, step, **options)
+
+
 def test_only_the_latest_of_the_pushes_that_wait_is_made(bucket, run):
-    began, go_on = threading.Event(), threading.Event()
-
-    class Slow(Mirror):
-        def push(self, run, step, **options):
-            began.set()
-            assert go_on.wait(60)
-            return super().push(run, step, **options)
-
-    mirror = Slow(bucket.as_uri())
+    mirror = Held(bucket.as_uri())
     assert mirror.wait(0)
     assert mirror.steps_under_way == set()
     mirror.begin_push(run, 10, keep=STEPS, files=FILES)
-    assert began.wait(60)
-    mirror.begin_push(run, 20, keep=STEPS, files=FILES)
+    assert mirror.began.wait(60)
     mirror.begin_push(run, 20, keep=STEPS, files=FILES)
     assert mirror.steps_under_way == {10, 20}
     mirror.begin_push(run, 30, keep=STEPS, files=FILES)
     assert mirror.steps_under_way == {10, 30}
     assert not mirror.wait(0.01)
     assert mirror.results() == []
-    go_on.set()
+    mirror.go_on.set()
     assert mirror.wait(60)
     assert [pushed.step for pushed in mirror.results()] == [10, 30]
     assert mirror.results() == []
@@ -596,19 +600,11 @@ def test_only_the_latest_of_the_pushes_that_wait_is_made(bucket, run):
 
 
 def test_a_push_that_is_being_made_is_not_made_twice(bucket, run):
-    began, go_on = threading.Event(), threading.Event()
-
-    class Slow(Mirror):
-        def push(self, run, step, **options):
-            began.set()
-            assert go_on.wait(60)
-            return super().push(run, step, **options)
-
-    mirror = Slow(bucket.as_uri())
+    mirror = Held(bucket.as_uri())
     for step in (10, 20, 10):  # The last one has the one before it forgotten.
         mirror.begin_push(run, step, keep=STEPS, files=FILES)
-        assert began.wait(60)
-    go_on.set()
+        assert mirror.began.wait(60)
+    mirror.go_on.set()
     assert mirror.wait(60)
     assert [pushed.step for pushed in mirror.results()] == [10]
 
