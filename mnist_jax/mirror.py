@@ -311,7 +311,7 @@ def _spec(url: str, timeout_s: float) -> dict[str, Any]:
 
 
 class _Bucket:
-    """The open store, for one push, fetch or look.
+    """The open store, for one push, fetch or look. Whatever it is asked for, it may raise MirrorFailed.
 
     It is opened anew for each. Requests that a silent server never answers keep their places in TensorStore's queue,
     and after some pushes none would be left: of 4 places, 4 lost ones blocked all that came later.

@@ -135,10 +135,7 @@ def find_run(args: Sequence[str], asked: Config, stop: StopSignal, locks: contex
         lock(workdir)  # It is another directory now. The lock on the old one is kept.
     settings = workdir / "config.json"
     if copied:
-        here = configs.load(settings) if settings.exists() else copied
-        wanted = configs.parse(args, here)
-        if wanted.dataset == "auto":
-            wanted = dataclasses.replace(wanted, dataset=here.dataset)
+        wanted = _asked_of(args, configs.load(settings) if settings.exists() else copied)
         if any(configs.contradictions(copied, wanted)):
             raise ConfigError(f"{asked.mirror} holds the copy of a run with other settings; name another --mirror")
         stop.run(lambda: bring_back(str(asked.mirror), workdir))
@@ -206,15 +203,20 @@ def _settings_of_old_run(args: Sequence[str], asked: Config, workdir: Path) -> C
         ConfigError: the arguments contradict them, or they cannot be read.
     """
     run = configs.load(workdir / "config.json")
-    config = configs.parse(args, run)
-    dataset = run.dataset if config.dataset == "auto" else config.dataset
+    config = _asked_of(args, run)
     if any((workdir / "checkpoints").glob("[0-9]*")):
         configs.check_same_mathematics(run, config, where=workdir)
-    if (config.preset, config.model, dataset) != (run.preset, run.model, run.dataset):
+    if (config.preset, config.model, config.dataset) != (run.preset, run.model, run.dataset):
         # Nothing has begun: the old settings are no guide.
         preset = asked.preset or (run.preset if config.model == run.model else None)
-        config = configs.parse(args, Config.of_preset(preset, config.model, dataset))
-    return dataclasses.replace(config, dataset=dataset)
+        config = _asked_of(args, Config.of_preset(preset, config.model, config.dataset))
+    return config
+
+
+def _asked_of(args: Sequence[str], run: Config) -> Config:
+    """Return the settings that the arguments ask of a run: where they are silent, or leave the data open, its own."""
+    config = configs.parse(args, run)
+    return dataclasses.replace(config, dataset=run.dataset) if config.dataset == "auto" else config
 
 
 def _move_aside(workdir: Path) -> None:
