@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from mnist_jax import data, distributed
 from mnist_jax.checkpoint import Checkpoint, CheckpointStore, describe_leaves, host_leaves
+from mnist_jax.command import leave
 from mnist_jax.config import Config
 from mnist_jax.peers import meet
 from mnist_jax.preemption import StopSignal
@@ -62,3 +63,4 @@ def main(coordinator: str, count: str, index: str, *words: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave(0)  # as the command does: threads of JAX and of the peers may still be at work

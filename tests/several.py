@@ -1,5 +1,7 @@
 """A run of several processes, as a scheduler or a user starts them: real ones, which meet on this machine."""
 
+import contextlib
+import random
 import signal
 import socket
 import time
@@ -34,9 +36,11 @@ class Several:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    """Return a port that nobody listens on, none of those that the kernel gives to connections, at any moment."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def start(run: Run, count: int, *args: str, variables: dict[int, dict[str, str]] | None = None) -> Several:
