@@ -31,6 +31,7 @@ FILES = {
     "test_images": "t10k-images-idx3-ubyte.gz",
     "test_labels": "t10k-labels-idx1-ubyte.gz",
 }
+DIGITS = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
 PROBE_TIMEOUT_S = 3.0
 STALL_TIMEOUT_S = 20.0
 
@@ -113,6 +114,11 @@ def load(name: str, data_dir: Path | None = None, *, say: Callable[[str], None])
     return _unpack(name, _in_folder(data_dir) if data_dir is not None else _locate(name, say=say), data_dir)
 
 
+def class_names(name: str) -> tuple[str, ...]:
+    """Return what the ten labels of a data set mean."""
+    return REGISTRY[name].class_names if name in REGISTRY else DIGITS
+
+
 def begin_to_load(name: str, data_dir: Path | None) -> "Future[Dataset] | None":
     """Begin to load in a thread, as `load` does, where there are files that only need to be unpacked.
 
@@ -147,7 +153,7 @@ def _unpack(name: str, paths: Mapping[str, Path], data_dir: Path | None) -> Data
         train_labels=arrays["train_labels"].astype(np.int32),
         test_images=arrays["test_images"][..., np.newaxis],
         test_labels=arrays["test_labels"].astype(np.int32),
-        class_names=REGISTRY[name].class_names,
+        class_names=class_names(name),
     )
 
 
@@ -178,7 +184,7 @@ REGISTRY = {
             "test_images": (1_648_877, "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6"),
             "test_labels": (4_542, "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"),
         },
-        ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9"),
+        DIGITS,
     ),
     "fashion_mnist": Entry(
         "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",
@@ -379,5 +385,5 @@ def _digits() -> Dataset:
         train_labels=labels[~is_test],
         test_images=images[is_test],
         test_labels=labels[is_test],
-        class_names=tuple(str(digit) for digit in range(10)),
+        class_names=DIGITS,
     )

@@ -5,6 +5,7 @@ This file stands alone; lift it into your own project.
 
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 BATCH_AXIS = "batch"
 
 
-def data_mesh() -> Mesh:
-    """Return a mesh with one axis, over which batches are split: all devices of all processes."""
-    return Mesh(np.asarray(jax.devices()), (BATCH_AXIS,))
+def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Return a mesh with one axis, over which batches are split: of these devices, or all devices of all processes."""
+    return Mesh(np.asarray(jax.devices() if devices is None else devices), (BATCH_AXIS,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -113,6 +114,16 @@ def prefer_determinism() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_gpu_deterministic_ops" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+
+
+def be_a_guest(*, on_cpu: bool) -> None:
+    """Take of an accelerator, which a run may be using, only what is needed, or nothing and compute on the CPU.
+
+    Call it before JAX touches a device.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if on_cpu:
+        jax.config.update("jax_platforms", "cpu")
 
 
 def keep_compiled_programs() -> None:

@@ -32,6 +32,10 @@ CPU_OPTIONS: dict[str, str | bool] = {
 }
 
 
+# variables, images, labels, index of the first, wishes
+Evaluate = Callable[[Any, jax.Array, jax.Array, Any, Any], tuple[MetricSums, jax.Array, jax.Array]]
+
+
 class Programs(NamedTuple):
     """What a run computes, each function with its config built in.
 
@@ -42,8 +46,7 @@ class Programs(NamedTuple):
     # state (donated), data, number of updates, wishes
     train_steps: Callable[[TrainState, TrainData, Any, Any], tuple[TrainState, MetricSums, jax.Array]]
     epoch_order: Callable[[Any], jax.Array]  # epoch -> [N] int32
-    # variables, images, labels, index of the first, wishes
-    evaluate: Callable[[Any, jax.Array, jax.Array, Any, Any], tuple[MetricSums, jax.Array]]
+    evaluate: "Evaluate"
     eval_call_images: int
     learning_rate: Callable[[Any], jax.Array]  # number of updates made -> [] float32
     is_finite: Callable[[TrainState], jax.Array]
@@ -76,8 +79,6 @@ class Blueprint:
         state = self.abstract_state
         number = _integers()
         wishes = council.abstract_wishes(mesh)
-        on_batch: Any = {"model": self._model, "batch_sharding": distributed.split_over_batch(mesh)}
-        eval_call_images = -(-EVAL_CALL_IMAGES // mesh.size) * mesh.size
         return Programs(
             train_steps=self._compile(
                 partial(
@@ -87,7 +88,7 @@ class Blueprint:
                     label_smoothing=config.label_smoothing,
                     average_decay=config.average_decay,
                     distort=self._distort,
-                    **on_batch,
+                    **self._on_batch,
                 ),
                 state,
                 TrainData(_images(self.train_size), _integers(self.train_size), _integers(self.train_size)),
@@ -96,18 +97,37 @@ class Blueprint:
                 donate_argnums=0,
             ),
             epoch_order=self._compile(partial(steps.epoch_order, config.seed, size=self.train_size), number),
-            evaluate=self._compile(
-                partial(steps.evaluate, size=eval_call_images, **on_batch),
-                state.variables,
-                _images(self.test_size),
-                _integers(self.test_size),
-                number,
-                wishes,
-            ),
-            eval_call_images=eval_call_images,
+            evaluate=self.compile_evaluate(),
+            eval_call_images=self.eval_call_images,
             learning_rate=self._compile_for_one_device(self._schedule, number),
             is_finite=self._compile_for_one_device(steps.is_finite, jax.eval_shape(self._create)),
         )
+
+    @property
+    def eval_call_images(self) -> int:
+        """How many images a call of the evaluation looks at: as many on each device."""
+        return -(-EVAL_CALL_IMAGES // self.mesh.size) * self.mesh.size
+
+    def compile_evaluate(self) -> Evaluate:
+        """Compile the evaluation alone. Of the logits each device keeps those of its own images."""
+        everywhere = distributed.replicated(self.mesh)
+        return self._compile(
+            partial(steps.evaluate, size=self.eval_call_images, **self._on_batch),
+            self.abstract_state.variables,
+            _images(self.test_size),
+            _integers(self.test_size),
+            _integers(),
+            council.abstract_wishes(self.mesh),
+            out_shardings=(everywhere, distributed.split_over_batch(self.mesh), everywhere),
+        )
+
+    def compile_answer(self) -> Callable[[Any, Any], jax.Array]:
+        """Compile what a trained model is used with: variables, one image [1, 28, 28, 1] -> probabilities [1, 10]."""
+        return self._compile(partial(steps.answer, model=self._model), self.abstract_state.variables, _images(1))
+
+    @property
+    def _on_batch(self) -> dict[str, Any]:
+        return {"model": self._model, "batch_sharding": distributed.split_over_batch(self.mesh)}
 
     @property
     def _is_for_cpu(self) -> bool:
@@ -137,7 +157,8 @@ class Blueprint:
         """Compile a function for all devices; arguments that do not say how they lie there lie whole on each."""
         everywhere = distributed.replicated(self.mesh)
         shardings = jax.tree.map(lambda leaf: leaf.sharding or everywhere, arguments)
-        return self._finish(jax.jit(function, in_shardings=shardings, out_shardings=everywhere, **options), *arguments)
+        options = {"out_shardings": everywhere, **options}
+        return self._finish(jax.jit(function, in_shardings=shardings, **options), *arguments)
 
     def _compile_for_one_device(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return self._finish(jax.jit(function), *arguments)

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -16,7 +16,7 @@ from mnist_jax import config as configs
 from mnist_jax import distributed
 from mnist_jax.checkpoint import Checkpoint, CheckpointError, Mismatch
 from mnist_jax.config import Config, ConfigError
-from mnist_jax.data import Dataset
+from mnist_jax.data import REGISTRY, Dataset
 from mnist_jax.train_state import TrainState
 
 MOST_CPU_THREADS = 4096
@@ -106,6 +106,27 @@ def check_about(manifest: Mapping[str, Any]) -> dict[str, Any]:
     if type(size) is not int or size < 0 or not isinstance(sha256, str):
         raise Mismatch(f"the manifest of step {manifest['step']} says nothing usable of the run's metrics.jsonl")
     return about
+
+
+class Data(NamedTuple):
+    """Which data set a run learns, and how many images are in its two parts."""
+
+    name: str
+    train_images: int
+    test_images: int
+
+
+def data_of(manifest: Mapping[str, Any]) -> Data:
+    """Return what a manifest says of the data.
+
+    Raises:
+        Mismatch: it is not what a run of ours writes.
+    """
+    found = Data(*(check_about(manifest)["data"].get(name) for name in Data._fields))
+    is_size = (type(size) is int and 0 < size < 2**31 for size in found[1:])
+    if found.name not in (*REGISTRY, "digits") or not all(is_size):
+        raise Mismatch(f"the manifest of step {manifest['step']} says nothing usable of the run's data")
+    return found
 
 
 def check_same_run(about: Mapping[str, Any], config: Config, dataset: Dataset, *, where: Path) -> None:

@@ -13,12 +13,11 @@ import numpy as np
 import tyro
 
 from mnist_jax import config as configs
-from mnist_jax import data, loop, provenance
-from mnist_jax.checkpoint import Checkpoint, CheckpointError, Damaged, describe_leaves, host_leaves, list_checkpoints
-from mnist_jax.command import leave, mend_standard_streams
+from mnist_jax import data, errand, loop, provenance
+from mnist_jax.checkpoint import Checkpoint, describe_leaves, host_leaves, list_checkpoints
+from mnist_jax.command import leave
 from mnist_jax.config import ConfigError
 from mnist_jax.council import Council
-from mnist_jax.data import DataError
 from mnist_jax.journal import Terminal
 from mnist_jax.preemption import Stopped, StopSignal
 from mnist_jax.updates import Updates
@@ -43,29 +42,16 @@ class Options:
 
 
 def main(args: Sequence[str]) -> int:
-    """Replay a stretch of a run, and return the exit code.
-
-    0: identical. 1: not identical. 2: bad usage, or no such run, checkpoint or data. 65: a checkpoint is damaged.
-    128+n: signal n.
-    """
+    """Replay a stretch of a run, and return the exit code: 0 identical, 1 not identical, others as `errand.run`."""
     options = tyro.cli(Options, prog="python -m mnist_jax.replay", args=args)
-    mend_standard_streams()
-    terminal = Terminal()
-    with StopSignal() as stop:
-        try:
-            differences = replay(options, stop, terminal)
-        except Stopped:
-            assert stop.received is not None
-            terminal.warn(f"{stop.received.name}: left; nothing was written")
-            return 128 + stop.received
-        except Damaged as error:
-            terminal.warn(f"error: a checkpoint is damaged, {error}")
-            return 65
-        except (CheckpointError, ConfigError, DataError, OSError) as error:
-            terminal.warn(f"error: {error}")
-            return 2
-    terminal.say("\n".join(["not identical:", *(f"  {line}" for line in differences)]) if differences else "identical")
-    return 1 if differences else 0
+
+    def work(stop: StopSignal, terminal: Terminal) -> int:
+        differences = replay(options, stop, terminal)
+        lines = ["not identical:", *(f"  {line}" for line in differences)] if differences else ["identical"]
+        terminal.say("\n".join(lines))
+        return 1 if differences else 0
+
+    return errand.run(work)
 
 
 def replay(options: Options, stop: StopSignal, terminal: Terminal) -> list[str]:

@@ -138,10 +138,11 @@ def evaluate(
     model: Classifier,
     batch_sharding: Sharding,
     size: int,
-) -> tuple[MetricSums, jax.Array]:
-    """Return the metric sums over images `first` to `first + size`, or to the last one where there are fewer.
+) -> tuple[MetricSums, jax.Array, jax.Array]:
+    """Look at images `first` to `first + size`, or to the last one where there are fewer.
 
-    The wishes [W], added up over the devices, come with them.
+    Returns the metric sums over them; the logits [size, 10], of which those behind the last image say nothing; and the
+    wishes [W], added up over the devices.
 
     Args:
         variables: the network's parameters and running statistics.
@@ -160,7 +161,13 @@ def evaluate(
     losses = cross_entropy(logits, labels[rows])
     correct, heard = _over_devices(_count(is_right(logits, labels[rows]) & there, len(wishes)), wishes)
     sums = MetricSums(loss=jnp.sum(losses, where=there), correct=correct, images=jnp.sum(there, dtype=jnp.int32))
-    return sums, heard
+    return sums, logits, heard
+
+
+def answer(variables: Any, images: jax.Array, *, model: Classifier) -> jax.Array:
+    """Return the probabilities of the classes. images: [N, 28, 28, 1] uint8 -> [N, 10] float32."""
+    logits: Any = model.apply(variables, images, train=False)
+    return jax.nn.softmax(logits)
 
 
 def is_finite(state: TrainState) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import jax
@@ -177,10 +178,10 @@ class Training:
             self.pace.drain()
 
     def _evaluate(self) -> MetricSums | None:
-        pace: Pace[tuple[MetricSums, jax.Array]] = Pace(CALL_S)
+        pace: Pace[tuple[MetricSums, jax.Array, jax.Array]] = Pace(CALL_S)
         parts: list[MetricSums] = []
 
-        def take(sums: MetricSums, heard: jax.Array) -> None:
+        def take(sums: MetricSums, _: jax.Array, heard: jax.Array) -> None:
             parts.append(sums)
             self.council.hear(heard)
 
@@ -202,7 +203,12 @@ class Training:
             calls_in_flight = pace.drain()
         for call in calls_in_flight:
             take(*call)
-        return jax.tree.map(lambda *values: np.sum(np.asarray(values)), *parts)
+        return total(parts)
+
+
+def total(parts: Sequence[MetricSums]) -> MetricSums:
+    """Return the metric sums over all calls of an evaluation."""
+    return jax.tree.map(lambda *values: np.sum(np.asarray(values)), *parts)
 
 
 def averages(sums: MetricSums) -> tuple[float, float]:

@@ -40,10 +40,17 @@ ROOMS = {
     },
     "train": {"command", "config", "data", "lock", "mirror", "peers", "preemption", "loop"},
     "status": {"command", "provenance", "config", "checkpoint", "journal", "lock"},
+    "errand": {"command", "config", "data", "journal", "preemption", "checkpoint"},
     "replay": {
         *("command", "config", "council", "data", "updates", "provenance", "loop"),
-        *("checkpoint", "preemption", "journal"),
+        *("checkpoint", "preemption", "journal", "errand"),
     },
+    "trained": {
+        *("config", "data", "distributed", "provenance", "checkpoint", "council", "preemption", "programs", "training"),
+    },
+    "handwriting": set(),
+    "evaluate": {"command", "data", "errand", "journal", "preemption", "trained"},
+    "predict": {"command", "config", "errand", "journal", "preemption", "trained", "handwriting"},
 }
 
 OWNERS = {
@@ -51,12 +58,13 @@ OWNERS = {
     "filelock": {"lock"},
     "flax": {"model", "train_state"},
     "orbax": {"checkpoint"},
+    "PIL": {"handwriting"},
     "rich": {"journal"},
     "signal": {"preemption"},
     "tensorboard": {"journal"},
     "tensorflow_datasets": {"data"},
     "tensorstore": {"mirror"},
-    "tyro": {"config", "status", "replay"},
+    "tyro": {"config", "status", "replay", "evaluate", "predict"},
 }
 
 

@@ -38,7 +38,7 @@ def train_and_tell(width: int) -> dict[str, Any]:
     wishes = jax.device_put(np.arange(2 * width, dtype=np.int32).reshape(2, width), abstract.sharding)
     state, sums, heard = programs.train_steps(source.create(), training, np.int32(3), wishes)
     tests = (distributed.put(x, everywhere) for x in (dataset.test_images, dataset.test_labels))
-    tested, heard_in_test = programs.evaluate(state.variables, *tests, np.int32(0), wishes)
+    tested, _, heard_in_test = programs.evaluate(state.variables, *tests, np.int32(0), wishes)
     bits = b"".join(leaf.tobytes() for _, leaf in sorted(host_leaves((state, sums, tested)).items()))
     return {
         "collectives": [

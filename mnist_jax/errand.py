@@ -1,0 +1,33 @@
+"""What the commands that use a run have in common: they read it, say what went wrong in a line, and heed signals."""
+
+from collections.abc import Callable
+
+from mnist_jax.command import mend_standard_streams
+from mnist_jax.config import ConfigError
+from mnist_jax.data import DataError
+from mnist_jax.journal import Terminal
+from mnist_jax.preemption import Stopped, StopSignal
+
+
+def run(work: Callable[[StopSignal, Terminal], int]) -> int:
+    """Return the exit code of some work on a run, or of what kept it from being done.
+
+    2: bad usage, or no such run, checkpoint or data. 65: a checkpoint is damaged. 128+n: signal n.
+    """
+    mend_standard_streams()
+    terminal = Terminal()
+    with StopSignal() as stop:
+        from mnist_jax.checkpoint import CheckpointError, Damaged  # and with it JAX: a second, where signals are heeded
+
+        try:
+            return work(stop, terminal)
+        except Stopped:
+            assert stop.received is not None
+            terminal.warn(f"{stop.received.name}: left; nothing was written")
+            return 128 + stop.received
+        except Damaged as error:
+            terminal.warn(f"error: a checkpoint is damaged, {error}")
+            return 65
+        except (CheckpointError, ConfigError, DataError, OSError) as error:
+            terminal.warn(f"error: {error}")
+            return 2

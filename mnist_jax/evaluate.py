@@ -1,0 +1,125 @@
+"""The command `python -m mnist_jax.evaluate`: how good a trained classifier is, digit by digit.
+
+It writes nothing, also while the run is at work.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+
+from mnist_jax import data, errand
+from mnist_jax.command import leave
+from mnist_jax.journal import Terminal, accuracy_at, read_metrics
+from mnist_jax.preemption import StopSignal
+
+
+@dataclass(frozen=True)
+class Options:
+    """Evaluate the classifier of a run on all test images: loss, accuracy, accuracy per class, confusions."""
+
+    workdir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WORKDIR")]
+    """Directory of the run. Nothing is written there."""
+    step: Annotated[Literal["latest", "best"] | int, tyro.conf.arg(metavar="{latest,best,N}")] = "latest"
+    """Which checkpoint: the latest, the one with the highest test accuracy so far, or that of a step."""
+    data_dir: Annotated[
+        Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: where the run had them)")
+    ] = None
+    """Folder that holds the four official .gz files of the data set."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print JSON instead of text."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How good a checkpoint is on the test images."""
+
+    workdir: str
+    step: int
+    dataset: str
+    images: int
+    loss: float
+    accuracy: float
+    recorded_accuracy: float | None  # what the run itself found at this step, if it evaluated there
+    class_names: list[str]
+    class_accuracy: list[float | None]  # None for a class without images
+    confusion: list[list[int]]  # a row for each label, a column for each answer
+
+
+def main(args: Sequence[str]) -> int:
+    """Print how good a checkpoint is, and return the exit code; see `errand.run`."""
+    options = tyro.cli(Options, prog="python -m mnist_jax.evaluate", args=args)
+
+    def work(stop: StopSignal, terminal: Terminal) -> int:
+        result = evaluate(options, stop, terminal)
+        terminal.say(json.dumps(asdict(result), indent=2) if options.json else describe(result))
+        return 0
+
+    return errand.run(work)
+
+
+def evaluate(options: Options, stop: StopSignal, terminal: Terminal) -> Result:
+    """Return how good a checkpoint is.
+
+    Raises:
+        CheckpointError, ConfigError, DataError, OSError: there is nothing to evaluate, or nothing to do it with.
+        Stopped: a signal came.
+    """
+    from mnist_jax import trained
+
+    model = trained.load(options.workdir, options.step, on_cpu=False)
+    name, folder = model.data.name, options.data_dir or model.config.data_dir
+    dataset = stop.run(lambda: data.load(name, folder, say=terminal.say))
+    found = model.evaluate(dataset, stop)
+    confusion = confusion_matrix(dataset.test_labels, found.logits.argmax(axis=1))
+    totals = confusion.sum(axis=1)
+    metrics = options.workdir / "metrics.jsonl"
+    return Result(
+        workdir=str(options.workdir),
+        step=model.step,
+        dataset=name,
+        images=len(dataset.test_labels),
+        loss=found.loss,
+        accuracy=found.accuracy,
+        recorded_accuracy=accuracy_at(model.step, (record for record, _ in read_metrics(metrics))),
+        class_names=list(model.class_names),
+        class_accuracy=[
+            int(right) / int(all_) if all_ else None for right, all_ in zip(np.diag(confusion), totals, strict=True)
+        ],
+        confusion=confusion.tolist(),
+    )
+
+
+def confusion_matrix(labels: np.ndarray, answers: np.ndarray) -> np.ndarray:
+    """Return how often which label was given which answer. labels, answers: [N] in [0, 10) -> [10, 10] int64."""
+    return np.bincount(10 * labels.astype(np.int64) + answers, minlength=100).reshape(10, 10)
+
+
+def describe(result: Result) -> str:
+    """Return the text for people."""
+    right = round(result.accuracy * result.images)
+    lines = [
+        f"step {result.step} of the run in {result.workdir}, on the {result.images:,} test images of {result.dataset}",
+        f"test loss {result.loss:.4f}, test accuracy {result.accuracy:.4f}: {result.images - right:,} images wrong",
+    ]
+    if result.recorded_accuracy not in (None, result.accuracy):
+        lines.append(
+            f"the run itself recorded a test accuracy of {result.recorded_accuracy:.4f} here, on other devices?"
+        )
+    names = [name if len(name) <= 5 else f"{name[:4]}…" for name in result.class_names]
+    width = max(map(len, ("label", *result.class_names)))
+    lines += ["", "a row for each label, a column for each answer"]
+    lines.append(f"  {'label':{width}} accuracy " + "".join(f"{name:>6}" for name in names))
+    for name, accuracy, counts in zip(result.class_names, result.class_accuracy, result.confusion, strict=True):
+        share = "" if accuracy is None else f"{accuracy:.4f}"
+        lines.append(f"  {name:{width}} {share:8} " + "".join(f"{count or '·':>6}" for count in counts))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1:]))
