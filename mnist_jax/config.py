@@ -304,9 +304,14 @@ def check_directory(workdir: Path) -> None:
 
 def save(config: Config, path: Path) -> None:
     """Write the settings of a run to a JSON file, whole or not at all, also when the power fails."""
+    write_whole(path, (json.dumps(config.to_json(), indent=2) + "\n").encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file, in the place of one that may be there, whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
-        file.write(json.dumps(config.to_json(), indent=2) + "\n")
+    with partial.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)

@@ -111,14 +111,16 @@ def describe(result: Result) -> str:
         lines.append(
             f"the run itself recorded a test accuracy of {result.recorded_accuracy:.4f} here, on other devices?"
         )
-    names = [name if len(name) <= 5 else f"{name[:4]}…" for name in result.class_names]
-    width = max(map(len, ("label", *result.class_names)))
     lines += ["", "a row for each label, a column for each answer"]
-    lines.append(f"  {'label':{width}} accuracy " + "".join(f"{name:>6}" for name in names))
+    lines.append("label    accuracy " + "".join(f"{_cut(name, 5):>6}" for name in result.class_names))
     for name, accuracy, counts in zip(result.class_names, result.class_accuracy, result.confusion, strict=True):
         share = "" if accuracy is None else f"{accuracy:.4f}"
-        lines.append(f"  {name:{width}} {share:8} " + "".join(f"{count or '·':>6}" for count in counts))
+        lines.append(f"{_cut(name, 8):8} {share:8} " + "".join(f"{count or '·':>6}" for count in counts))
     return "\n".join(lines)
+
+
+def _cut(name: str, width: int) -> str:
+    return name if len(name) <= width else f"{name[: width - 1]}…"
 
 
 if __name__ == "__main__":

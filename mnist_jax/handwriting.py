@@ -113,30 +113,29 @@ def crop(drawing: np.ndarray) -> np.ndarray:
     return kept[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
 
 
-def fit(digit: np.ndarray, side: int) -> np.ndarray:
-    """Return a digit scaled so that its longer side is `side` pixels, anti-aliased, and its darkest ink is 1."""
-    height, width = (max(1, round(side * length / max(digit.shape))) for length in digit.shape)
-    scaled = np.asarray(Image.fromarray(digit.astype(np.float32)).resize((width, height), Image.Resampling.BOX))
-    return scaled / scaled.max()
-
-
 def as_mnist(digit: np.ndarray) -> np.ndarray:
     """Return a cropped digit as MNIST's authors would have: [28, 28, 1] uint8."""
-    scaled = fit(digit, BOX_PX)
+    scaled = scale(digit, *(max(1, round(BOX_PX * length / max(digit.shape))) for length in digit.shape))
     image = np.zeros((SIZE_PX, SIZE_PX, 1), np.uint8)
-    mass = scaled.sum()
-    rows, columns = (
-        np.clip(round(SIZE_PX / 2 - scaled.sum(1 - axis) @ np.arange(length) / mass), 0, SIZE_PX - length)
-        + np.arange(length)
-        for axis, length in enumerate(scaled.shape)
-    )
-    image[np.ix_(rows, columns, [0])] = np.round(255 * scaled)[..., np.newaxis]
+    places = []
+    for axis, length in enumerate(scaled.shape):
+        mean = scaled.sum(1 - axis) @ np.arange(length) / scaled.sum()
+        first = np.clip(round(SIZE_PX / 2 - mean), 0, SIZE_PX - length)
+        places.append(first + np.arange(length))
+    image[np.ix_(*places, [0])] = np.round(255 * scaled)[..., np.newaxis]
     return image
 
 
 def as_digits(digit: np.ndarray) -> np.ndarray:
-    """Return a cropped digit as `data` has those of scikit-learn: 8×8 squares of 17 shades, [28, 28, 1] uint8."""
-    scaled = np.round(16 * fit(digit, 8)) * (255 / 16)
-    margins = [((8 - length) // 2, (9 - length) // 2) for length in scaled.shape]
-    squares = np.kron(np.pad(scaled, margins), np.ones((3, 3)))
-    return np.pad(squares, 2).astype(np.uint8)[..., np.newaxis]
+    """Return a cropped digit as `data` has those of scikit-learn: 8×8 squares of 17 shades, [28, 28, 1] uint8.
+
+    All 1,797 of them fill the eight rows, and most the six columns in the middle, whatever their aspect ratio was.
+    """
+    shades = np.pad(np.round(16 * scale(digit, 8, 6)), ((0, 0), (1, 1))) * (255 / 16)
+    return np.pad(np.kron(shades, np.ones((3, 3))), 2).astype(np.uint8)[..., np.newaxis]
+
+
+def scale(digit: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Return a digit scaled to [height, width], anti-aliased, with its darkest ink 1."""
+    picture = Image.fromarray(digit.astype(np.float32)).resize((width, height), Image.Resampling.BOX)
+    return np.asarray(picture) / np.max(picture)

@@ -287,7 +287,8 @@ def finished(step: int, journal: Journal, store: CheckpointStore) -> Outcome:
 def stopped(step: int, stop: StopSignal, journal: Journal, store: CheckpointStore) -> Outcome:
     """Return the outcome of a run that a signal stopped, and that is saved; "none" where there is nothing to save."""
     assert stop.received is not None
-    journal.event("signal", step=step, signal=stop.received.name)
+    # None where another process caught it.
+    journal.event("signal", step=step, signal=stop.received.name, seconds=stop.seconds_since)
     try:
         sha256 = store.sha256(step) if store.steps else "none"
     except CheckpointError:  # It was left before anybody looked at the checkpoints; the next start does.

@@ -6,8 +6,9 @@ logits = model.apply(variables, images, train=False)
 """
 
 import functools
+import inspect
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,11 @@ CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))  # of a 2x2 square of pixels
 VECTOR = 16  # float32 numbers that a processor computes at once, at the most
 
 Padding = Literal["SAME", "VALID"]
+
+
+def identity(x: Array) -> Array:
+    """Return x as it is."""
+    return x
 
 
 class Classifier(nn.Module):
@@ -49,7 +55,7 @@ class Classifier(nn.Module):
     unpooled: tuple[int, ...] = ()
     padding: Padding = "VALID"
     activation: Callable[[Array], Array] = nn.relu
-    logits_activation: Callable[[Array], Array] = lambda x: x
+    logits_activation: Callable[[Array], Array] = identity
     dropout: float = 0.0
     batch_norm: bool = False
     pixel_mean: float = 0.1307  # these two are those of the 60,000 training images of MNIST
@@ -191,6 +197,34 @@ def _conv_backward(margin: int, residuals: tuple[Array, Array], g: Array) -> tup
 
 
 conv.defvjp(_conv_forward, _conv_backward)
+
+
+def describe(model: Classifier) -> dict[str, Any]:
+    """Return as JSON values what an evaluation computes with the variables, for those who have no Flax to ask."""
+
+    def name(activation: Any) -> dict[str, Any]:
+        settings = inspect.signature(activation).parameters.values()
+        function = getattr(activation, "func", activation)
+        return {"name": function.__name__, **{p.name: p.default for p in settings if p.default is not p.empty}}
+
+    return {
+        "input": "images [N, 28, 28, 1] of uint8, divided by 255; pixel_mean is taken off, then divided by pixel_std",
+        "pixel_mean": model.pixel_mean,
+        "pixel_std": model.pixel_std,
+        "convolutions": "conv1, conv2, ...: stride 1, kernels [height, width, in, out] that are not flipped; 2x2 max "
+        "pooling, but not where their number is in unpooled; bias; normalization; activation",
+        "padding": model.padding,
+        "unpooled": list(model.unpooled),
+        "normalization": "where there are batch_stats: scale * (x - mean) / sqrt(var + epsilon) + bias",
+        "epsilon": nn.BatchNorm.epsilon,
+        "activation": name(model.activation),
+        "dense1": "the values in the order height, width, channel, times the kernel; bias; normalization; activation",
+        "logits": "times the kernel; bias; logits_activation",
+        "logits_activation": name(model.logits_activation),
+        "activations": "relu: max(x, 0). power_of_relu: max(x, 0) ** exponent where x > chord, elsewhere "
+        "max(x, 0) * chord ** (exponent - 1). identity: x",
+    }
+
 
 ORIGINAL = Classifier(
     features=(16, 32), kernel_sizes=(5, 5), hidden=1024, padding="SAME", pixel_mean=0.0, pixel_std=1.0

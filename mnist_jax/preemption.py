@@ -91,6 +91,11 @@ class StopSignal:
         if self.received is None:
             self.received = signal.Signals(number)
 
+    @property
+    def seconds_since(self) -> float | None:
+        """How long ago the first stop signal came to this process, or None where none did."""
+        return None if self._caught is None else time.monotonic() - self._caught[1]
+
     def take_save_request(self) -> bool:
         """Tell whether a save signal came since the last call."""
         requested, self._save_requested = self._save_requested, False

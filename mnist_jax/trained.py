@@ -158,4 +158,4 @@ def choose(checkpoints: list[Checkpoint], which: WhichStep, workdir: Path) -> Ch
 def _test_accuracy(checkpoint: Checkpoint) -> float:
     """Return the test accuracy that a manifest tells of, or -1."""
     accuracy = checkpoint.manifest()["about"].get("test_accuracy")
-    return accuracy if isinstance(accuracy, float) else -1.0
+    return accuracy if isinstance(accuracy, float) and 0 <= accuracy <= 1 else -1.0

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from runs import Run
 
 os.environ.pop("PYTHONUNBUFFERED", None)  # What is buffered when a reader goes away has to be tested too.
@@ -75,6 +76,21 @@ def accurate_reference(tmp_path_factory, environment) -> Reference:
     cadence = ("--log-every-steps", "15", "--eval-every-steps", "40", "--checkpoint-every-s", "0.5")
     workdir = tmp_path_factory.mktemp("accurate") / "run"
     return make_reference(workdir, environment, *data_flags(), "--preset", "accurate", "--steps", "100", *cadence)
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory, environment, mnist_dir) -> Run:
+    """A finished run of the default training on MNIST, to read and not to write to: one for all test processes."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    run = Run(folder / "trained-run", environment)
+    with FileLock(folder / "trained-run.lock"):
+        if not (folder / "trained-run.is-there").exists():
+            ended = run.finish("--data-dir", str(mnist_dir))
+            assert ended.code == 0, ended.err
+            (folder / "trained-run.is-there").touch()
+    return run
 
 
 @pytest.fixture

@@ -51,6 +51,7 @@ ROOMS = {
     "handwriting": set(),
     "evaluate": {"command", "data", "errand", "journal", "preemption", "trained"},
     "predict": {"command", "config", "errand", "journal", "preemption", "trained", "handwriting"},
+    "export": {"command", "config", "errand", "journal", "preemption", "trained", "checkpoint", "model"},
 }
 
 OWNERS = {
@@ -60,11 +61,13 @@ OWNERS = {
     "orbax": {"checkpoint"},
     "PIL": {"handwriting"},
     "rich": {"journal"},
+    "safetensors": {"export"},
+    "scipy": {"handwriting"},
     "signal": {"preemption"},
     "tensorboard": {"journal"},
     "tensorflow_datasets": {"data"},
     "tensorstore": {"mirror"},
-    "tyro": {"config", "status", "replay", "evaluate", "predict"},
+    "tyro": {"config", "status", "replay", "evaluate", "predict", "export"},
 }
 
 

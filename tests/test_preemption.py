@@ -29,6 +29,16 @@ def test_a_save_signal_is_a_request_that_is_taken_once_and_does_not_stop(number)
         assert not stop.take_save_request()
 
 
+def test_how_long_ago_the_signal_came_is_known_to_the_process_that_it_came_to():
+    with StopSignal() as stop:
+        stop.hear_of(signal.SIGTERM)
+        assert stop.seconds_since is None
+        before_s = time.monotonic()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+        assert 0.05 <= stop.seconds_since <= time.monotonic() - before_s
+
+
 def test_the_handlers_that_were_there_before_are_put_back():
     def mine(number, frame):
         raise AssertionError

@@ -1,0 +1,100 @@
+"""The command `python -m mnist_jax.export`: a trained classifier as a file that others can read.
+
+The format is safetensors (https://github.com/huggingface/safetensors): a header in JSON, then the numbers as they are.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+import mnist_jax
+from mnist_jax import config as configs
+from mnist_jax import errand
+from mnist_jax.command import leave
+from mnist_jax.config import ConfigError
+from mnist_jax.journal import Terminal
+from mnist_jax.preemption import StopSignal
+
+if TYPE_CHECKING:
+    from mnist_jax.trained import TrainedModel
+
+
+@dataclass(frozen=True)
+class Options:
+    """Write the weights of a run's classifier, with names, shapes and what to do with them, to a safetensors file."""
+
+    workdir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WORKDIR")]
+    """Directory of the run. Nothing is written there."""
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT.safetensors")]
+    """File to write. One that is there already stays, and is an error."""
+    step: Annotated[Literal["latest", "best"] | int, tyro.conf.arg(metavar="{latest,best,N}")] = "latest"
+    """Which checkpoint: the latest, the one with the highest test accuracy so far, or that of a step."""
+
+
+def main(args: Sequence[str]) -> int:
+    """Write the file, and return the exit code; see `errand.run`."""
+    options = tyro.cli(Options, prog="python -m mnist_jax.export", args=args)
+
+    def work(_: StopSignal, terminal: Terminal) -> int:
+        export(options, terminal)
+        return 0
+
+    return errand.run(work)
+
+
+def export(options: Options, terminal: Terminal) -> None:
+    """Write the variables of a classifier, whole or not at all.
+
+    Raises:
+        CheckpointError, OSError: it cannot be read, or the file cannot be written.
+        ConfigError: there is no such classifier, or the file is there already.
+    """
+    from mnist_jax import trained
+
+    if os.path.lexists(options.out):
+        raise ConfigError(f"{options.out} is there already; name another file, or remove it")
+    if not options.out.parent.is_dir():
+        raise ConfigError(f"{options.out.parent} is no directory; make it, or name another file")
+    model = trained.load(options.workdir, options.step)
+    content = pack(model.variables, model.config.model, where_from(model))
+    configs.write_whole(options.out, content)
+    terminal.say(
+        f"wrote the weights of step {model.step} to {options.out}, {len(content) / 1e6:.2f} MB; "
+        "its metadata say how to compute with them"
+    )
+
+
+def where_from(model: "TrainedModel") -> dict[str, str]:
+    """Return which run and which step weights are of, as safetensors' metadata: only strings."""
+    accuracy = model.about.get("test_accuracy")
+    return {
+        "dataset": model.data.name,
+        "class_names": json.dumps(model.class_names),
+        "step": str(model.step),
+        "test_accuracy": str(accuracy) if isinstance(accuracy, float) else "unknown",
+        "state_sha256": model.sha256,
+    }
+
+
+def pack(variables: dict[str, Any], name: str, metadata: dict[str, str]) -> bytes:
+    """Return the variables of the model with a name as a safetensors file, which says what is computed with them.
+
+    The arrays are named by their paths: `params.conv1.kernel`, `batch_stats.conv1_norm.mean`.
+    """
+    from safetensors.numpy import save
+
+    from mnist_jax.checkpoint import host_leaves
+    from mnist_jax.model import MODELS, describe
+
+    how = {"mnist_jax": mnist_jax.__version__, "model": name, "architecture": json.dumps(describe(MODELS[name]))}
+    return save(host_leaves(variables), metadata={**how, **metadata})
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1:]))

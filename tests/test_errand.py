@@ -1,0 +1,52 @@
+import os
+import signal
+
+import pytest
+
+from mnist_jax import errand
+from mnist_jax.checkpoint import Damaged, Mismatch
+from mnist_jax.config import ConfigError
+from mnist_jax.data import DataError
+
+
+def failing(error: Exception):
+    def work(stop, terminal):
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_the_work_says_how_the_command_ends(code, capfd):
+    assert errand.run(lambda stop, terminal: code) == code
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (Damaged(7, "bad-manifest", "it is torn"), 65, "error: a checkpoint is damaged, step 7: it is torn"),
+        (Mismatch("another tree"), 2, "error: another tree"),
+        (ConfigError("no run there"), 2, "error: no run there"),
+        (DataError("no images"), 2, "error: no images"),
+        (OSError("no disk"), 2, "error: no disk"),
+    ],
+)
+def test_what_goes_wrong_is_said_in_a_line_and_has_its_exit_code(error, code, line, capfd):
+    assert errand.run(failing(error)) == code
+    assert capfd.readouterr() == ("", f"{line}\n")
+
+
+def test_an_error_that_nobody_foresaw_is_told_in_full():
+    with pytest.raises(ZeroDivisionError):
+        errand.run(failing(ZeroDivisionError()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_work_with_128_plus_its_number(number, capfd):
+    def work(stop, terminal):
+        os.kill(os.getpid(), number)
+        return stop.run(lambda: 0)
+
+    assert errand.run(work) == 128 + number
+    assert capfd.readouterr() == ("", f"{number.name}: left; nothing was written\n")
