@@ -12,10 +12,11 @@ import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import tyro
 
+T = TypeVar("T")
 DatasetName = Literal["auto", "mnist", "fashion_mnist", "kmnist", "digits"]
 ModelName = Literal["cnn", "cnn-large", "original", "original-dropout", "original-normalized", "original-power"]
 PresetName = Literal["fast", "accurate", "original"]
@@ -74,9 +75,9 @@ def _of_preset(metavar: str, field: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Train a digit classifier. Stop it at any moment; the same command carries on exactly where it was.
+    """Train a digit classifier. Stop it at any moment; the same command carries on.
 
-    In a directory that holds a run, the settings of that run are the defaults of all flags.
+    In a directory that holds a run, its settings are the defaults of all flags.
     """
 
     workdir: Annotated[Path | None, _optional("DIR", "runs/<dataset>")] = None
@@ -281,7 +282,18 @@ def parse(args: Sequence[str], default: Config | None = None) -> Config:
     if default is None:
         named = parse(args, Config())
         default = Config.of_preset(named.preset, named.model, named.dataset)
-    return tyro.cli(Config, prog="python -m mnist_jax.train", args=args, default=default)
+    return cli(Config, "train", args, default=default)
+
+
+def cli(kind: type[T], command: str, args: Sequence[str], **options: Any) -> T:
+    """Return what the arguments ask a command for; a message is in colours unless `NO_COLOR` is set (no-color.org).
+
+    Raises:
+        SystemExit: bad usage, after a message (code 2); or `--help` (code 0).
+    """
+    if os.environ.get("NO_COLOR"):
+        tyro._experimental_options["ansi_codes"] = False  # It has no other way to ask for that from within.
+    return tyro.cli(kind, prog=f"python -m mnist_jax.{command}", args=args, **options)
 
 
 def holds_a_run(workdir: Path) -> bool:
@@ -444,8 +456,8 @@ def describe_contradictions(workdir: Path, differences: Sequence[Difference]) ->
     table = columns([("field", "run", "asked"), *((row.field, str(row.run), str(row.asked)) for row in differences)])
     return (
         f"{workdir} holds a run with other settings, and these would change its mathematics:\n{table}\n"
-        "Leave the flags out to carry that run on, use another --workdir for a second run,\n"
-        "or add --fresh to move the old run aside and start anew."
+        "Leave the flags out to carry that run on, use another --workdir for a second\n"
+        "run, or add --fresh to move the old run aside and start anew."
     )
 
 

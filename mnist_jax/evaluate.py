@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 
+from mnist_jax import config as configs
 from mnist_jax import data, errand
 from mnist_jax.command import leave
 from mnist_jax.journal import Terminal, accuracy_at, read_metrics
@@ -21,7 +22,7 @@ from mnist_jax.preemption import StopSignal
 
 @dataclass(frozen=True)
 class Options:
-    """Evaluate the classifier of a run on all test images: loss, accuracy, accuracy per class, confusions."""
+    """Evaluate a run's classifier on all test images: loss, accuracy, confusions."""
 
     workdir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WORKDIR")]
     """Directory of the run. Nothing is written there."""
@@ -53,7 +54,7 @@ class Result:
 
 def main(args: Sequence[str]) -> int:
     """Print how good a checkpoint is, and return the exit code; see `errand.run`."""
-    options = tyro.cli(Options, prog="python -m mnist_jax.evaluate", args=args)
+    options = configs.cli(Options, "evaluate", args)
 
     def work(stop: StopSignal, terminal: Terminal) -> int:
         result = evaluate(options, stop, terminal)
@@ -102,10 +103,10 @@ def confusion_matrix(labels: np.ndarray, answers: np.ndarray) -> np.ndarray:
 
 def describe(result: Result) -> str:
     """Return the text for people."""
-    right = round(result.accuracy * result.images)
+    wrong = result.images - round(result.accuracy * result.images)
     lines = [
-        f"step {result.step} of the run in {result.workdir}, on the {result.images:,} test images of {result.dataset}",
-        f"test loss {result.loss:.4f}, test accuracy {result.accuracy:.4f}: {result.images - right:,} images wrong",
+        f"step {result.step} of the run in {result.workdir}, on the test images of {result.dataset}",
+        f"test loss {result.loss:.4f}, test accuracy {result.accuracy:.4f}: {wrong:,} of {result.images:,} wrong",
     ]
     if result.recorded_accuracy not in (None, result.accuracy):
         lines.append(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """Write the weights of a run's classifier, with names, shapes and what to do with them, to a safetensors file."""
+    """Write the weights of a run's classifier to a safetensors file."""
 
     workdir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WORKDIR")]
     """Directory of the run. Nothing is written there."""
@@ -39,7 +39,7 @@ class Options:
 
 def main(args: Sequence[str]) -> int:
     """Write the file, and return the exit code; see `errand.run`."""
-    options = tyro.cli(Options, prog="python -m mnist_jax.export", args=args)
+    options = configs.cli(Options, "export", args)
 
     def work(_: StopSignal, terminal: Terminal) -> int:
         export(options, terminal)

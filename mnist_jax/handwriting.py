@@ -137,5 +137,5 @@ def as_digits(digit: np.ndarray) -> np.ndarray:
 
 def scale(digit: np.ndarray, height: int, width: int) -> np.ndarray:
     """Return a digit scaled to [height, width], anti-aliased, with its darkest ink 1."""
-    picture = Image.fromarray(digit.astype(np.float32)).resize((width, height), Image.Resampling.BOX)
-    return np.asarray(picture) / np.max(picture)
+    scaled = np.asarray(Image.fromarray(digit.astype(np.float32)).resize((width, height), Image.Resampling.BOX))
+    return scaled / scaled.max()

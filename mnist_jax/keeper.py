@@ -232,7 +232,7 @@ class Keeper:
         if not training.is_finished:
             assert stop.received is not None
             reason = f"signal {stop.received.name}"
-            self.terminal.say(f"{stop.received.name}: saving step {self.step} and leaving")
+            self.terminal.say(f"{stop.received.name}: saving step {self.step} and leaving; the same command carries on")
         about = self._prepare_save(reason)
         state = one_copy(training.updates.state)
         try:

@@ -130,15 +130,14 @@ def train(
             configs.save(config, workdir / "config.json")
             copies.begin(restored.step)  # The last start may have ended before that was done.
         step = restored.step if restored else 0
-        is_evaluated = journal.accuracy_at(step) is not None
-        is_finished = is_evaluated and step >= blueprint.total_steps
-        peers.tell([step if restored else None, is_evaluated, is_finished])
-        if is_finished:
+        is_evaluated, is_over = journal.accuracy_at(step) is not None, is_finished(step, blueprint, journal)
+        peers.tell([step if restored else None, is_evaluated, is_over])
+        if is_over:
             terminal.say(f"{workdir} is finished: --fresh starts it anew, --workdir DIR begins another run")
             return finished(step, journal, store)
         if restored is None:
             terminal.say(
-                f"training {config.model} on {dataset.name}: {blueprint.total_steps} steps in {workdir}. "
+                f"training {config.model} on {dataset.name}: {blueprint.total_steps} steps in {workdir}\n"
                 "Ctrl-C saves and leaves; the same command carries on."
             )
         journal.event("phase", step=step, phase="compile")
@@ -236,8 +235,8 @@ def follow(stop: StopSignal, peers: Peers) -> int:
         if dataset.fingerprint != fingerprint:
             raise ConfigError(f"process {peers.index} has other data than process 0, of another SHA-256")
         blueprint = make_blueprint(config, dataset)
-        step, is_evaluated, is_finished = peers.hear()
-        if not is_finished:
+        step, is_evaluated, is_over = peers.hear()
+        if not is_over:
             programs = stop.run(blueprint.compile)
             checkpoint = Checkpoint(Path(workdir) / "checkpoints" / str(step))
             state = stop.run(blueprint.create) if step is None else checkpoint.read(blueprint.abstract_state)[0]
@@ -301,6 +300,11 @@ def make_blueprint(config: Config, dataset: Dataset) -> Blueprint:
     return Blueprint(config, config.total_steps(train_size), train_size, len(dataset.test_labels), mesh)
 
 
+def is_finished(step: int, blueprint: Blueprint, journal: Journal) -> bool:
+    """Tell whether at a step nothing is left to do: all updates are made, and what they led to is evaluated."""
+    return step >= blueprint.total_steps and journal.accuracy_at(step) is not None
+
+
 def restore(
     blueprint: Blueprint,
     dataset: Dataset,
@@ -349,6 +353,8 @@ def restore(
         lost_steps=lost_steps,
         saved_because=about["reason"],
     )
+    if is_finished(restored.step, blueprint, journal):
+        return restored
     lost = f"; {lost_steps} steps or more after it are made again" if lost_steps else ""
     manner = f"numerically equivalent, not bit for bit, for this changed: {'; '.join(changed)}" if changed else "exact"
     terminal.say(

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from mnist_jax import config as configs
 from mnist_jax import errand
 from mnist_jax.command import leave
 from mnist_jax.config import ConfigError
@@ -21,7 +22,7 @@ from mnist_jax.preemption import Stopped, StopSignal
 
 @dataclass(frozen=True)
 class Options:
-    """Tell which digit is in each picture: PNG or JPEG, of any size, dark on light or light on dark, in any colours."""
+    """Tell which digit is in a picture: PNG or JPEG, of any size, in any colours."""
 
     workdir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WORKDIR")]
     """Directory of the run whose classifier is asked. Nothing is written there."""
@@ -54,7 +55,7 @@ def main(args: Sequence[str]) -> int:
 
     For others see `errand.run`.
     """
-    options = tyro.cli(Options, prog="python -m mnist_jax.predict", args=args)
+    options = configs.cli(Options, "predict", args)
 
     def work(stop: StopSignal, terminal: Terminal) -> int:
         predictions = []

@@ -27,7 +27,7 @@ MOST_STEPS_PER_CALL = 16  # A signal is looked at between calls.
 
 @dataclass(frozen=True)
 class Options:
-    """Train again from one kept checkpoint to a later one, and compare the states leaf by leaf."""
+    """Train again between two checkpoints that a run kept, and compare the states."""
 
     workdir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WORKDIR")]
     """Directory of the run. Nothing is written there."""
@@ -43,7 +43,7 @@ class Options:
 
 def main(args: Sequence[str]) -> int:
     """Replay a stretch of a run, and return the exit code: 0 identical, 1 not identical, others as `errand.run`."""
-    options = tyro.cli(Options, prog="python -m mnist_jax.replay", args=args)
+    options = configs.cli(Options, "replay", args)
 
     def work(stop: StopSignal, terminal: Terminal) -> int:
         differences = replay(options, stop, terminal)

@@ -29,7 +29,7 @@ HISTORY = (
 
 @dataclass(frozen=True)
 class Options:
-    """List the checkpoints and the history of a run, and say what the next start would do."""
+    """List a run's checkpoints and history, and what the next start would do."""
 
     workdir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WORKDIR")]
     """Directory of the run."""
@@ -76,7 +76,7 @@ class Status:
 
 def main(args: Sequence[str]) -> int:
     """Print the status of a run, and return the exit code: 0, 2 where there is no run, 65 where nothing is usable."""
-    options = tyro.cli(Options, prog="python -m mnist_jax.status", args=args)
+    options = configs.cli(Options, "status", args)
     mend_standard_streams()
     terminal = Terminal()
     try:
@@ -219,10 +219,10 @@ def _is_evaluated(metrics: Path, step: int) -> bool:
 
 def describe(status: Status) -> str:
     """Return the text for people."""
-    rows = [("step", "saved", "MB", "saved because", "test accuracy", "state")]
+    rows = [("step", "saved", "MB", "saved because", "accuracy", "")]
     for found in status.checkpoints:
         accuracy = "" if found.test_accuracy is None else f"{found.test_accuracy:.4f}"
-        state = found.problem or ("good" if found.good else "not verified")
+        state = found.problem or ("good" if found.good else "")
         size = f"{found.bytes / 1e6:.2f}"
         rows.append((str(found.step), _clock(found.time), size, found.reason or "", accuracy, state))
     lines = [f"run in {status.workdir}"]

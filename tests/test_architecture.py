@@ -49,7 +49,7 @@ ROOMS = {
         *("config", "data", "distributed", "provenance", "checkpoint", "council", "preemption", "programs", "training"),
     },
     "handwriting": set(),
-    "evaluate": {"command", "data", "errand", "journal", "preemption", "trained"},
+    "evaluate": {"command", "config", "data", "errand", "journal", "preemption", "trained"},
     "predict": {"command", "config", "errand", "journal", "preemption", "trained", "handwriting"},
     "export": {"command", "config", "errand", "journal", "preemption", "trained", "checkpoint", "model"},
 }

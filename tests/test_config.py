@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import pty
 import re
 import subprocess
 import sys
@@ -468,9 +469,24 @@ def test_contradictions_are_told_as_an_aligned_table_and_with_the_ways_out() -> 
         "  field          run    asked\n"
         "  learning_rate  0.004  0.1\n"
         "  steps          None   100000\n"
-        "Leave the flags out to carry that run on, use another --workdir for a second run,\n"
-        "or add --fresh to move the old run aside and start anew."
+        "Leave the flags out to carry that run on, use another --workdir for a second\n"
+        "run, or add --fresh to move the old run aside and start anew."
     )
+
+
+@pytest.mark.parametrize(("variable", "is_coloured"), [("", True), ("1", False)])
+def test_usage_errors_are_in_colours_unless_no_color_says_otherwise(variable: str, is_coloured: bool) -> None:
+    terminal, end = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "NO_COLOR": variable}
+    with subprocess.Popen([sys.executable, "-m", "mnist_jax.status", "--help"], stdout=end, env=environment):
+        os.close(end)
+        words = b""
+        with contextlib.suppress(OSError):  # It says so when nobody writes any more.
+            while more := os.read(terminal, 65536):
+                words += more
+        os.close(terminal)
+    assert b"WORKDIR" in words
+    assert (b"\x1b[" in words) == is_coloured
 
 
 # How long a run is

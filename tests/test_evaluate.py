@@ -48,10 +48,10 @@ def test_the_table_fits_a_terminal_and_says_the_same(trained_run, result, capfd)
     code, out, err = told(trained_run.workdir, "--step", "best", capfd=capfd)
     assert (code, err) == (0, "")
     first, second, blank, _, head, *rows = out.splitlines()
-    assert first == f"step 702 of the run in {trained_run.workdir}, on the 10,000 test images of mnist"
+    assert first == f"step 702 of the run in {trained_run.workdir}, on the test images of mnist"
     wrong = 10_000 - round(10_000 * result["accuracy"])
     loss, accuracy = result["loss"], result["accuracy"]
-    assert (second, blank) == (f"test loss {loss:.4f}, test accuracy {accuracy:.4f}: {wrong} images wrong", "")
+    assert (second, blank) == (f"test loss {loss:.4f}, test accuracy {accuracy:.4f}: {wrong} of 10,000 wrong", "")
     assert head.split() == ["label", "accuracy", *"0123456789"]
     assert [row.split()[0] for row in rows] == list("0123456789")
     counts = [[0 if cell == "·" else int(cell) for cell in row.split()[2:]] for row in rows]

@@ -167,7 +167,7 @@ def test_the_text_shows_what_the_json_tells(run_in, capsys):
             assert (checkpoint["reason"] or "manifest.json cannot be understood") in line
             if checkpoint["test_accuracy"] is not None:
                 assert f"{checkpoint['test_accuracy']:.4f}" in line
-            state = checkpoint["problem"] or ("good" if args else "not verified")
+            state = checkpoint["problem"] or ("good" if args else "")
             assert line.endswith(state)
         assert found["quarantine"] == ["20-bad-manifest"]
         assert "  20-bad-manifest" in lines
