@@ -71,7 +71,7 @@ DRESSES = {
     "cut out of white": file(with_alpha(255, stencil=True)),
     "cut out of black": file(with_alpha(0, stencil=True)),
     "palette": file(paint((200, 0, 0), (255, 255, 255)).quantize(64)),
-    "16 bits": file(Image.fromarray((65535 * (1 - drawing())).astype(np.uint16))),
+    "16 bits": file(Image.fromarray((65535 * (0.9 - 0.6 * drawing())).astype(np.uint16))),
     "jpeg": file(paint((0, 0, 0), (255, 255, 255)), "JPEG", quality=95),
     "cmyk": file(paint((0, 0, 0), (255, 255, 255)).convert("CMYK"), "JPEG", quality=95),
     "grey jpeg": file(paint((0, 0, 0), (255, 255, 255)).convert("L"), "JPEG", quality=95),

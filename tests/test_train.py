@@ -155,6 +155,7 @@ def test_a_finished_run_says_so_and_trains_nothing(reference, new_run):
     again = run.finish()
     assert again.code == 0
     assert "is finished" in again.out
+    assert "resumed" not in again.out
     assert again.last_line == first.last_line
     assert {"train", "compile"}.isdisjoint(event.get("phase") for event in run.events()[began:])
     assert run.metrics() == reference.metrics
