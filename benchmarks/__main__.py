@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from benchmarks import gpu, images, interruptions, report, speed, together
+from benchmarks import drawing, gpu, images, interruptions, report, speed, together
 from benchmarks.bench import QUICK, Bench, Plan
 from benchmarks.report import Row
 from mnist_jax.data import DataError
@@ -30,6 +30,7 @@ ROWS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "stop": interruptions.stop,
     "resume": interruptions.resume,
     "cold": interruptions.cold,
+    "drawing": drawing.drawing,
     "together": together.together,
     "gpu": gpu.gpu,
 }

@@ -28,6 +28,7 @@ class Plan(NamedTuple):
     stops: int = 100
     resumes: int = 15
     cold_starts: int = 5
+    drawings: int = 500
 
 
 QUICK = Plan(
@@ -44,6 +45,7 @@ QUICK = Plan(
     stops=3,
     resumes=1,
     cold_starts=1,
+    drawings=5,
 )
 
 

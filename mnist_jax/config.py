@@ -322,7 +322,8 @@ def save(config: Config, path: Path) -> None:
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file, in the place of one that may be there, whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    partial.unlink(missing_ok=True)  # It may be a link, which would be followed.
+    with partial.open("xb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

@@ -5,7 +5,6 @@ This file stands alone; lift it into your own project.
 
 import os
 import platform
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 BATCH_AXIS = "batch"
 
 
-def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Return a mesh with one axis, over which batches are split: of these devices, or all devices of all processes."""
-    return Mesh(np.asarray(jax.devices() if devices is None else devices), (BATCH_AXIS,))
+def data_mesh() -> Mesh:
+    """Return a mesh with one axis, over which batches are split: all devices of all processes."""
+    return Mesh(np.asarray(jax.devices()), (BATCH_AXIS,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

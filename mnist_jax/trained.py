@@ -4,7 +4,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jax
 import numpy as np
 
 from mnist_jax import config as configs
@@ -29,7 +28,7 @@ class Evaluation(NamedTuple):
 
 
 class TrainedModel:
-    """The classifier in a checkpoint, on one device, and where it comes from."""
+    """The classifier in a checkpoint, on the devices at hand, and where it comes from."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         """Read a checkpoint.
@@ -43,9 +42,8 @@ class TrainedModel:
         self.about, self.data = provenance.check_about(manifest), provenance.data_of(manifest)
         self.config = configs.from_json(self.about["config"], checkpoint.path)
         total_steps = self.config.total_steps(self.data.train_images)
-        # Of all devices one is enough; and the batches of the training need not divide over those at hand.
-        mesh = distributed.data_mesh(jax.local_devices()[:1])
-        self._blueprint = Blueprint(self.config, total_steps, *self.data[1:], mesh)
+        # `loop.make_blueprint` would want the batches of the training to divide over these devices.
+        self._blueprint = Blueprint(self.config, total_steps, *self.data[1:], distributed.data_mesh())
         state, manifest = checkpoint.read(self._blueprint.abstract_state)
         provenance.check_step(checkpoint.step, state)
         self.sha256 = str(manifest["sha256"])  # of the whole train state

@@ -51,13 +51,24 @@ ROOMS = {
     "handwriting": set(),
     "evaluate": {"command", "config", "data", "errand", "journal", "preemption", "trained"},
     "predict": {"command", "config", "errand", "journal", "preemption", "trained", "handwriting"},
+    "demo": {"command", "config", "errand", "journal", "preemption", "checkpoint", "trained", "handwriting"},
+    "history": {"journal"},
+    "promises": {"config", "history", "status"},
+    "pictures": {"history"},
+    "report": {
+        *("command", "config", "data", "errand", "evaluate", "history", "journal", "lock", "checkpoint", "pictures"),
+        *("preemption", "promises", "provenance", "status", "trained"),
+    },
     "export": {"command", "config", "errand", "journal", "preemption", "trained", "checkpoint", "model"},
 }
 
 OWNERS = {
     "fcntl": {"lock"},
     "filelock": {"lock"},
+    "flask": {"demo"},
     "flax": {"model", "train_state"},
+    "jinja2": {"report"},
+    "matplotlib": {"pictures"},
     "orbax": {"checkpoint"},
     "PIL": {"handwriting"},
     "rich": {"journal"},
@@ -67,7 +78,9 @@ OWNERS = {
     "tensorboard": {"journal"},
     "tensorflow_datasets": {"data"},
     "tensorstore": {"mirror"},
-    "tyro": {"config", "status", "replay", "evaluate", "predict", "export"},
+    "tyro": {"config", "status", "replay", "evaluate", "predict", "export", "demo", "report"},
+    "waitress": {"demo"},
+    "werkzeug": {"demo"},
 }
 
 

@@ -1,3 +1,4 @@
+import os
 import re
 import subprocess
 import sys
@@ -5,7 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from mnist_jax import train
+from mnist_jax.loop import EXIT_CODES
+
 README = Path(__file__).parents[1] / "README.md"
+PAGES = [README, *sorted((README.parent / "docs").glob("*.md"))]
 
 
 def the_loop() -> str:
@@ -39,18 +44,56 @@ def test_the_loop_of_the_readme_ends_alike_with_and_without_a_stop(tmp_path):
     assert (step, len(sha256)) == ("3000", 64)
 
 
+COMMANDS = sorted(path.stem for path in (README.parent / "mnist_jax").glob("*.py") if "def main(" in path.read_text())
+
+
 @pytest.fixture(scope="module")
-def flags() -> set[str]:
-    """The flags of all commands, as their --help has them."""
-    modules = ("mnist_jax.train", "mnist_jax.status", "mnist_jax.replay", "benchmarks")
-    commands = [[sys.executable, "-m", module, "--help"] for module in modules]
-    helps = [
-        subprocess.run(command, cwd=README.parent, capture_output=True, text=True, check=True).stdout
-        for command in commands
-    ]
-    return set(re.findall(r"^│ (?:-h, )?(--[a-z0-9-]+)", "".join(helps), re.MULTILINE))
+def helps() -> dict[str, str]:
+    """What --help says of each command, in a terminal of 80 columns."""
+    modules = {name: f"mnist_jax.{name}" for name in COMMANDS} | {"benchmark": "benchmarks"}
+
+    def ask(module: str) -> str:
+        command = [sys.executable, "-m", module, "--help"]
+        environment = {**os.environ, "COLUMNS": "80"}
+        return subprocess.run(
+            command, cwd=README.parent, env=environment, capture_output=True, text=True, check=True
+        ).stdout
+
+    return {name: ask(module) for name, module in modules.items()}
 
 
-@pytest.mark.parametrize("flag", re.findall(r"--[a-z][a-z0-9-]+", README.read_text()))
-def test_each_flag_that_the_readme_names_exists(flag, flags):
-    assert flag in flags
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_each_flag_that_is_named_exists(page, helps):
+    flags = set(re.findall(r"^│ (?:-h, )?(--[a-z0-9-]+)", "".join(helps.values()), re.MULTILINE))
+    assert set(re.findall(r"--[a-z][a-z0-9-]+", page.read_text())) <= flags
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_each_file_that_is_named_is_there(page):
+    text = page.read_text()
+    links = re.findall(r"\]\(([^):]+)\)|(?:src|srcset)=\"([^\":]+)\"", text)
+    assert all((page.parent / path).is_file() for link in links for path in link if path)
+    modules = re.findall(r"`([a-z_]+\.py)`", text)
+    assert all((README.parent / "mnist_jax" / module).is_file() for module in modules)
+    scripts = re.findall(r"scripts/[a-z.]+[a-z]", text)
+    assert all((README.parent / script).is_file() for script in scripts)
+
+
+def test_each_command_is_in_the_table_and_its_help_fits_a_terminal(helps):
+    table = README.read_text().partition("## What to do with a run")[2].partition("##")[0]
+    assert set(re.findall(r"^\| `([a-z]+) ", table, re.MULTILINE)) == {*COMMANDS} - {"train"}
+    for name in COMMANDS:
+        assert max(map(len, helps[name].splitlines()[1:])) <= 80, name
+
+
+def test_each_exit_code_is_in_the_table():
+    table = README.read_text().partition("## When something goes wrong")[2].partition("##")[0]
+    codes = {int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)}
+    told = {int(code) for code in re.findall(r"(\d+):|is (\d+)\b", train.main.__doc__ or "") for code in code if code}
+    assert codes == told
+    assert codes >= {0, 2, *EXIT_CODES.values()}
+
+
+def test_the_readme_is_read_in_five_minutes():
+    prose = re.sub(r"```.*?```", "", README.read_text(), flags=re.DOTALL)
+    assert len(prose.split()) <= 5 * 260

@@ -1,0 +1,283 @@
+"""The command `python -m mnist_jax.demo`: a page on which one draws a digit and sees it read while one draws.
+
+It writes nothing, also while the run is at work; then each newer checkpoint answers as soon as it is there.
+"""
+
+import base64
+import errno
+import hashlib
+import ipaddress
+import logging
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import numpy as np
+import tyro
+
+from mnist_jax import config as configs
+from mnist_jax import errand
+from mnist_jax.command import leave
+from mnist_jax.config import ConfigError
+from mnist_jax.journal import Terminal
+from mnist_jax.preemption import Stopped, StopSignal
+
+if TYPE_CHECKING:
+    from flask import Flask, Response
+
+    from mnist_jax.trained import TrainedModel, WhichStep
+
+MOST_BYTES = 1_000_000  # The page sends 5,000.
+MOST_PIXELS = 4_000_000
+LOOK_EVERY_S = 1.0
+PROBLEMS: dict[int | None, str] = {
+    errno.EADDRINUSE: "the port is in use; name another one with --port N, or 0 for any that is free",
+    errno.EACCES: "you may not use this port; name one above 1023 with --port N, or 0 for any that is free",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Serve a page on which one draws a digit and sees it read while one draws."""
+
+    workdir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WORKDIR")]
+    """Directory of the run. Nothing is written there."""
+    port: Annotated[int, tyro.conf.arg(metavar="N")] = 8000
+    """Where the page is; 0 takes a port that is free."""
+    host: Annotated[str, tyro.conf.arg(metavar="ADDRESS")] = "127.0.0.1"
+    """Address of this machine to listen at. Whoever reaches it can use the page."""
+    step: Annotated[Literal["latest", "best"] | int, tyro.conf.arg(metavar="{latest,best,N}")] = "latest"
+    """Which checkpoint: the latest, the one with the highest test accuracy so far, or that of a step."""
+
+
+def main(args: Sequence[str]) -> int:
+    """Serve the page until a signal comes, and return the exit code 0; for others see `errand.run`."""
+    options = configs.cli(Options, "demo", args)
+    return errand.run(lambda stop, terminal: serve(options, stop, terminal))
+
+
+def serve(options: Options, stop: StopSignal, terminal: Terminal) -> int:
+    """Serve the page until a signal comes, and return 0.
+
+    Raises:
+        CheckpointError, ConfigError, OSError: there is no classifier to ask, or no such place to listen at.
+        Stopped: a signal came before the page was there.
+    """
+    with listen(options.host, options.port) as listener:
+        reader = find_reader(options, stop, terminal)
+        import waitress
+
+        address, port = listener.getsockname()[:2]
+        place = f"[{address}]" if ":" in address else address
+        own_names = None
+        if ipaddress.ip_address(address).is_loopback:
+            own_names = {f"{name}:{port}".removesuffix(":80") for name in ("localhost", "127.0.0.1", "[::1]", place)}
+        else:
+            terminal.warn(f"warning: anybody who reaches {place} can use this page")
+        logging.getLogger("waitress").setLevel(logging.ERROR)  # Of a moment's queue nobody needs to hear.
+        server = waitress.create_server(
+            make_app(reader, own_names),
+            sockets=[listener],
+            max_request_header_size=2**14,
+            max_request_body_size=2 * MOST_BYTES,  # Flask says more kindly what is too much, of what is not far more.
+        )
+        if options.step in ("latest", "best"):
+            threading.Thread(target=reader.follow, daemon=True, name="look for checkpoints").start()
+        terminal.say(
+            f"draw at http://{place}:{port} and step {reader.model.step} of {options.workdir} reads it; Ctrl-C ends it"
+        )
+        try:
+            stop.run(server.run)
+        except Stopped:
+            assert stop.received is not None
+            terminal.say(f"{stop.received.name}: the page is closed; nothing was written")
+    return 0
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that takes connections.
+
+    Raises:
+        ConfigError: the port or the address cannot be had.
+    """
+    if not 0 <= port < 2**16:
+        raise ConfigError(f"--port {port}: ports go from 0 to {2**16 - 1}")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)
+    except (OSError, UnicodeError) as error:
+        reason = str(error.args[-1]).partition(" (")[0]
+        problem = PROBLEMS.get(getattr(error, "errno", None)) or f"{reason}; --host takes an address of this machine"
+        raise ConfigError(f"cannot listen at {host}, port {port}: {problem}") from error
+
+
+def find_reader(options: Options, stop: StopSignal, terminal: Terminal) -> "Reader":
+    """Return the one who reads the drawings; where a run has saved nothing yet, wait for that.
+
+    Raises:
+        CheckpointError, ConfigError, OSError: there is no run, no such checkpoint, or it cannot be read.
+        Stopped: a signal came.
+    """
+    from mnist_jax import handwriting, trained
+
+    if options.step in ("latest", "best") and not trained.find_checkpoints(options.workdir):
+        terminal.say(f"nothing has been saved yet in {options.workdir}; waiting for the run's first checkpoint")
+        while not trained.find_checkpoints(options.workdir):
+            if stop.received is not None:
+                raise Stopped
+            time.sleep(0.1)
+    reader = stop.run(lambda: Reader(options.workdir, options.step, terminal))
+    name = reader.model.data.name
+    if name not in handwriting.FORMS:
+        terminal.warn(f"warning: this run has learned {name}, and drawings are made to look like handwritten digits")
+    return reader
+
+
+class Reader:
+    """The classifier that reads the drawings: of a run at work the newest that can be had."""
+
+    def __init__(self, workdir: Path, which: "WhichStep", terminal: Terminal) -> None:
+        """Load the classifier; what is wrong with later ones, `terminal` is told.
+
+        Raises:
+            CheckpointError, ConfigError, OSError: see `trained.load`.
+        """
+        self._workdir, self._which, self._terminal = workdir, which, terminal
+        self._seen = self._checkpoints()
+        self.model = self._load()
+
+    def follow(self) -> NoReturn:
+        """Look for a newer checkpoint again and again."""
+        while True:
+            time.sleep(LOOK_EVERY_S)
+            self.look()
+
+    def look(self) -> None:
+        """Take a newer checkpoint, if there is one that can be read; nobody who is drawing waits for that."""
+        from mnist_jax.checkpoint import CheckpointError
+
+        try:
+            found = self._checkpoints()
+            if found == self._seen:
+                return
+            self._seen = found
+            self.model = self._load()
+        except (CheckpointError, ConfigError, OSError) as error:
+            self._terminal.warn(f"warning: {error}. Step {self.model.step} goes on reading.")
+
+    def _checkpoints(self) -> list[Path]:
+        """Return where checkpoints are; none where there is no run any more."""
+        from mnist_jax.checkpoint import list_checkpoints
+
+        return [checkpoint.path for checkpoint in list_checkpoints(self._workdir / "checkpoints")]
+
+    def _load(self) -> "TrainedModel":
+        from mnist_jax import trained
+
+        model = trained.load(self._workdir, self._which)
+        model.answer(np.zeros((28, 28, 1), np.uint8))  # The first answer of all compiles.
+        return model
+
+
+def make_app(reader: Reader, own_names: Container[str] | None = None) -> "Flask":
+    """Return the page and what it asks for, as a WSGI application.
+
+    Args:
+        reader: who reads the drawings.
+        own_names: what this server is called, with the port, or None where that is not known. A page from elsewhere
+            whose name was made to lead here (DNS rebinding) asks by that name.
+    """
+    from flask import Flask, abort, json, request
+    from werkzeug.exceptions import HTTPException
+
+    from mnist_jax import handwriting
+
+    app = Flask(__name__, static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = MOST_BYTES
+    page = resources.files("mnist_jax").joinpath("demo.html").read_text(encoding="utf-8")
+    headers = security_headers(page)
+
+    @app.before_request
+    def refuse_pages_of_others() -> None:
+        if own_names is not None and request.host not in own_names:
+            abort(403, "this server does not go by that name")
+        if request.method == "POST" and request.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
+            abort(403, "the page of another site may not ask")
+
+    @app.get("/")
+    def show_page() -> str:
+        return page
+
+    @app.get("/model")
+    def show_model() -> dict[str, Any]:
+        return describe(reader.model)
+
+    @app.post("/predict")
+    def predict() -> dict[str, Any]:
+        model = reader.model  # In the next line it may be another.
+        try:
+            image = handwriting.prepare(request.get_data(), model.data.name, most_pixels=MOST_PIXELS)
+        except handwriting.Unreadable as error:
+            abort(400, str(error))
+        probabilities = model.answer(image)
+        return {
+            "answer": model.class_names[probabilities.argmax()],
+            "probabilities": probabilities.tolist(),
+            "image": image.ravel().tolist(),
+            "model": describe(model),
+        }
+
+    @app.errorhandler(HTTPException)
+    def explain(error: HTTPException) -> Any:
+        response = error.get_response()
+        response.data, response.content_type = json.dumps({"error": error.description}), "application/json"
+        return response
+
+    @app.after_request
+    def protect(response: "Response") -> "Response":
+        response.headers.update(headers)
+        return response
+
+    return app
+
+
+def security_headers(page: str) -> dict[str, str]:
+    """Return headers by which a browser runs nothing but the script and the style in `page`, and loads nothing."""
+    sources = {}
+    for tag in ("script", "style"):
+        (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        sources[tag] = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+    policy = (
+        f"default-src 'none'; script-src 'sha256-{sources['script']}'; style-src 'sha256-{sources['style']}'; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return {
+        "Content-Security-Policy": policy,
+        "X-Content-Type-Options": "nosniff",
+        "Cross-Origin-Resource-Policy": "same-origin",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-store",
+    }
+
+
+def describe(model: "TrainedModel") -> dict[str, Any]:
+    """Return what the page tells of a classifier, as JSON values."""
+    accuracy = model.about.get("test_accuracy")  # None where the run did not evaluate at this step
+    return {
+        "run": model.checkpoint.path.absolute().parents[1].name,
+        "dataset": model.data.name,
+        "class_names": list(model.class_names),
+        "step": model.step,
+        "test_accuracy": accuracy if isinstance(accuracy, float) and 0 <= accuracy <= 1 else None,
+    }
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1:]))
