@@ -156,3 +156,13 @@ def test_compiled_programs_are_kept_where_the_user_says_if_he_does(tmp_path):
     assert in_new_process(keep_compiled_programs_and_compute, **variables) == str(named)
     assert list(named.iterdir())
     assert not cache.exists()
+
+
+def platform_of_a_guest() -> list[str]:
+    distributed.be_a_guest(on_cpu=True)
+    return [jax.devices()[0].platform, os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"]]
+
+
+def test_a_guest_leaves_an_accelerator_alone_and_would_not_take_all_of_its_memory():
+    # There is none here, so that JAX fails as soon as it looks for it.
+    assert in_new_process(platform_of_a_guest, JAX_PLATFORMS="cuda") == ["cpu", "false"]

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import Run, snapshot
 
-from mnist_jax import data, loop, replay, status, train
+from mnist_jax import data, evaluate, loop, replay, report, status, train
 from mnist_jax.checkpoint import Checkpoint, CheckpointStore, Damaged, Mismatch, _write_manifest
 from mnist_jax.config import Config
 from mnist_jax.journal import Journal, read_events
@@ -153,7 +153,8 @@ def remove(path: Path) -> None:
 def test_what_is_in_the_place_of_a_file_or_directory_of_a_run_is_refused_and_named(run_in, outside, tell, name, kind):
     put(run_in / name, kind, outside, target="file" if name in FILES else "directory")
     before = snapshot(run_in)
-    for main, *args in ((train.main, *START), (status.main,), (status.main, "--verify"), (replay.main,)):
+    readers = ((status.main,), (status.main, "--verify"), (replay.main,), (evaluate.main,), (report.main,))
+    for main, *args in ((train.main, *START), *readers):
         told = tell(main, run_in, *args)
         assert (told.code, told.out) == (2, "")
         assert told.err.startswith("error: ")
@@ -267,7 +268,7 @@ def test_an_empty_directory_with_a_number_for_a_name_is_a_damaged_checkpoint(run
     (run_in / "checkpoints" / (18 * "9")).mkdir()
     told = tell(train.main, run_in, *START)
     assert told.code == 0
-    assert "from step 40 of 40" in told.out
+    assert "is finished" in told.out
 
 
 @pytest.mark.parametrize("step", [10, 41, 2**31, 10**18 - 1])
@@ -277,7 +278,7 @@ def test_a_checkpoint_that_was_put_under_another_step_is_refused(run_in, tell, s
         remove(run_in / "checkpoints" / str(old))
     rewrite(run_in / "checkpoints" / str(step), step=step)
     assert tell(status.main, run_in, "--verify").code == 0
-    for main, *args in ((replay.main, "--from", "0"), (train.main, *START)):
+    for main, *args in ((replay.main, "--from", "0"), (evaluate.main,), (train.main, *START)):
         told = tell(main, run_in, *args)
         assert told.code == 2
         assert f"the checkpoint of step {step} holds a state of step 40" in told.err
@@ -510,9 +511,10 @@ def forge(workdir: Path, outside: Path, change) -> None:
 def test_a_forged_manifest_that_describes_no_checkpoint_is_damage(run_in, outside, tell, kind):
     forge(run_in, outside, DAMAGED[kind])
     assert "resumes from step 30 of 40; sets aside: step 40: " in tell(status.main, run_in, "--verify").out
-    told = tell(replay.main, run_in)
-    assert told.code == 65
-    assert "a checkpoint is damaged, step 40: " in told.err
+    for main in (replay.main, evaluate.main):
+        told = tell(main, run_in)
+        assert told.code == 65
+        assert "a checkpoint is damaged, step 40: " in told.err
 
 
 @pytest.mark.parametrize("kind", OF_ANOTHER)
@@ -521,7 +523,7 @@ def test_a_forged_manifest_of_another_run_is_refused_with_2(run_in, outside, tel
     before = snapshot(run_in / "checkpoints")
     assert tell(status.main, run_in, "--verify").code == 0
     assert tell(status.main, run_in, "--verify", "--json").code == 0
-    for main, *args in ((replay.main,), (train.main, *START)):
+    for main, *args in ((replay.main,), (evaluate.main,), (train.main, *START)):
         told = tell(main, run_in, *args)
         assert told.code == 2
         assert told.err.splitlines()[-1].startswith("error: ") or "error: " in told.err
@@ -534,6 +536,7 @@ def test_what_a_forged_manifest_says_besides_does_no_harm(run_in, outside, tell,
     for args in ([], ["--json"], ["--verify"]):
         assert tell(status.main, run_in, *args).code == 0
     assert tell(replay.main, run_in, "--from", "30").code == 0
+    assert tell(evaluate.main, run_in).code == 0
     assert tell(train.main, run_in, *START).code == 0
     assert os.environ["PJRT_NPROC"] in ("", *map(str, range(1, 4097)))
 
