@@ -61,7 +61,7 @@ def decode(content: bytes, *, most_pixels: int = MOST_PIXELS) -> np.ndarray:
             if picture.mode.startswith(("I", "F")):  # 16 bits a pixel, of which the conversion would cut off the most
                 picture = Image.fromarray((np.asarray(picture) / 257).astype(np.uint8))
             picture = picture.convert("RGBA")
-            picture.thumbnail((SIDE_PX, SIDE_PX), Image.Resampling.BOX)
+            picture.thumbnail((SIDE_PX, SIDE_PX), Image.Resampling.HAMMING)
             return np.asarray(picture, np.float32) / 255
     except Unreadable:
         raise
@@ -137,5 +137,6 @@ def as_digits(digit: np.ndarray) -> np.ndarray:
 
 def scale(digit: np.ndarray, height: int, width: int) -> np.ndarray:
     """Return a digit scaled to [height, width], anti-aliased, with its darkest ink 1."""
-    scaled = np.asarray(Image.fromarray(digit.astype(np.float32)).resize((width, height), Image.Resampling.BOX))
+    # Pillow's BOX leaves a row out now and then, whose middle lies on the border of two boxes.
+    scaled = np.asarray(Image.fromarray(digit.astype(np.float32)).resize((width, height), Image.Resampling.HAMMING))
     return scaled / scaled.max()

@@ -73,23 +73,26 @@ def reference(tmp_path_factory, environment) -> Reference:
 @pytest.fixture(scope="session")
 def accurate_reference(tmp_path_factory, environment) -> Reference:
     """A training with the preset accurate: a larger, normalized network, distorted images, averaged weights."""
-    cadence = ("--log-every-steps", "15", "--eval-every-steps", "40", "--checkpoint-every-s", "0.5")
+    cadence = ("--log-every-steps", "15", "--eval-every-steps", "35", "--checkpoint-every-s", "0.5")
     workdir = tmp_path_factory.mktemp("accurate") / "run"
-    return make_reference(workdir, environment, *data_flags(), "--preset", "accurate", "--steps", "100", *cadence)
+    return make_reference(workdir, environment, *data_flags(), "--preset", "accurate", "--steps", "60", *cadence)
 
 
 @pytest.fixture(scope="session")
-def trained_run(tmp_path_factory, environment, mnist_dir) -> Run:
-    """A finished run of the default training on MNIST, to read and not to write to: one for all test processes."""
+def shared_folder(tmp_path_factory, worker_id) -> Path:
+    """A folder that all workers of the tests share."""
     folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    run = Run(folder / "trained-run", environment)
-    with FileLock(folder / "trained-run.lock"):
-        if not (folder / "trained-run.is-there").exists():
+    return folder if worker_id == "master" else folder.parent
+
+
+@pytest.fixture(scope="session")
+def trained_run(shared_folder, environment, mnist_dir) -> Run:
+    """A finished run of the default training on MNIST, to read and not to write to, made once for all workers."""
+    run = Run(shared_folder / "trained", environment)
+    with FileLock(shared_folder / "trained.lock"):
+        if not run.events("exit"):
             ended = run.finish("--data-dir", str(mnist_dir))
             assert ended.code == 0, ended.err
-            (folder / "trained-run.is-there").touch()
     return run
 
 

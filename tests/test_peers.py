@@ -21,21 +21,20 @@ from mnist_jax import loop, peers
 from mnist_jax.checkpoint import list_checkpoints
 from mnist_jax.config import ConfigError
 from mnist_jax.peers import PeerLost, Peers
-from mnist_jax.preemption import STOP_SIGNALS, Stopped, StopSignal
+from mnist_jax.preemption import Stopped, StopSignal
 from mnist_jax.training import Training
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ARGS = ("--dataset", "digits", "--steps", "60", "--log-every-steps", "5", "--eval-every-steps", "25")
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, environment, worker_id):
+def undisturbed(shared_folder, environment):
     """The run of so many processes that nothing disturbs, made once for all workers of the tests."""
-    base = tmp_path_factory.getbasetemp()
-    base = base if worker_id == "master" else base.parent
 
     def of(count: int) -> Run:
-        run = Run(base / f"undisturbed-{count}", environment)
-        with FileLock(base / f"undisturbed-{count}.lock"):
+        run = Run(shared_folder / f"undisturbed-{count}", environment)
+        with FileLock(shared_folder / f"undisturbed-{count}.lock"):
             if not run.events("exit"):
                 check_codes(start(run, count, *ARGS), 0)
         return run
@@ -68,7 +67,7 @@ def check_ended_like(run: Run, undisturbed: Run) -> None:
     assert ends[0]["state_sha256"] == ends[1]["state_sha256"]
 
 
-@pytest.mark.parametrize(("count", "signals"), [(2, STOP_SIGNALS), (4, (signal.SIGTERM,))])
+@pytest.mark.parametrize(("count", "signals"), [(2, SIGNALS), (4, (signal.SIGHUP,))])
 def test_a_signal_to_any_one_process_stops_all_and_they_end_as_if_undisturbed(count, signals, new_run, undisturbed):
     run = new_run()
     victims = itertools.cycle((count - 1, 0))
