@@ -3,6 +3,7 @@
 No JAX here: `--help` and a usage error come at once.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -20,6 +21,23 @@ T = TypeVar("T")
 DatasetName = Literal["auto", "mnist", "fashion_mnist", "kmnist", "digits"]
 ModelName = Literal["cnn", "cnn-large", "original", "original-dropout", "original-normalized", "original-power"]
 PresetName = Literal["fast", "accurate", "original"]
+
+
+WhichStep = Annotated[
+    Literal["latest", "best"] | int,
+    tyro.conf.arg(
+        metavar="{latest,best,N}",
+        help="Which checkpoint: the latest, the one with the highest test accuracy so far, or that of a step.",
+    ),
+]
+DataDir = Annotated[
+    Path | None,
+    tyro.conf.arg(
+        metavar="DIR",
+        help="Folder that holds the four official .gz files of the data set.",
+        help_behavior_hint="(default: where the run had them)",
+    ),
+]
 
 
 class ConfigError(ValueError):
@@ -320,14 +338,23 @@ def save(config: Config, path: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file, in the place of one that may be there, whole or not at all."""
+    """Write a file, in the place of one that may be there, whole or not at all.
+
+    Raises:
+        OSError: the disk does not take it.
+    """
     partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)  # It may be a link, which would be followed.
-    with partial.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        partial.unlink(missing_ok=True)  # It may be a link, which would be followed.
+        with partial.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise OSError(error.errno, f"{path} cannot be written: {error.strerror}") from error
 
 
 def load(path: Path) -> Config:

@@ -142,7 +142,7 @@ def begin_to_load(name: str, data_dir: Path | None) -> "Future[Dataset] | None":
 def _unpack(name: str, paths: Mapping[str, Path], data_dir: Path | None) -> Dataset:
     """Return the data set in the four files at `paths`, those of the user's folder or of TensorFlow Datasets' own."""
     if data_dir is not None:
-        way_out = f"put the original file there, or leave --data-dir out to have {name} downloaded"
+        way_out = "put the original file there, or name another folder that holds it: --data-dir DIR"
     else:
         way_out = "delete it, and the next start downloads it again"
     sources = _sources(name)

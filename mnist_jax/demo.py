@@ -1,9 +1,11 @@
 """The command `python -m mnist_jax.demo`: a page on which one draws a digit and sees it read while one draws.
 
-It writes nothing, also while the run is at work; then each newer checkpoint answers as soon as it is there.
+It writes nothing in the run directory, also while the run is at work; then each newer checkpoint answers as soon as it
+is there.
 """
 
 import base64
+import contextlib
 import errno
 import hashlib
 import ipaddress
@@ -17,7 +19,8 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from urllib.parse import urlsplit
 
 import numpy as np
 import tyro
@@ -32,7 +35,7 @@ from mnist_jax.preemption import Stopped, StopSignal
 if TYPE_CHECKING:
     from flask import Flask, Response
 
-    from mnist_jax.trained import TrainedModel, WhichStep
+    from mnist_jax.trained import TrainedModel
 
 MOST_BYTES = 1_000_000  # The page sends 5,000.
 MOST_PIXELS = 4_000_000
@@ -53,8 +56,7 @@ class Options:
     """Where the page is; 0 takes a port that is free."""
     host: Annotated[str, tyro.conf.arg(metavar="ADDRESS")] = "127.0.0.1"
     """Address of this machine to listen at. Whoever reaches it can use the page."""
-    step: Annotated[Literal["latest", "best"] | int, tyro.conf.arg(metavar="{latest,best,N}")] = "latest"
-    """Which checkpoint: the latest, the one with the highest test accuracy so far, or that of a step."""
+    step: configs.WhichStep = "latest"
 
 
 def main(args: Sequence[str]) -> int:
@@ -78,13 +80,14 @@ def serve(options: Options, stop: StopSignal, terminal: Terminal) -> int:
         place = f"[{address}]" if ":" in address else address
         own_names = None
         if ipaddress.ip_address(address).is_loopback:
-            own_names = {f"{name}:{port}".removesuffix(":80") for name in ("localhost", "127.0.0.1", "[::1]", place)}
+            own_names = {"localhost", "127.0.0.1", "::1", address, options.host.lower()}
         else:
             terminal.warn(f"warning: anybody who reaches {place} can use this page")
         logging.getLogger("waitress").setLevel(logging.ERROR)  # Of a moment's queue nobody needs to hear.
         server = waitress.create_server(
             make_app(reader, own_names),
             sockets=[listener],
+            channel_timeout=10,  # Who says nothing for so long makes room for others.
             max_request_header_size=2**14,
             max_request_body_size=2 * MOST_BYTES,  # Flask says more kindly what is too much, of what is not far more.
         )
@@ -97,7 +100,7 @@ def serve(options: Options, stop: StopSignal, terminal: Terminal) -> int:
             stop.run(server.run)
         except Stopped:
             assert stop.received is not None
-            terminal.say(f"{stop.received.name}: the page is closed; nothing was written")
+            terminal.say(f"{stop.received.name}: the page is closed")
     return 0
 
 
@@ -127,30 +130,32 @@ def find_reader(options: Options, stop: StopSignal, terminal: Terminal) -> "Read
     """
     from mnist_jax import handwriting, trained
 
-    if options.step in ("latest", "best") and not trained.find_checkpoints(options.workdir):
-        terminal.say(f"nothing has been saved yet in {options.workdir}; waiting for the run's first checkpoint")
-        while not trained.find_checkpoints(options.workdir):
-            if stop.received is not None:
-                raise Stopped
-            time.sleep(0.1)
-    reader = stop.run(lambda: Reader(options.workdir, options.step, terminal))
-    name = reader.model.data.name
-    if name not in handwriting.FORMS:
-        terminal.warn(f"warning: this run has learned {name}, and drawings are made to look like handwritten digits")
+    waits_for = ""
+    while True:
+        try:
+            reader = stop.run(lambda: Reader(options.workdir, options.step, terminal))
+            break
+        except trained.NothingYet as error:
+            if str(error) != waits_for:
+                waits_for = str(error)
+                terminal.say(f"{waits_for}; the page comes then")
+            time.sleep(0.2)
+    if caution := handwriting.caution(reader.model.data.name):
+        terminal.warn(f"warning: {caution}")
     return reader
 
 
 class Reader:
     """The classifier that reads the drawings: of a run at work the newest that can be had."""
 
-    def __init__(self, workdir: Path, which: "WhichStep", terminal: Terminal) -> None:
+    def __init__(self, workdir: Path, which: configs.WhichStep, terminal: Terminal) -> None:
         """Load the classifier; what is wrong with later ones, `terminal` is told.
 
         Raises:
             CheckpointError, ConfigError, OSError: see `trained.load`.
         """
         self._workdir, self._which, self._terminal = workdir, which, terminal
-        self._seen = self._checkpoints()
+        self._seen, self._told = self._checkpoints(), ""
         self.model = self._load()
 
     def follow(self) -> NoReturn:
@@ -167,10 +172,14 @@ class Reader:
             found = self._checkpoints()
             if found == self._seen:
                 return
-            self._seen = found
             self.model = self._load()
         except (CheckpointError, ConfigError, OSError) as error:
-            self._terminal.warn(f"warning: {error}. Step {self.model.step} goes on reading.")
+            if self._told != (told := str(error)):
+                self._told = told
+                self._terminal.warn(f"warning: {error}. Step {self.model.step} goes on reading.")
+            if isinstance(error, OSError):  # It may pass: the next look tries again.
+                return
+        self._seen = found
 
     def _checkpoints(self) -> list[Path]:
         """Return where checkpoints are; none where there is no run any more."""
@@ -191,8 +200,8 @@ def make_app(reader: Reader, own_names: Container[str] | None = None) -> "Flask"
 
     Args:
         reader: who reads the drawings.
-        own_names: what this server is called, with the port, or None where that is not known. A page from elsewhere
-            whose name was made to lead here (DNS rebinding) asks by that name.
+        own_names: what this server is called, or None where that is not known. A page from elsewhere whose name was
+            made to lead here (DNS rebinding) asks by that name. The port may be that of a tunnel.
     """
     from flask import Flask, abort, json, request
     from werkzeug.exceptions import HTTPException
@@ -206,7 +215,7 @@ def make_app(reader: Reader, own_names: Container[str] | None = None) -> "Flask"
 
     @app.before_request
     def refuse_pages_of_others() -> None:
-        if own_names is not None and request.host not in own_names:
+        if own_names is not None and host_name(request.host) not in own_names:
             abort(403, "this server does not go by that name")
         if request.method == "POST" and request.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
             abort(403, "the page of another site may not ask")
@@ -248,6 +257,13 @@ def make_app(reader: Reader, own_names: Container[str] | None = None) -> "Flask"
     return app
 
 
+def host_name(host: str) -> str | None:
+    """Return the name in a Host header, in small letters and without the port, or None where there is none."""
+    with contextlib.suppress(ValueError):
+        return urlsplit(f"//{host}").hostname
+    return None
+
+
 def security_headers(page: str) -> dict[str, str]:
     """Return headers by which a browser runs nothing but the script and the style in `page`, and loads nothing."""
     sources = {}
@@ -269,13 +285,12 @@ def security_headers(page: str) -> dict[str, str]:
 
 def describe(model: "TrainedModel") -> dict[str, Any]:
     """Return what the page tells of a classifier, as JSON values."""
-    accuracy = model.about.get("test_accuracy")  # None where the run did not evaluate at this step
     return {
         "run": model.checkpoint.path.absolute().parents[1].name,
         "dataset": model.data.name,
         "class_names": list(model.class_names),
         "step": model.step,
-        "test_accuracy": accuracy if isinstance(accuracy, float) and 0 <= accuracy <= 1 else None,
+        "test_accuracy": model.test_accuracy,
     }
 
 

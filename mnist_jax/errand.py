@@ -1,5 +1,6 @@
 """What the commands that use a run have in common: they read it, say what went wrong in a line, and heed signals."""
 
+import traceback
 from collections.abc import Callable
 
 from mnist_jax.command import mend_standard_streams
@@ -12,7 +13,8 @@ from mnist_jax.preemption import Stopped, StopSignal
 def run(work: Callable[[StopSignal, Terminal], int]) -> int:
     """Return the exit code of some work on a run, or of what kept it from being done.
 
-    2: bad usage, or no such run, checkpoint or data. 65: a checkpoint is damaged. 128+n: signal n.
+    2: bad usage, or no such run, checkpoint or data. 65: a checkpoint is damaged. 128+n: signal n. An error that nobody
+    foresaw is 70, and told in full.
     """
     mend_standard_streams()
     terminal = Terminal()
@@ -23,7 +25,7 @@ def run(work: Callable[[StopSignal, Terminal], int]) -> int:
             return work(stop, terminal)
         except Stopped:
             assert stop.received is not None
-            terminal.warn(f"{stop.received.name}: left; nothing was written")
+            terminal.warn(f"{stop.received.name}: left before the end")
             return 128 + stop.received
         except Damaged as error:
             terminal.warn(f"error: a checkpoint is damaged, {error}")
@@ -31,3 +33,6 @@ def run(work: Callable[[StopSignal, Terminal], int]) -> int:
         except (CheckpointError, ConfigError, DataError, OSError) as error:
             terminal.warn(f"error: {error}")
             return 2
+        except Exception:
+            traceback.print_exc()
+            return 70

@@ -1,6 +1,6 @@
 """The command `python -m mnist_jax.evaluate`: how good a trained classifier is, digit by digit.
 
-It writes nothing, also while the run is at work.
+It writes nothing in the run directory, also while the run is at work.
 """
 
 import json
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import tyro
@@ -26,12 +26,8 @@ class Options:
 
     workdir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WORKDIR")]
     """Directory of the run. Nothing is written there."""
-    step: Annotated[Literal["latest", "best"] | int, tyro.conf.arg(metavar="{latest,best,N}")] = "latest"
-    """Which checkpoint: the latest, the one with the highest test accuracy so far, or that of a step."""
-    data_dir: Annotated[
-        Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: where the run had them)")
-    ] = None
-    """Folder that holds the four official .gz files of the data set."""
+    step: configs.WhichStep = "latest"
+    data_dir: configs.DataDir = None
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print JSON instead of text."""
 
@@ -73,13 +69,14 @@ def evaluate(options: Options, stop: StopSignal, terminal: Terminal) -> Result:
     """
     from mnist_jax import trained
 
-    model = trained.load(options.workdir, options.step, on_cpu=False)
+    model = stop.run(lambda: trained.load(options.workdir, options.step, on_cpu=False))
     name, folder = model.data.name, options.data_dir or model.config.data_dir
-    dataset = stop.run(lambda: data.load(name, folder, say=terminal.say))
+    dataset = stop.run(lambda: data.load(name, folder, say=terminal.warn))
     found = model.evaluate(dataset, stop)
     confusion = confusion_matrix(dataset.test_labels, found.logits.argmax(axis=1))
     totals = confusion.sum(axis=1)
-    metrics = options.workdir / "metrics.jsonl"
+    records = (record for record, _ in read_metrics(options.workdir / "metrics.jsonl"))
+    recorded = accuracy_at(model.step, records)
     return Result(
         workdir=str(options.workdir),
         step=model.step,
@@ -87,7 +84,7 @@ def evaluate(options: Options, stop: StopSignal, terminal: Terminal) -> Result:
         images=len(dataset.test_labels),
         loss=found.loss,
         accuracy=found.accuracy,
-        recorded_accuracy=accuracy_at(model.step, (record for record, _ in read_metrics(metrics))),
+        recorded_accuracy=recorded if recorded is not None and 0 <= recorded <= 1 else None,
         class_names=list(model.class_names),
         class_accuracy=[
             int(right) / int(all_) if all_ else None for right, all_ in zip(np.diag(confusion), totals, strict=True)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -33,36 +33,38 @@ class Options:
     """Directory of the run. Nothing is written there."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT.safetensors")]
     """File to write. One that is there already stays, and is an error."""
-    step: Annotated[Literal["latest", "best"] | int, tyro.conf.arg(metavar="{latest,best,N}")] = "latest"
-    """Which checkpoint: the latest, the one with the highest test accuracy so far, or that of a step."""
+    step: configs.WhichStep = "latest"
 
 
 def main(args: Sequence[str]) -> int:
     """Write the file, and return the exit code; see `errand.run`."""
     options = configs.cli(Options, "export", args)
 
-    def work(_: StopSignal, terminal: Terminal) -> int:
-        export(options, terminal)
+    def work(stop: StopSignal, terminal: Terminal) -> int:
+        export(options, stop, terminal)
         return 0
 
     return errand.run(work)
 
 
-def export(options: Options, terminal: Terminal) -> None:
+def export(options: Options, stop: StopSignal, terminal: Terminal) -> None:
     """Write the variables of a classifier, whole or not at all.
 
     Raises:
         CheckpointError, OSError: it cannot be read, or the file cannot be written.
         ConfigError: there is no such classifier, or the file is there already.
+        Stopped: a signal came; nothing was written.
     """
     from mnist_jax import trained
 
-    if os.path.lexists(options.out):
-        raise ConfigError(f"{options.out} is there already; name another file, or remove it")
+    for path in (options.out, options.out.with_name(options.out.name + ".partial")):
+        if os.path.lexists(path):
+            raise ConfigError(f"{path} is there already; name another file, or remove it")
     if not options.out.parent.is_dir():
         raise ConfigError(f"{options.out.parent} is no directory; make it, or name another file")
-    model = trained.load(options.workdir, options.step)
+    model = stop.run(lambda: trained.load(options.workdir, options.step))
     content = pack(model.variables, model.config.model, where_from(model))
+    stop.check()
     configs.write_whole(options.out, content)
     terminal.say(
         f"wrote the weights of step {model.step} to {options.out}, {len(content) / 1e6:.2f} MB; "
@@ -72,12 +74,11 @@ def export(options: Options, terminal: Terminal) -> None:
 
 def where_from(model: "TrainedModel") -> dict[str, str]:
     """Return which run and which step weights are of, as safetensors' metadata: only strings."""
-    accuracy = model.about.get("test_accuracy")
     return {
         "dataset": model.data.name,
         "class_names": json.dumps(model.class_names),
         "step": str(model.step),
-        "test_accuracy": str(accuracy) if isinstance(accuracy, float) else "unknown",
+        "test_accuracy": "unknown" if model.test_accuracy is None else str(model.test_accuracy),
         "state_sha256": model.sha256,
     }
 

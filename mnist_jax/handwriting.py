@@ -25,6 +25,13 @@ class Unreadable(ValueError):
     """There is no digit to be had from a file; the message says why."""
 
 
+def caution(dataset: str) -> str | None:
+    """Return what somebody should know who shows pictures to a model that has learned a data set, if anything."""
+    if dataset in FORMS:
+        return None
+    return f"this run has learned {dataset}, and pictures are made to look like handwritten digits"
+
+
 def prepare(content: bytes, dataset: str = "mnist", *, most_pixels: int = MOST_PIXELS) -> np.ndarray:
     """Return the digit in a PNG or JPEG file as an image of a data set: [28, 28, 1] uint8, ink 255 on ground 0.
 
@@ -87,6 +94,8 @@ def ink(pixels: np.ndarray) -> np.ndarray:
     distance = np.sqrt(np.mean((colours - np.median(edges, axis=0)) ** 2, axis=-1))
     if distance.max() < LEAST_CONTRAST:
         raise Unreadable("nothing is drawn on it: all of it has nearly the same colour")
+    if np.ptp(distance) < LEAST_CONTRAST:
+        raise Unreadable("no ground can be told from ink: its edges have two colours, as much of one as of the other")
     threshold = otsu(distance)
     ground, drawn = distance[distance <= threshold], distance[distance > threshold]
     low, high = min(ground.mean() + 3 * ground.std(), threshold), drawn.mean()  # paper has its shades, and so has ink

@@ -134,7 +134,7 @@ def _time(turn: Turn, events: Sequence[dict[str, Any]], clock: float, now_s: flo
 
 def read_curve(path: Path, split: str) -> Curve:
     """Return what a metrics file has of a split; what is no loss and accuracy is left out."""
-    records = [record for record, _ in read_metrics(path)] if path.exists() else []
+    records = [record for record, _ in read_metrics(path)]
     points = [
         (record["step"], record["loss"], record["accuracy"])
         for record in records

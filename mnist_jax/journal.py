@@ -166,6 +166,8 @@ class _PatientFile:
 
 def read_metrics(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
     """Yield the records of a metrics file, each with its line, up to the first line that is torn or none of ours."""
+    if not path.exists():
+        return
     with path.open("rb") as lines:
         for line in lines:
             try:

@@ -273,8 +273,7 @@ def check_is_shared(workdir: Path, lock: str, stop: StopSignal, peers: Peers) ->
         configs.check_directory(workdir)
         if path.exists() and path.read_text() == lock:
             return
-        if stop.received is not None:
-            raise Stopped
+        stop.check()
         if time.monotonic() > deadline_s:
             raise ConfigError(
                 f"process {peers.index} does not find in {workdir} what process 0 wrote there; all processes need the "

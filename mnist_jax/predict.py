@@ -1,15 +1,17 @@
 """The command `python -m mnist_jax.predict`: which digit is in a picture.
 
-It writes nothing, also while the run is at work.
+It writes nothing in the run directory, also while the run is at work.
 """
 
 import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
+import numpy as np
 import tyro
 
 from mnist_jax import config as configs
@@ -17,7 +19,7 @@ from mnist_jax import errand
 from mnist_jax.command import leave
 from mnist_jax.config import ConfigError
 from mnist_jax.journal import Terminal
-from mnist_jax.preemption import Stopped, StopSignal
+from mnist_jax.preemption import StopSignal
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,7 @@ class Options:
         tyro.conf.arg(metavar="IMAGE [IMAGE ...]", help_behavior_hint="(required)"),
     ]
     """Pictures of one digit each."""
-    step: Annotated[Literal["latest", "best"] | int, tyro.conf.arg(metavar="{latest,best,N}")] = "latest"
-    """Which checkpoint: the latest, the one with the highest test accuracy so far, or that of a step."""
+    step: configs.WhichStep = "latest"
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print JSON instead of text."""
 
@@ -83,18 +84,18 @@ def predict(options: Options, stop: StopSignal, terminal: Terminal) -> Iterator[
         raise ConfigError("no picture is named; name one or more: predict WORKDIR IMAGE [IMAGE ...]")
     from mnist_jax import handwriting, trained
 
-    model = trained.load(options.workdir, options.step)
-    if model.data.name not in handwriting.FORMS:
-        terminal.warn(
-            f"warning: this run has learned {model.data.name}, and pictures are made to look like handwritten digits"
-        )
+    model = stop.run(lambda: trained.load(options.workdir, options.step))
+    if caution := handwriting.caution(model.data.name):
+        terminal.warn(f"warning: {caution}")
+
+    def ask(path: Path) -> np.ndarray:
+        with path.open("rb") as file:
+            content = file.read(handwriting.MOST_BYTES + 1)
+        return model.answer(handwriting.prepare(content, model.data.name))
+
     for path in options.images:
-        if stop.received is not None:
-            raise Stopped
         try:
-            with path.open("rb") as file:
-                content = file.read(handwriting.MOST_BYTES + 1)
-            probabilities = model.answer(handwriting.prepare(content, model.data.name))
+            probabilities = stop.run(partial(ask, path))  # A file may be a pipe to which nobody writes.
         except OSError as error:
             yield Prediction(str(path), error=f"it cannot be read ({error.strerror})")
         except handwriting.Unreadable as error:

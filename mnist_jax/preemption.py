@@ -91,6 +91,11 @@ class StopSignal:
         if self.received is None:
             self.received = signal.Signals(number)
 
+    def check(self) -> None:
+        """Raise `Stopped` if a stop signal came."""
+        if self.received is not None:
+            raise Stopped
+
     @property
     def seconds_since(self) -> float | None:
         """How long ago the first stop signal came to this process, or None where none did."""
@@ -112,8 +117,7 @@ class StopSignal:
         Raises:
             Stopped: a stop signal came before the work was done.
         """
-        if self.received is not None:
-            raise Stopped
+        self.check()
         future: Future[T] = Future()
 
         def run_in_thread() -> None:
@@ -124,6 +128,5 @@ class StopSignal:
 
         threading.Thread(target=run_in_thread, daemon=True, name=f"interruptible {work}").start()
         while not wait([future], timeout=look_every_s).done:
-            if self.received is not None:
-                raise Stopped
+            self.check()
         return future.result()

@@ -46,7 +46,7 @@ class Programs(NamedTuple):
     # state (donated), data, number of updates, wishes
     train_steps: Callable[[TrainState, TrainData, Any, Any], tuple[TrainState, MetricSums, jax.Array]]
     epoch_order: Callable[[Any], jax.Array]  # epoch -> [N] int32
-    evaluate: "Evaluate"
+    evaluate: Evaluate
     eval_call_images: int
     learning_rate: Callable[[Any], jax.Array]  # number of updates made -> [] float32
     is_finite: Callable[[TrainState], jax.Array]

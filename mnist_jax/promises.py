@@ -24,10 +24,12 @@ def check(
     turns: Sequence[Turn], events: Sequence[dict[str, Any]], found: "Status", config: Config | None
 ) -> Iterator[Promise]:
     """Yield what a run promises, and what its records show of that, no more."""
-    yield _check_exact(turns)
-    yield _check_prompt(turns)
-    yield _check_whole(events, found)
-    yield _check_lost(turns, config)
+    whole = _check_whole(events, found)
+    told = [_check_exact(turns), _check_prompt(turns), whole, _check_lost(turns, config)]
+    for promise in told:
+        if not turns and found.checkpoints and promise is not whole:
+            promise = promise._replace(verdict="not known", evidence="There are checkpoints, but no history.")
+        yield promise
 
 
 def _check_exact(turns: Sequence[Turn]) -> Promise:
@@ -48,7 +50,7 @@ def _check_exact(turns: Sequence[Turn]) -> Promise:
 
 
 def _check_prompt(turns: Sequence[Turn]) -> Promise:
-    promise = f"Prompt: at a signal it saves and leaves, long before the {GRACE_S} s are over that schedulers give it."
+    promise = f"Prompt: at a signal it saves and leaves, before the {GRACE_S} s are over that schedulers give it."
     stopped = [turn for turn in turns if turn.end == "stopped"]
     if not stopped:
         return Promise(promise, "not put to the test", "No signal has stopped it.")
@@ -94,7 +96,9 @@ def _check_lost(turns: Sequence[Turn], config: Config | None) -> Promise:
     worst_s = max(lost) * seconds_per_step
     saves_s = [span.end_s - span.begin_s for turn in turns for span in turn.spans if span.lane == "save"]
     # The pace is a mean, and a checkpoint waits for the end of the one before: a second more is no breach.
-    is_within = worst_s <= every_s + max(saves_s, default=0.0) + 1 or max(lost) <= (every_steps or 0)
+    is_within = worst_s <= every_s + max(saves_s, default=0.0) + 1
+    if every_steps:
+        is_within &= max(lost) <= 2 * every_steps  # those between two checkpoints, and those made during a save
     evidence += (
         f", at most {max(lost):,} at once: about {worst_s:.1f} s of training at this run's pace. "
         f"A checkpoint was due every {every_s:g} s{f' and every {every_steps:,} steps' if every_steps else ''}."

@@ -19,7 +19,7 @@ from mnist_jax.command import leave
 from mnist_jax.config import ConfigError
 from mnist_jax.council import Council
 from mnist_jax.journal import Terminal
-from mnist_jax.preemption import Stopped, StopSignal
+from mnist_jax.preemption import StopSignal
 from mnist_jax.updates import Updates
 
 MOST_STEPS_PER_CALL = 16  # A signal is looked at between calls.
@@ -88,8 +88,7 @@ def replay(options: Options, stop: StopSignal, terminal: Terminal) -> list[str]:
         n = min(MOST_STEPS_PER_CALL, updates.next_boundary - updates.step, last.step - updates.step)
         updates.advance(n, nothing)
         updates.state.step.block_until_ready()
-        if stop.received is not None:
-            raise Stopped
+        stop.check()
     return compare(host_leaves(wanted), host_leaves(updates.state))
 
 

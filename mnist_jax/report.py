@@ -23,7 +23,7 @@ from mnist_jax.config import Config, ConfigError
 from mnist_jax.data import DataError
 from mnist_jax.history import Curve, Turn, as_number, as_text, count, describe_end, read_curve, read_turns
 from mnist_jax.journal import Terminal, read_events
-from mnist_jax.preemption import Stopped, StopSignal
+from mnist_jax.preemption import StopSignal
 
 if TYPE_CHECKING:
     from mnist_jax.pictures import Mark
@@ -41,10 +41,7 @@ class Options:
     """Directory of the run."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: WORKDIR/report)")] = None
     """Where to write report.html and its pictures. Of an earlier report they are replaced."""
-    data_dir: Annotated[
-        Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: where the run had them)")
-    ] = None
-    """Folder that holds the four official .gz files of the data set."""
+    data_dir: configs.DataDir = None
 
 
 def main(args: Sequence[str]) -> int:
@@ -55,6 +52,8 @@ def main(args: Sequence[str]) -> int:
         folder = options.out or options.workdir / "report"
         if folder.is_symlink() and folder.absolute().is_relative_to(options.workdir.absolute()):
             raise ConfigError(f"{folder} is a symbolic link, and may lead anywhere; remove it, or give --out DIR")
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"{folder} is no directory; remove it, or give --out DIR")
         write(report(options, stop, terminal), folder)
         terminal.say(str(folder / "report.html"))
         return 0
@@ -115,7 +114,7 @@ class Facts(NamedTuple):
 
     config: Config | None
     total_steps: int | None
-    state_sha256: str | None
+    state: tuple[int, str] | None  # the step of the newest state that is known, and its SHA-256
 
 
 def identify(workdir: Path, events: Sequence[dict[str, Any]]) -> Facts:
@@ -125,16 +124,16 @@ def identify(workdir: Path, events: Sequence[dict[str, Any]]) -> Facts:
 
     config = total_steps = None
     exits = [event for event in events if event["event"] == "exit"]
-    sha256 = as_text(exits[-1].get("state_sha256")) if exits else ""
+    step, sha256 = (exits[-1]["step"], as_text(exits[-1].get("state_sha256"))) if exits else (0, "")
     try:
         config = configs.load(workdir / "config.json")
         total_steps = config.steps
         manifest = trained.find_checkpoints(workdir)[-1].manifest()
-        sha256 = str(manifest["sha256"])
+        step, sha256 = manifest["step"], str(manifest["sha256"])
         total_steps = config.total_steps(provenance.data_of(manifest).train_images)
     except (CheckpointError, ConfigError, OSError, IndexError):
         pass
-    return Facts(config, total_steps, sha256 if re.fullmatch("[0-9a-f]{64}", sha256) else None)
+    return Facts(config, total_steps, (step, sha256) if re.fullmatch("[0-9a-f]{64}", sha256) else None)
 
 
 class Progress(NamedTuple):
@@ -154,7 +153,7 @@ def describe_progress(turns: Sequence[Turn], train: Curve, test: Curve, found: "
     if found.in_use_by:
         state = f"running, by {lock.Holder(**found.in_use_by)}"
     elif not turns:
-        state = "not started yet"
+        state = "not known, for its history is not there" if step else "not started yet"
     else:
         state = describe_end(turns[-1])
     accuracy = test.accuracies[-1] if test.steps else None
@@ -191,9 +190,9 @@ def judge(options: Options, stop: StopSignal, terminal: Terminal) -> Judgement:
     from mnist_jax.checkpoint import CheckpointError
 
     try:
-        model = trained.load(options.workdir, "latest")
+        model = stop.run(lambda: trained.load(options.workdir, "latest"))
         folder = options.data_dir or model.config.data_dir
-        dataset = stop.run(lambda: data.load(model.data.name, folder, say=terminal.say))
+        dataset = stop.run(lambda: data.load(model.data.name, folder, say=terminal.warn))
         logits = model.evaluate(dataset, stop).logits
     except (CheckpointError, ConfigError, DataError, OSError) as error:
         return Judgement(missing=as_text(str(error)))
@@ -260,20 +259,15 @@ def draw(turns: Sequence[Turn], train: Curve, test: Curve, judgement: Judgement,
             spans=[span for turn in turns for span in turn.spans],
             dark=dark,
         )
-        _check(stop)
+        stop.check()
         if judgement.missing is None:
             drawn[f"confusion{suffix}"] = pictures.confusion(judgement.confusion, judgement.class_names, dark=dark)
         if judgement.mistakes:
             images = np.stack([mistake.image for mistake in judgement.mistakes])
             captions = [mistake.caption for mistake in judgement.mistakes]
             drawn[f"mistakes{suffix}"] = pictures.mistakes(images, captions, dark=dark)
-        _check(stop)
+        stop.check()
     return drawn
-
-
-def _check(stop: StopSignal) -> None:
-    if stop.received is not None:
-        raise Stopped
 
 
 def mark_ends(turns: Sequence[Turn]) -> Iterator["Mark"]:
@@ -300,6 +294,7 @@ def render(*, pictures: dict[str, bytes], **values: Any) -> bytes:
         lstrip_blocks=True,
     )
     environment.filters.update(clock=_clock, duration=duration, end=describe_end)
+    environment.globals.update(count=count)
     urls = {
         name.removesuffix(".png"): f"data:image/png;base64,{base64.b64encode(content).decode()}"
         for name, content in pictures.items()

@@ -213,7 +213,7 @@ def foresee(workdir: Path, looks: Sequence[Look], events: Sequence[dict[str, Any
 
 
 def _is_evaluated(metrics: Path, step: int) -> bool:
-    records = (record for record, _ in read_metrics(metrics)) if metrics.exists() else ()
+    records = (record for record, _ in read_metrics(metrics))
     return accuracy_at(step, records) is not None
 
 

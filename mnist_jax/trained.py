@@ -2,21 +2,23 @@
 
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mnist_jax import config as configs
 from mnist_jax import data, distributed, provenance
 from mnist_jax.checkpoint import Checkpoint, CheckpointError, list_checkpoints
-from mnist_jax.config import ConfigError
+from mnist_jax.config import ConfigError, WhichStep
 from mnist_jax.council import Council
 from mnist_jax.data import Dataset
-from mnist_jax.preemption import Stopped, StopSignal
+from mnist_jax.preemption import StopSignal
 from mnist_jax.programs import Blueprint
 from mnist_jax.training import averages, total
 
-WhichStep = Literal["latest", "best"] | int
+
+class NothingYet(ConfigError):
+    """A run has no such checkpoint yet, and may have one later."""
 
 
 class Evaluation(NamedTuple):
@@ -54,6 +56,11 @@ class TrainedModel:
         """What its ten answers mean."""
         return data.class_names(self.data.name)
 
+    @property
+    def test_accuracy(self) -> float | None:
+        """The share of right answers that the run found at this step, or None where it did not evaluate there."""
+        return _test_accuracy(self.about)
+
     def answer(self, image: np.ndarray) -> np.ndarray:
         """Return the probabilities of the classes. image: [28, 28, 1] uint8, ink 255 on ground 0 -> [10] float32.
 
@@ -79,8 +86,7 @@ class TrainedModel:
             call_sums, call_logits, _ = program(self.variables, images, labels, np.int32(first), nothing)
             sums.append(call_sums)
             logits.append(np.asarray(call_logits))
-            if stop.received is not None:
-                raise Stopped
+            stop.check()
         return Evaluation(*averages(total(sums)), np.concatenate(logits)[: len(dataset.test_labels)])
 
 
@@ -134,18 +140,18 @@ def choose(checkpoints: list[Checkpoint], which: WhichStep, workdir: Path) -> Ch
 
     Raises:
         CheckpointError, OSError: which one is the best is not known, for a manifest cannot be read.
-        ConfigError: there is none.
+        ConfigError: there is none; `NothingYet` where there may be one later.
     """
     if not checkpoints:
-        raise ConfigError(f"nothing has been saved yet in {workdir}; wait for the run's first checkpoint")
+        raise NothingYet(f"nothing has been saved yet in {workdir}; wait for the first checkpoint")
     if which == "latest":
         return checkpoints[-1]
     if which == "best":
-        evaluated = {checkpoint: _test_accuracy(checkpoint) for checkpoint in checkpoints}
-        best = max(checkpoints, key=lambda checkpoint: evaluated[checkpoint])
-        if evaluated[best] < 0:
-            raise ConfigError(f"no checkpoint in {workdir} was evaluated yet; use --step latest")
-        return best
+        accuracies = {checkpoint: _test_accuracy(checkpoint.manifest()["about"]) for checkpoint in checkpoints}
+        evaluated = {checkpoint: accuracy for checkpoint, accuracy in accuracies.items() if accuracy is not None}
+        if not evaluated:
+            raise NothingYet(f"no checkpoint in {workdir} was evaluated yet; use --step latest, or wait")
+        return max(evaluated, key=lambda checkpoint: evaluated[checkpoint])
     for checkpoint in checkpoints:
         if checkpoint.step == which:
             return checkpoint
@@ -153,7 +159,7 @@ def choose(checkpoints: list[Checkpoint], which: WhichStep, workdir: Path) -> Ch
     raise ConfigError(f"{workdir} has no checkpoint of step {which}; there are: {steps}")
 
 
-def _test_accuracy(checkpoint: Checkpoint) -> float:
-    """Return the test accuracy that a manifest tells of, or -1."""
-    accuracy = checkpoint.manifest()["about"].get("test_accuracy")
-    return accuracy if isinstance(accuracy, float) and 0 <= accuracy <= 1 else -1.0
+def _test_accuracy(about: dict[str, Any]) -> float | None:
+    """Return the test accuracy that a manifest tells of, or None."""
+    accuracy = about.get("test_accuracy")
+    return accuracy if isinstance(accuracy, float) and 0 <= accuracy <= 1 else None

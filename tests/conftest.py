@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from hypothesis import settings
 from runs import Run
 
+settings.register_profile("suite", deadline=None)  # Other tests are at work beside an example.
+settings.load_profile("suite")
 os.environ.pop("PYTHONUNBUFFERED", None)  # What is buffered when a reader goes away has to be tested too.
 # A shell's `&` and `nohup` have these ignored, also in the processes that the tests start, where they are to arrive.
 signal.signal(signal.SIGINT, signal.default_int_handler)

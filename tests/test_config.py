@@ -462,6 +462,19 @@ def test_the_length_may_change_where_the_learning_rate_is_constant(
     assert list(configs.contradictions(run, asked)) == ([Difference("epochs", run.epochs, epochs)] if ignored else [])
 
 
+def test_a_file_that_the_disk_does_not_take_leaves_the_one_before_and_nothing_besides(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="file cannot be written: No space left on device"):
+        configs.write_whole(path, b"new")
+    assert {found.name: found.read_text() for found in tmp_path.iterdir()} == {"file": "old"}
+
+
 def test_contradictions_are_told_as_an_aligned_table_and_with_the_ways_out() -> None:
     differences = [Difference("learning_rate", 0.004, 0.1), Difference("steps", None, 100000)]
     assert configs.describe_contradictions(Path("runs/mnist"), differences) == (

@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw
 from runs import snapshot, stop
 
 from mnist_jax import demo, handwriting, predict, trained
+from mnist_jax.checkpoint import _write_manifest
 from mnist_jax.journal import Terminal
 from mnist_jax.preemption import StopSignal
 
@@ -192,7 +193,7 @@ def test_a_run_that_has_learned_no_digits_is_warned_of(trained_run, monkeypatch,
     with StopSignal() as stop_signal:
         found = demo.find_reader(demo.Options(trained_run.workdir, step=first), stop_signal, Terminal())
     assert found.model.step == first
-    assert capsys.readouterr().err.count("warning: this run has learned mnist, and drawings are made") == warnings
+    assert capsys.readouterr().err.count("warning: this run has learned mnist, and pictures are made") == warnings
 
 
 def jpeg(size: tuple[int, int]) -> bytes:
@@ -272,7 +273,8 @@ def test_a_browser_loads_and_runs_nothing_but_the_page_itself(client):
     ("host", "code"),
     [
         *(("localhost:{}", 200), ("127.0.0.1:{}", 200), ("[::1]:{}", 200)),
-        *(("rebound.example:{}", 403), ("localhost.example:{}", 403), ("localhost", 403), ("", 403), ("[", 403)),
+        *(("LOCALHOST:{}", 200), ("localhost", 200), ("localhost:9", 200)),  # through a tunnel, say
+        *(("rebound.example:{}", 403), ("localhost.example:{}", 403), ("", 403), ("[", 403)),
     ],
 )
 def test_a_page_from_elsewhere_whose_name_leads_here_is_refused(port, host, code):
@@ -317,6 +319,32 @@ def test_a_checkpoint_that_cannot_be_read_is_told_of_once_and_the_one_before_sta
     assert (reader.model.checkpoint.path, capsys.readouterr().err) == (newest, "")
 
 
+def test_a_fault_that_may_pass_is_told_of_once_and_tried_again(growing, monkeypatch, capsys):
+    workdir, put, _ = growing
+    reader = demo.Reader(workdir, "latest", Terminal())
+    newest = put()
+    with monkeypatch.context() as patch:
+        patch.setattr(trained, "load", lambda *_: (_ for _ in ()).throw(OSError("too many open files")))
+        for _ in range(3):
+            reader.look()
+    assert capsys.readouterr().err.count("too many open files") == 1
+    reader.look()
+    assert reader.model.checkpoint.path == newest
+
+
+def test_the_best_is_waited_for_until_one_is_evaluated(growing, environment):
+    workdir, put, _ = growing
+    [first] = trained.find_checkpoints(workdir)
+    manifest = first.manifest()
+    manifest["about"]["test_accuracy"] = None
+    _write_manifest(first.path / "manifest.json", manifest)
+    with serving(workdir, environment, "--step", "best") as process:
+        assert "was evaluated yet" in process.stdout.readline()
+        newest = put()
+        assert ask(port_of(process), "/model")[1]["step"] == int(newest.name)
+        assert stop(process, signal.SIGTERM).code == 0
+
+
 def test_a_checkpoint_that_vanishes_while_it_is_read_is_no_fault(growing, monkeypatch, capsys):
     workdir, put, put_damaged = growing
     reader = demo.Reader(workdir, "latest", Terminal())
@@ -351,7 +379,7 @@ def test_a_run_is_waited_for_and_followed_and_nothing_is_written(growing, enviro
     first.path.rename(tmp_path / "first")
     with serving(workdir, environment) as process:
         said = process.stdout.readline()
-        assert said == f"nothing has been saved yet in {workdir}; waiting for the run's first checkpoint\n"
+        assert said == f"nothing has been saved yet in {workdir}; wait for the first checkpoint; the page comes then\n"
         (tmp_path / "first").rename(first.path)
         port = port_of(process)
         assert ask(port, "/model")[1]["step"] == first.step
@@ -362,7 +390,7 @@ def test_a_run_is_waited_for_and_followed_and_nothing_is_written(growing, enviro
         assert step == int(newest.name)
         assert snapshot(workdir) == before
         ended = stop(process, signal.SIGTERM)
-    assert (ended.code, ended.out, ended.err) == (0, "SIGTERM: the page is closed; nothing was written\n", "")
+    assert (ended.code, ended.out, ended.err) == (0, "SIGTERM: the page is closed\n", "")
 
 
 # The process
@@ -375,7 +403,7 @@ def test_ctrl_c_ends_it_in_an_orderly_way_also_amid_answers_and_nothing_is_writt
         with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
             connection.request("POST", "/predict", drawing("3"))
             ended = stop(process, signal.SIGINT)
-    assert (ended.code, ended.out, ended.err) == (0, "SIGINT: the page is closed; nothing was written\n", "")
+    assert (ended.code, ended.out, ended.err) == (0, "SIGINT: the page is closed\n", "")
     assert snapshot(trained_run.workdir) == before
 
 
@@ -384,7 +412,7 @@ def test_a_signal_is_heeded_while_it_waits_for_the_first_checkpoint(tmp_path, en
     with serving(tmp_path, environment) as process:
         assert process.stdout.readline().startswith("nothing has been saved yet")
         ended = stop(process, signal.SIGTERM)
-    assert (ended.code, ended.err) == (128 + signal.SIGTERM, "SIGTERM: left; nothing was written\n")
+    assert (ended.code, ended.err) == (128 + signal.SIGTERM, "SIGTERM: left before the end\n")
 
 
 def test_it_listens_to_this_machine_alone_unless_told_otherwise_and_then_it_warns(port, trained_run, environment):

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from typing import Any
@@ -68,6 +69,16 @@ def test_names_of_any_length_keep_the_table_in_its_columns():
     assert {len(row) for row in (head, *rows)} == {len(head)}
     assert len(head) <= 79
     assert rows[3].split() == ["Dress", *"··········"]
+
+
+@pytest.mark.parametrize("metrics", [None, '{"step": 702, "split": "test", "accuracy": NaN}\n'])
+def test_without_a_usable_record_there_is_an_evaluation_all_the_same(trained_run, metrics, tmp_path, capfd):
+    shutil.copytree(trained_run.workdir, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    if metrics is not None:
+        (tmp_path / "run" / "metrics.jsonl").write_text(metrics)
+    code, out, err = told(tmp_path / "run", "--json", capfd=capfd)
+    assert (code, err, json.loads(out)["recorded_accuracy"]) == (0, "", None)
 
 
 def test_a_record_of_other_numbers_is_told_of():

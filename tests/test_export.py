@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -124,6 +126,23 @@ def test_a_file_that_is_there_stays_as_it_is(trained_run, tmp_path, capfd):
     assert export.main([str(trained_run.workdir), str(out)]) == 2
     assert "is there already; name another file" in capfd.readouterr().err
     assert out.read_text() == "precious"
+    out.rename(tmp_path / "weights.safetensors.partial")
+    assert export.main([str(trained_run.workdir), str(out)]) == 2
+    assert (tmp_path / "weights.safetensors.partial").read_text() == "precious"
+    assert not out.exists()
+
+
+def test_a_signal_leaves_no_file(trained_run, tmp_path, monkeypatch, capfd):
+    pack = export.pack
+
+    def signal_and_pack(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return pack(*arguments)
+
+    monkeypatch.setattr(export, "pack", signal_and_pack)
+    assert export.main([str(trained_run.workdir), str(tmp_path / "weights.safetensors")]) == 128 + signal.SIGTERM
+    assert capfd.readouterr() == ("", "SIGTERM: left before the end\n")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
@@ -91,7 +91,6 @@ def test_the_same_digit_is_the_same_image_in_whatever_dress(dress):
     assert np.mean(difference > 64) < 0.01
 
 
-@settings(deadline=None)
 @given(arrays.arrays(np.uint8, st.tuples(st.integers(1, 60), st.integers(1, 60)), elements=st.sampled_from([0, 255])))
 def test_any_drawing_fills_twenty_pixels_and_lies_with_its_centre_of_mass_in_the_middle(pixels):
     if not pixels.any() or pixels.all():
@@ -148,6 +147,8 @@ WRONG = {
     "nothing is drawn": file(paint((250, 250, 250), (255, 255, 255))),
     "all of it has nearly the same colour": file(Image.new("RGBA", (30, 30), (0, 0, 0, 0))),
     "nearly the same colour": file(Image.new("L", (1, 1))),
+    "no ground can be told from ink": file(Image.fromarray(np.uint8([[0, 255]]).repeat(15, axis=1).repeat(30, axis=0))),
+    "its edges have two colours": file(Image.fromarray(np.uint8([[255, 128]]).repeat(2, axis=0))),
     "it has 20000×20000 pixels, more than": file(Image.new("1", (20000, 20000))),
 }
 
@@ -170,10 +171,18 @@ def test_the_number_of_pixels_has_the_limit_that_the_caller_wants():
         prepare(picture, most_pixels=70 * 90 - 1)
 
 
+@given(
+    arrays.arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9)), elements=st.sampled_from([0, 128, 255]))
+)
+def test_whatever_is_drawn_there_is_an_image_or_a_reason(pixels):
+    with contextlib.suppress(Unreadable):
+        image = prepare(file(Image.fromarray(pixels)))
+        assert (image.shape, image.dtype, image.max()) == ((28, 28, 1), np.uint8, 255)
+
+
 PICTURE = file(paint((0, 0, 0), (255, 255, 255)))
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(8, len(PICTURE) - 1), st.integers(0, 255)), max_size=5), st.binary(max_size=40))
 def test_whatever_bytes_come_there_is_an_image_or_a_reason(changes, tail):
     content = bytearray(PICTURE)

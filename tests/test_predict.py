@@ -1,6 +1,9 @@
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +85,13 @@ def test_what_cannot_be_read_is_an_error_each_and_the_others_are_answered(finish
     }
     wanted = [f"error: {tmp_path / name}: {reason}" for name, reason in reasons.items()]
     assert ended.stderr.splitlines() == [*wanted, f"error: {tmp_path}: it cannot be read (Is a directory)"]
+
+
+def test_a_pipe_to_which_nobody_writes_is_left_at_a_signal(finished, tmp_path, capfd):
+    os.mkfifo(tmp_path / "pipe.png")
+    threading.Timer(1, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+    assert told(finished, tmp_path / "pipe.png", capfd=capfd) == (143, "", "SIGTERM: left before the end\n")
+    (tmp_path / "pipe.png").open("wb").close()  # So that the thread that waits there ends.
 
 
 def test_an_error_is_told_to_programs_as_well(finished, tmp_path, capfd):

@@ -29,6 +29,14 @@ def test_a_save_signal_is_a_request_that_is_taken_once_and_does_not_stop(number)
         assert not stop.take_save_request()
 
 
+def test_a_look_at_the_flag_raises_what_leaves_the_work():
+    with StopSignal() as stop:
+        stop.check()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stopped):
+            stop.check()
+
+
 def test_how_long_ago_the_signal_came_is_known_to_the_process_that_it_came_to():
     with StopSignal() as stop:
         stop.hear_of(signal.SIGTERM)

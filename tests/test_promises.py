@@ -56,11 +56,21 @@ def test_checkpoints_count_as_whole_only_if_every_byte_is_good():
     assert verdicts(START, checkpoints=[good], quarantine=["7-bad"])["Whole"][0] == "not held"
 
 
+def test_where_the_history_is_gone_nothing_is_claimed_of_it():
+    good = CheckpointStatus(5, 1.0, 10, "time", None, good=True, problem=None)
+    told = verdicts(checkpoints=[good])
+    assert {name: verdict for name, (verdict, _) in told.items()} == {
+        **dict.fromkeys(("Exact", "Prompt", "Nothing lost"), "not known"),
+        "Whole": "held",
+    }
+    assert told["Exact"][1] == "There are checkpoints, but no history."
+
+
 def test_what_a_kill_cost_is_held_against_the_cadence():
     config = Config(dataset="digits", checkpoint_every_s=10.0)
     exit_event = {"event": "exit", "step": 200, "time": 32.0, "outcome": "finished"}
 
-    def lost(steps: int) -> tuple[str, str]:
+    def lost(steps: int, config: Config = config) -> tuple[str, str]:
         again = {"event": "resume", "step": 100, "exact": True, "lost_steps": steps, "time": 12.0}
         train = {**TRAIN, "step": 100, "time": 12.0}  # 100 steps in 20 s follow
         return verdicts(START, TRAIN, {**START, "time": 11.0}, again, train, exit_event, config=config)["Nothing lost"]
@@ -71,3 +81,6 @@ def test_what_a_kill_cost_is_held_against_the_cadence():
         "A checkpoint was due every 10 s.",
     )
     assert lost(60)[0] == "not held"
+    often = Config(dataset="digits", checkpoint_every_s=10.0, checkpoint_every_steps=10)
+    assert lost(20, often)[0] == "held"  # ten, and as many again during the save
+    assert lost(21, often)[0] == "not held"

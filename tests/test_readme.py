@@ -94,6 +94,12 @@ def test_each_exit_code_is_in_the_table():
     assert codes >= {0, 2, *EXIT_CODES.values()}
 
 
+def test_each_digest_is_one():
+    digests = re.findall(r"state_sha256=(\S*)", README.read_text())
+    assert len(digests) >= 2
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests)
+
+
 def test_the_readme_is_read_in_five_minutes():
     prose = re.sub(r"```.*?```", "", README.read_text(), flags=re.DOTALL)
     assert len(prose.split()) <= 5 * 260

@@ -225,7 +225,7 @@ def test_a_signal_while_it_trains_ends_it_with_128_and_its_number(finished, monk
     before = snapshot(finished)
     code, _, err = replayed(finished, "--from", 0, capsys=capsys)
     assert code == 128 + number
-    assert err == f"{number.name}: left; nothing was written\n"
+    assert err == f"{number.name}: left before the end\n"
     assert steps == [0, 10]  # No call was made after it.
     assert snapshot(finished) == before
 
@@ -257,7 +257,7 @@ def test_a_signal_while_it_compiles_ends_the_process_with_143_and_without_a_cras
         pass
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
-    assert (process.returncode, out, err) == (143, "", "SIGTERM: left; nothing was written\n")
+    assert (process.returncode, out, err) == (143, "", "SIGTERM: left before the end\n")
 
 
 def test_the_end_of_a_replay_is_the_very_state_that_the_run_ended_in(finished, monkeypatch, capsys):

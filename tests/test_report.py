@@ -142,7 +142,7 @@ def test_the_head_tells_what_the_last_exit_told(page, trained_run):
     (exit_event,) = trained_run.events("exit")
     assert f"step {exit_event['step']:,} of {exit_event['step']:,}" in page.text
     assert f"{100 * exit_event['test_accuracy']:.2f} %" in page.text
-    assert exit_event["state_sha256"] in page.text
+    assert f"step {exit_event['step']:,}, of the SHA-256 {exit_event['state_sha256']}" in page.text
     assert "does nothing, for the run is finished" in page.text
     assert "mnist, with the model cnn, preset fast, seed 0" in page.text
 
@@ -259,6 +259,14 @@ def test_a_run_that_never_got_far_has_a_page(tmp_path, trained_run, capsys):
     assert (tmp_path / "report" / "report.html").read_text() == page.html
 
 
+def test_without_a_history_it_does_not_say_what_it_does_not_know(tmp_path, trained_run, capsys):
+    shutil.copytree(trained_run.workdir, tmp_path / "run")
+    (tmp_path / "run" / "events.jsonl").unlink()
+    page = write_page(tmp_path / "run", capsys=capsys)
+    assert "State not known, for its history is not there" in page.text
+    assert page.text.count("There are checkpoints, but no history.") == 3
+
+
 def test_with_bad_checkpoints_it_says_so_and_the_rest_is_there(tmp_path, trained_run, capsys):
     shutil.copytree(trained_run.workdir, tmp_path / "run")
     for checkpoint in list_checkpoints(tmp_path / "run" / "checkpoints"):
@@ -300,6 +308,9 @@ def test_a_link_in_the_place_of_the_report_is_not_followed(tmp_path, capsys):
     (run / "report").symlink_to(elsewhere)
     assert "is a symbolic link" in refusal(run, capsys=capsys)
     assert list(elsewhere.iterdir()) == []
+    (run / "report").unlink()
+    (run / "report").touch()
+    assert "report is no directory" in refusal(run, capsys=capsys)
 
 
 def test_a_link_in_the_place_of_a_file_is_not_followed(tmp_path):

@@ -12,6 +12,7 @@ from mnist_jax.checkpoint import Checkpoint, Damaged, Mismatch, _write_manifest,
 from mnist_jax.config import Config, ConfigError
 from mnist_jax.journal import read_metrics
 from mnist_jax.preemption import Stopped, StopSignal
+from mnist_jax.trained import NothingYet
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -76,7 +77,7 @@ def test_a_checkpoint_that_was_not_evaluated_is_never_the_best(run_in):
         say(run_in, step, test_accuracy=accuracy)
     assert trained.load(run_in, "best").step == 44
     say(run_in, 44, test_accuracy=None)
-    with pytest.raises(ConfigError, match="was evaluated yet; use --step latest"):
+    with pytest.raises(NothingYet, match="was evaluated yet; use --step latest"):
         trained.load(run_in, "best")
 
 
@@ -117,7 +118,7 @@ def test_where_nothing_is_saved_yet_it_is_said(tmp_path):
     with pytest.raises(ConfigError, match="there is no run in"):
         trained.load(tmp_path, "latest")
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="nothing has been saved yet in"):
+    with pytest.raises(NothingYet, match="nothing has been saved yet in"):
         trained.load(tmp_path, "latest")
 
 
