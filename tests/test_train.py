@@ -46,7 +46,8 @@ def stop_again_and_again(reference, run: Run, number: signal.Signals) -> None:
     """Stop a run at arbitrary moments, carry it on each time, and compare its end with that of the undisturbed one."""
     moments = random.Random(number.name)
     args, stops = reference.args, 0
-    while stops < 3:
+    wanted = 3 if number in (signal.SIGINT, signal.SIGTERM) else 1  # All have the same handler.
+    while stops < wanted:
         process = run.start(*args)
         args = ()  # From now on the bare command, as soon as there is something to carry on.
         run.wait_for_phase(moments.choice(PHASES[1:3]), process)
@@ -60,7 +61,7 @@ def stop_again_and_again(reference, run: Run, number: signal.Signals) -> None:
         last = run.events()[-1]
         assert last["event"] == "exit"
         assert {name: str(last[name]) for name in ended.fields} == ended.fields
-    assert stops >= 2
+    assert stops >= max(1, wanted - 1)
     assert_ended_like(reference, run, run.finish())
 
 
