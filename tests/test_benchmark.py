@@ -132,9 +132,9 @@ def test_a_worker_that_works_while_it_should_be_idle_is_found_out(module):
 
 def test_quick_measures_our_own_rows_on_the_built_in_digits(tmp_path, environment):
     numbers = tmp_path / "numbers.json"
-    command = ["-m", "benchmarks", "--quick", "--json", str(numbers), "--only", "save", "stop"]
+    command = ["-m", "benchmarks", "--quick", "--json", str(numbers), "--only", "save"]
     pretended = {**os.environ, **environment, "TFDS_DATA_DIR": str(tmp_path / "none"), "PYTHONPATH": str(ROOT)}
     script = subprocess.run([sys.executable, *command], env=pretended, capture_output=True, text=True)
     assert script.returncode == 0, script.stderr
     rows = json.loads(numbers.read_text())["rows"]
-    assert [len(row["ours"]) for row in rows] == [5, 5, 3, 3]
+    assert [len(row["ours"]) for row in rows] == [5, 5]

@@ -24,7 +24,7 @@ from mnist_jax.peers import PeerLost, Peers
 from mnist_jax.preemption import Stopped, StopSignal
 from mnist_jax.training import Training
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 ARGS = ("--dataset", "digits", "--steps", "60", "--log-every-steps", "5", "--eval-every-steps", "25")
 
 
