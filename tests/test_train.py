@@ -58,6 +58,7 @@ def stop_again_and_again(reference, run: Run, number: signal.Signals, wanted: in
             break
         stops += 1
         assert ended.fields["signal"] == number.name
+        assert 0 < run.events("signal")[-1]["seconds"] < 60
         last = run.events()[-1]
         assert last["event"] == "exit"
         assert {name: str(last[name]) for name in ended.fields} == ended.fields
