@@ -1,8 +1,8 @@
 """From a picture of a digit, whatever its size, colours and polarity, to an image like those that a model has learned.
 
 MNIST's authors (Y. LeCun, C. Cortes, C. J. C. Burges) scaled each digit, with its aspect ratio and anti-aliased, into
-20×20 pixels, and laid it into 28×28 so that its centre of mass is in the middle. In all of the 70,000 images but two the
-rows and the columns, numbered from 0, have their mean in [13.5, 14.5): the digit was moved by whole pixels, as here.
+20×20 pixels, and laid it into 28×28 so that its centre of mass is in the middle. In all but two of the 70,000 images
+the rows and the columns, numbered from 0, have their mean in [13.5, 14.5): it was moved by whole pixels, as here.
 """
 
 import io
