@@ -319,6 +319,17 @@ def holds_a_run(workdir: Path) -> bool:
     return any((workdir / name).exists() for name in ("config.json", "events.jsonl", "checkpoints"))
 
 
+def check_holds_a_run(workdir: Path) -> None:
+    """Check that a run has begun in a directory, and that what it writes there stays there.
+
+    Raises:
+        ConfigError: there is no run, or something else is in the place of a file of it.
+    """
+    if not holds_a_run(workdir):
+        raise ConfigError(f"there is no run in {workdir}")
+    check_directory(workdir)
+
+
 def check_directory(workdir: Path) -> None:
     """Check that what a run writes in its directory stays there.
 

@@ -35,6 +35,7 @@ from mnist_jax.preemption import Stopped, StopSignal
 if TYPE_CHECKING:
     from flask import Flask, Response
 
+    from mnist_jax.checkpoint import Checkpoint
     from mnist_jax.trained import TrainedModel
 
 MOST_BYTES = 1_000_000  # The page sends 5,000.
@@ -139,7 +140,7 @@ def find_reader(options: Options, stop: StopSignal, terminal: Terminal) -> "Read
             if str(error) != waits_for:
                 waits_for = str(error)
                 terminal.say(f"{waits_for}; the page comes then")
-            time.sleep(0.2)
+            time.sleep(0.2)  # A training saves seldom; of a signal meanwhile `stop.run` tells.
     if caution := handwriting.caution(reader.model.data.name):
         terminal.warn(f"warning: {caution}")
     return reader
@@ -181,11 +182,11 @@ class Reader:
                 return
         self._seen = found
 
-    def _checkpoints(self) -> list[Path]:
-        """Return where checkpoints are; none where there is no run any more."""
+    def _checkpoints(self) -> "list[Checkpoint]":
+        """Return which checkpoints are there; none where there is no run any more."""
         from mnist_jax.checkpoint import list_checkpoints
 
-        return [checkpoint.path for checkpoint in list_checkpoints(self._workdir / "checkpoints")]
+        return list_checkpoints(self._workdir / "checkpoints")
 
     def _load(self) -> "TrainedModel":
         from mnist_jax import trained

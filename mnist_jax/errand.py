@@ -33,6 +33,6 @@ def run(work: Callable[[StopSignal, Terminal], int]) -> int:
         except (CheckpointError, ConfigError, DataError, OSError) as error:
             terminal.warn(f"error: {error}")
             return 2
-        except Exception:
+        except Exception:  # Python would leave with 1, by which some commands mean something.
             traceback.print_exc()
             return 70

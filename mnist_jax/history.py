@@ -159,8 +159,9 @@ def count(number: int, noun: str) -> str:
 
 def as_number(value: object) -> float | None:
     """Return a number that a length or a point of time can be, or None."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and 0 <= value < LATEST_S else None  # type: ignore[operator, arg-type]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if 0 <= value < LATEST_S else None
 
 
 def as_text(value: object) -> str:

@@ -103,9 +103,7 @@ def examine(workdir: Path, *, verify: bool) -> Status:
         ConfigError: there is no run in it.
         OSError: it cannot be read.
     """
-    if not configs.holds_a_run(workdir):
-        raise ConfigError(f"there is no run in {workdir}")
-    configs.check_directory(workdir)
+    configs.check_holds_a_run(workdir)
     holder = lock.holder(workdir)
     looks = [look(checkpoint, verify=verify) for checkpoint in list_checkpoints(workdir / "checkpoints")]
     looks = [look for look in looks if os.path.lexists(look.checkpoint.path)]  # A run at work removes old ones.

@@ -129,9 +129,7 @@ def find_checkpoints(workdir: Path) -> list[Checkpoint]:
     Raises:
         ConfigError: there is no run.
     """
-    if not configs.holds_a_run(workdir):
-        raise ConfigError(f"there is no run in {workdir}")
-    configs.check_directory(workdir)
+    configs.check_holds_a_run(workdir)
     return list_checkpoints(workdir / "checkpoints")
 
 
