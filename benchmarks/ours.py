@@ -14,7 +14,7 @@ import jax
 from benchmarks.processes import serve
 from mnist_jax import config as configs
 from mnist_jax import data, loop, provenance
-from mnist_jax.checkpoint import CheckpointStore
+from mnist_jax.checkpoint.checkpointer import Checkpointer
 from mnist_jax.journal import Journal, Terminal
 from mnist_jax.keeper import Copies, Keeper
 from mnist_jax.peers import Peers
@@ -32,11 +32,12 @@ def main(args: Sequence[str]) -> None:
     programs = blueprint.compile()
     with tempfile.TemporaryDirectory() as folder:
         workdir = Path(folder)
-        journal, store = Journal(workdir), CheckpointStore(workdir / "checkpoints", keep=config.keep)
+        journal, store = Journal(workdir), Checkpointer(workdir / "checkpoints", keep=config.keep)
         stop = StopSignal()
         training = Training(blueprint, programs, dataset, blueprint.create(), stop, Peers(stop), is_evaluated=True)
         copies = Copies(None, workdir, store, journal)
         keeper = Keeper(training, store, journal, Terminal(), copies, provenance.describe_environment())
+        store.prepare(training.updates.state)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(training.updates.state.params))
         commands = {"train": train, "train_and_save": train_and_save, "save": save}
         serve({"parameters": parameters}, {name: partial(command, keeper) for name, command in commands.items()})
@@ -48,7 +49,7 @@ def train(keeper: Keeper, seconds: float, *, saves: bool = False) -> dict[str, A
     """Train for a while, and return how many updates that were, and how long they took."""
     first, start_s = keeper.step, time.monotonic()
     if saves:
-        keeper.save("benchmark")
+        loop.save(keeper.training, keeper.store, keeper, "benchmark")
     while time.monotonic() - start_s < seconds:
         keeper.interval(keeper.training.advance())
         keeper.report_saves()
@@ -68,11 +69,11 @@ def save(keeper: Keeper, count: float) -> dict[str, Any]:
         keeper.interval(keeper.training.advance())
         if not keeper.store.is_saving:
             keeper.report_saves()
-            keeper._next_save_s = 0  # It is due by the clock.
+            if keeper.training.has_sums_in_flight:
+                continue
             start_s = time.perf_counter()
-            keeper.save_if_due()
-            if keeper.store.is_saving:
-                waits_s.append(time.perf_counter() - start_s)
+            loop.save(keeper.training, keeper.store, keeper, "time")
+            waits_s.append(time.perf_counter() - start_s)
     keeper.training.pace.drain()
     return {"waits_s": waits_s}
 

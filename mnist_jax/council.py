@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mnist_jax.preemption import StopSignal
 
 STOP, SIGNAL, SAVE, STEPS = range(4)  # The columns of the wishes; there is a row for each process.
+SAVE_REASONS = ("", "time", "signal SIGUSR2")  # what a number in the column SAVE means; the highest counts
 
 
 def abstract_wishes(mesh: Mesh) -> jax.ShapeDtypeStruct:
@@ -51,7 +52,7 @@ class Council:
         self._on_devices = self._put(self._said)
         self._index = jax.process_index()
         self._wants_to_stop = self._is_to_stop = False
-        self._is_save_asked = False
+        self._save_wanted = self._save_asked = 0  # by this process, and by any
         self._steps = 1
 
     @property
@@ -71,12 +72,20 @@ class Council:
         """Return how many steps the next call is to make: what process 0 wishes, if only it says so some calls ago."""
         return wished if self._is_alone else self._steps
 
-    def take_save_request(self) -> bool:
-        """Tell whether a save signal came to any process since the last call."""
+    def ask_to_save(self) -> None:
+        """Request that all processes save, for it is time."""
+        self._save_wanted = max(self._save_wanted, SAVE_REASONS.index("time"))
+
+    def take_save_request(self) -> str:
+        """Return why a save was requested by any process since the last call, "" if none was."""
         if self._is_alone:
-            return self._stop.take_save_request()
-        asked, self._is_save_asked = self._is_save_asked, False
-        return asked
+            self._save_asked = self._take_own_request()
+        asked, self._save_asked = self._save_asked, 0
+        return SAVE_REASONS[asked]
+
+    def _take_own_request(self) -> int:
+        wanted, self._save_wanted = self._save_wanted, 0
+        return SAVE_REASONS.index("signal SIGUSR2") if self._stop.take_save_request() else wanted
 
     def wishes(self, steps: int) -> jax.Array:
         """Return the input of the next call.
@@ -89,7 +98,7 @@ class Council:
         wishes = np.zeros((self._shape.shape[1] // 4, 4), np.int32)
         mine = wishes[self._index]
         mine[STOP], mine[SIGNAL] = self._wishes_to_stop, self._stop.received or 0
-        mine[SAVE], mine[STEPS] = self._stop.take_save_request(), steps
+        mine[SAVE], mine[STEPS] = self._take_own_request(), steps
         if (wishes.ravel() != self._said).any():  # To bring them to the devices takes longer than to look.
             self._said = wishes.ravel()
             self._on_devices = self._put(self._said)
@@ -103,7 +112,7 @@ class Council:
         self._is_to_stop |= bool(wishes[:, STOP].any())
         if wishes[:, SIGNAL].any():
             self._stop.hear_of(int(wishes[:, SIGNAL].max()))
-        self._is_save_asked |= bool(wishes[:, SAVE].any())
+        self._save_asked = max(self._save_asked, int(wishes[:, SAVE].max()))
         self._steps = int(wishes[0, STEPS])
 
     def _put(self, wishes: np.ndarray) -> jax.Array:

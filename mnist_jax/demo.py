@@ -35,7 +35,7 @@ from mnist_jax.preemption import Stopped, StopSignal
 if TYPE_CHECKING:
     from flask import Flask, Response
 
-    from mnist_jax.checkpoint import Checkpoint
+    from mnist_jax.checkpoint.checkpointer import Checkpoint
     from mnist_jax.trained import TrainedModel
 
 MOST_BYTES = 1_000_000  # The page sends 5,000.
@@ -167,7 +167,7 @@ class Reader:
 
     def look(self) -> None:
         """Take a newer checkpoint, if there is one that can be read; nobody who is drawing waits for that."""
-        from mnist_jax.checkpoint import CheckpointError
+        from mnist_jax.checkpoint.integrity import CheckpointError
 
         try:
             found = self._checkpoints()
@@ -184,7 +184,7 @@ class Reader:
 
     def _checkpoints(self) -> "list[Checkpoint]":
         """Return which checkpoints are there; none where there is no run any more."""
-        from mnist_jax.checkpoint import list_checkpoints
+        from mnist_jax.checkpoint.checkpointer import list_checkpoints
 
         return list_checkpoints(self._workdir / "checkpoints")
 

@@ -90,7 +90,7 @@ def pack(variables: dict[str, Any], name: str, metadata: dict[str, str]) -> byte
     """
     from safetensors.numpy import save
 
-    from mnist_jax.checkpoint import host_leaves
+    from mnist_jax.checkpoint.integrity import host_leaves
     from mnist_jax.model import MODELS, describe
 
     how = {"mnist_jax": mnist_jax.__version__, "model": name, "architecture": json.dumps(describe(MODELS[name]))}

@@ -1,15 +1,16 @@
 """What process 0 keeps of a run while it trains: metrics, checkpoints, history, and what a person sees of it."""
 
 import contextlib
+import math
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mnist_jax.checkpoint import CheckpointError, CheckpointStore, InvalidState, Notice, SaveFailed
+from mnist_jax.checkpoint.checkpointer import Checkpointer, Notice
+from mnist_jax.checkpoint.integrity import CheckpointError, InvalidStateError, SaveError
 from mnist_jax.config import RECORDS
-from mnist_jax.distributed import one_copy
 from mnist_jax.journal import Journal, Terminal
 from mnist_jax.mirror import Mirror, MirrorFailed
 from mnist_jax.preemption import StopSignal
@@ -33,7 +34,7 @@ class Outcome(NamedTuple):
 class Copies:
     """The copies of a run's checkpoints in an object store, or nothing where no mirror was asked for."""
 
-    def __init__(self, url: str | None, workdir: Path, store: CheckpointStore, journal: Journal) -> None:
+    def __init__(self, url: str | None, workdir: Path, store: Checkpointer, journal: Journal) -> None:
         """Copy what `store` commits in `workdir`."""
         self._mirror = Mirror(url) if url else None
         self._workdir, self._store, self._journal = workdir, store, journal
@@ -88,7 +89,7 @@ class Keeper:
     def __init__(
         self,
         training: Training,
-        store: CheckpointStore,
+        store: Checkpointer,
         journal: Journal,
         terminal: Terminal,
         copies: Copies,
@@ -128,7 +129,7 @@ class Keeper:
         self.journal.event("phase", step=self.step, phase="evaluate")
 
     def evaluation(self, metrics: Metrics | None) -> None:
-        """Write the metrics of an evaluation that was not cut short, and save the best state so far."""
+        """Write the metrics of an evaluation that was not cut short."""
         if metrics is None:
             return
         step, loss, accuracy = metrics
@@ -136,46 +137,33 @@ class Keeper:
         self.journal.event("evaluation", step=step, loss=loss, accuracy=accuracy)
         self.terminal.say(f"step {step}: test loss {loss:.4f}, test accuracy {accuracy:.4f}")
         self._pin_best()
-        if step in self._best:
-            self.save("best test accuracy so far")
 
     def _record(self, split: str, metrics: Metrics) -> None:
         step, loss, accuracy = metrics
         self.journal.record(step, split, loss=loss, accuracy=accuracy, learning_rate=self._learning_rate(step))
 
-    def save_if_due(self) -> None:
-        """Save where the steps, the clock or a signal say so."""
-        every_steps = self.config.checkpoint_every_steps
-        if self.training.council.take_save_request():
-            self.save("signal SIGUSR2")
-        elif every_steps is not None and self.step % every_steps == 0:
-            self.save("steps")
-        elif (
-            time.monotonic() >= self._next_save_s and not self.store.is_saving and not self.training.has_sums_in_flight
-        ):
-            self.save("time")
+    def ask_to_save_if_due(self) -> None:
+        """Request a save of all processes where the clock says so. Nobody waits for the sums of a call in flight."""
+        is_due = time.monotonic() >= self._next_save_s
+        if is_due and not self.store.is_saving and not self.training.has_sums_in_flight:
+            self.training.council.ask_to_save()
+            self._next_save_s = math.inf  # until all processes have heard of it
 
-    def save(self, reason: str) -> None:
-        """Begin to save the state."""
+    def prepare_save(self, reason: str) -> dict[str, Any]:
+        """Write the lines that lead to this step, for a checkpoint must not be there before them.
+
+        Returns what `Checkpointer.save` takes besides the state: `metadata`, and `refuse` where that failed.
+        """
         self._next_save_s = time.monotonic() + self.config.checkpoint_every_s
-        try:
-            about = self._prepare_save(reason)
-        except SaveFailed as failure:
-            self._report_failure(failure)
-            return
-        state = one_copy(self.training.updates.state)
-        self.store.save(self.step, state, about=about, valid=self.programs.is_finite(state))
-
-    def _prepare_save(self, reason: str) -> dict[str, Any]:
-        """Bring the journal up to this step, for a checkpoint must not be there before the lines that lead to it."""
         self.interval(self.training.take_interval())
         try:
             self.journal.sync()
         except OSError as error:
-            raise SaveFailed(self.step, f"metrics.jsonl cannot be written: {error}") from error
+            return {"refuse": f"metrics.jsonl cannot be written: {error}"}
         accuracy = self.journal.accuracy_at(self.step)
         metrics = self.journal.metrics_fingerprint()
-        return {**self.about, "reason": reason, "time": time.time(), "test_accuracy": accuracy, "metrics": metrics}
+        saved = {"reason": reason, "time": time.time(), "test_accuracy": accuracy, "metrics": metrics}
+        return {"metadata": {**self.about, **saved}}
 
     def report_saves(self, *, another_follows: bool = True) -> None:
         """Tell how the saves went that ended, and of lines that the disk does not take.
@@ -190,10 +178,10 @@ class Keeper:
         self._trouble_told = trouble is not None
         saved = None
         for result in self.store.results():
-            if isinstance(result, InvalidState):
+            if isinstance(result, InvalidStateError):
                 self._failure = Diverged("the state has values that are not finite")
                 self.training.council.ask_to_stop()
-            elif isinstance(result, SaveFailed):
+            elif isinstance(result, SaveError):
                 self._report_failure(result, another_follows=another_follows)
             elif isinstance(result, Notice):
                 self.journal.event(result.event, step=result.step, text=result.text)
@@ -202,10 +190,8 @@ class Keeper:
                 self._pin_best()
                 # A crash just before the next one is committed costs what lies between the two, and the time it takes.
                 self._next_save_s -= result.seconds
-                reason = result.manifest["about"]["reason"]
-                self.journal.event(
-                    "save", step=result.step, reason=reason, seconds=result.seconds, sha256=result.sha256
-                )
+                reason, sha256 = result.metadata["reason"], result.state_sha256
+                self.journal.event("save", step=result.step, reason=reason, seconds=result.seconds, sha256=sha256)
                 saved = result.step
         if saved in self.store.steps:
             self.copies.begin(saved)
@@ -214,7 +200,7 @@ class Keeper:
                 self.terminal.warn(f"warning: {failure}. Training goes on, and the next checkpoint is copied again.")
         self._pin()
 
-    def _report_failure(self, failure: SaveFailed, *, another_follows: bool = True) -> None:
+    def _report_failure(self, failure: SaveError, *, another_follows: bool = True) -> None:
         self._next_save_s = time.monotonic() + min(RETRY_SAVE_S, self.config.checkpoint_every_s)
         self.journal.event("save_failed", step=failure.step, error=str(failure))
         if another_follows:
@@ -225,7 +211,7 @@ class Keeper:
 
         Raises:
             Diverged: it is not finite, or one before it was not.
-            SaveFailed: it could not be saved.
+            SaveError: it could not be saved.
         """
         self._check()
         training, reason = self.training, "end"
@@ -233,11 +219,10 @@ class Keeper:
             assert stop.received is not None
             reason = f"signal {stop.received.name}"
             self.terminal.say(f"{stop.received.name}: saving step {self.step} and leaving; the same command carries on")
-        about = self._prepare_save(reason)
-        state = one_copy(training.updates.state)
+        request = self.prepare_save(reason)
         try:
-            with contextlib.suppress(InvalidState):
-                self.store.save_and_wait(self.step, state, about=about, valid=self.programs.is_finite(state))
+            with contextlib.suppress(InvalidStateError):
+                self.store.save_and_wait(self.step, training.updates.state, valid=training.is_finite(), **request)
         finally:
             self.report_saves(another_follows=False)
         self._check()
@@ -277,20 +262,20 @@ class Keeper:
         )
 
 
-def finished(step: int, journal: Journal, store: CheckpointStore) -> Outcome:
+def finished(step: int, journal: Journal, store: Checkpointer) -> Outcome:
     """Return the outcome of a run that is at its end."""
     return Outcome(
-        "finished", {"step": step, "test_accuracy": journal.accuracy_at(step), "state_sha256": store.sha256(step)}
+        "finished", {"step": step, "test_accuracy": journal.accuracy_at(step), "state_sha256": store.state_sha256(step)}
     )
 
 
-def stopped(step: int, stop: StopSignal, journal: Journal, store: CheckpointStore) -> Outcome:
+def stopped(step: int, stop: StopSignal, journal: Journal, store: Checkpointer) -> Outcome:
     """Return the outcome of a run that a signal stopped, and that is saved; "none" where there is nothing to save."""
     assert stop.received is not None
     # None where another process caught it.
     journal.event("signal", step=step, signal=stop.received.name, seconds=stop.seconds_since)
     try:
-        sha256 = store.sha256(step) if store.steps else "none"
+        sha256 = store.state_sha256(step) if store.steps else "none"
     except CheckpointError:  # It was left before anybody looked at the checkpoints; the next start does.
         sha256 = "unknown"
     return Outcome("stopped", {"step": step, "signal": stop.received.name, "state_sha256": sha256})

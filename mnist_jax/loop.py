@@ -11,16 +11,15 @@ import jax.numpy as jnp
 
 from mnist_jax import config as configs
 from mnist_jax import data, distributed, provenance
-from mnist_jax.checkpoint import (
-    Checkpoint,
-    CheckpointStore,
-    Damaged,
-    Mismatch,
-    NoReadableCheckpoint,
-    Restored,
-    SaveFailed,
-    list_checkpoints,
+from mnist_jax.checkpoint.checkpointer import Checkpoint, Checkpointer, Restored, list_checkpoints
+from mnist_jax.checkpoint.integrity import (
+    CorruptCheckpointError,
+    IncompatibleCheckpointError,
+    NoGoodCheckpointError,
+    ReadError,
+    SaveError,
 )
+from mnist_jax.checkpoint.orbax_io import SHORTAGES
 from mnist_jax.command import notice
 from mnist_jax.config import Config, ConfigError
 from mnist_jax.data import DataError, Dataset
@@ -36,12 +35,13 @@ EXIT_CODES: dict[type[Exception], int] = {
     Diverged: 1,
     ConfigError: 2,
     DataError: 2,
-    Mismatch: 2,
-    Damaged: 65,
-    NoReadableCheckpoint: 65,
+    IncompatibleCheckpointError: 2,
+    CorruptCheckpointError: 65,
+    NoGoodCheckpointError: 65,
     PeerLost: 69,
     MirrorFailed: 74,
-    SaveFailed: 74,
+    ReadError: 74,
+    SaveError: 74,
     OSError: 74,
 }
 
@@ -62,12 +62,16 @@ def run(
     terminal = Terminal()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        journal, store = Journal(workdir), CheckpointStore(workdir / "checkpoints", keep=config.keep)
+        journal, store = Journal(workdir), Checkpointer(workdir / "checkpoints", keep=config.keep, is_primary=True)
         copies = Copies(config.mirror, workdir, store, journal)
     except OSError as error:
-        terminal.warn(f"error: {workdir} cannot hold a run ({error}); choose another --workdir")
-        peers.give_up(error, 2)
-        return 2
+        code, way_out = 2, "choose another --workdir"
+        if error.errno in SHORTAGES:
+            code, way_out = 74, "make room, or raise the limits of this process, and start again"
+        terminal.warn(f"error: {workdir} cannot hold a run ({error}); {way_out}")
+        peers.give_up(error, code)
+        return code
+    is_lost = False
     try:
         outcome = train(config, workdir, stop, peers, store, copies, journal, terminal, loading)
         copies.finish(stop)
@@ -81,7 +85,7 @@ def run(
         terminal.warn(f"error: {error}")
         if code in (69, 74):
             terminal.warn(f"The newest checkpoint is {f'of step {store.newest_step}' if store.steps else 'none'}.")
-        elif isinstance(error, Mismatch):
+        elif isinstance(error, IncompatibleCheckpointError):
             terminal.warn(
                 "If another version of this program wrote it, carry on with that, or begin anew with --fresh."
             )
@@ -90,8 +94,9 @@ def run(
             with contextlib.suppress(MirrorFailed):
                 copies.finish(stop)
         journal.event("exit", outcome="failed", code=code, step=store.newest_step, error=str(error))
+        is_lost = isinstance(error, PeerLost)
     finally:
-        store.close()
+        store.close(wait=not is_lost)  # A save waits for a lost process in vain.
         journal.close()
     return code
 
@@ -101,7 +106,7 @@ def train(
     workdir: Path,
     stop: StopSignal,
     peers: Peers,
-    store: CheckpointStore,
+    store: Checkpointer,
     copies: Copies,
     journal: Journal,
     terminal: Terminal,
@@ -111,11 +116,11 @@ def train(
 
     Raises:
         ConfigError: the config does not fit the devices, or the data is not what the run began with.
-        DataError, Mismatch, NoReadableCheckpoint: what the run begins with is not there or not good.
+        DataError, CheckpointError: what the run begins with is not there, or cannot be used.
         Diverged: the loss is not finite; that state is not saved.
         OSError: a file of the journal cannot be written.
         PeerLost: another process is gone.
-        SaveFailed: the last save failed.
+        SaveError: the last save failed.
     """
     try:
         environment = introduce(config, workdir, stop, peers)
@@ -130,8 +135,8 @@ def train(
             configs.save(config, workdir / "config.json")
             copies.begin(restored.step)  # The last start may have ended before that was done.
         step = restored.step if restored else 0
-        is_evaluated, is_over = journal.accuracy_at(step) is not None, is_finished(step, blueprint, journal)
-        peers.tell([step if restored else None, is_evaluated, is_over])
+        is_over, known = is_finished(step, blueprint, journal), evaluated(journal, step)
+        peers.tell([step if restored else None, is_over, known])
         if is_over:
             terminal.say(f"{workdir} is finished: --fresh starts it anew, --workdir DIR begins another run")
             return finished(step, journal, store)
@@ -142,20 +147,27 @@ def train(
             )
         journal.event("phase", step=step, phase="compile")
         programs = stop.run(blueprint.compile)
-        state = restored.tree if restored else stop.run(blueprint.create)
+        state = restored.state if restored else stop.run(blueprint.create)
+        stop.run(lambda: store.prepare(state))
         peers.start()
     except Stopped as error:
         peers.give_up(error, config.preempted_exit_code)
         return stopped(store.newest_step, stop, journal, store)
-    training = Training(blueprint, programs, dataset, state, stop, peers, is_evaluated=is_evaluated)
+    training = Training(blueprint, programs, dataset, state, stop, peers, **known)
     about = {"data": provenance.describe_data(dataset), **environment}
     keeper = Keeper(training, store, journal, terminal, copies, about)
-    carry_out(training, keeper)
+    carry_out(training, store, keeper)
     return keeper.end(stop)
 
 
+def evaluated(journal: Journal, step: int) -> dict[str, Any]:
+    """Return what `Training` has to know of the evaluations up to a step."""
+    best = journal.best() or {}
+    return {"is_evaluated": journal.accuracy_at(step) is not None, "best_accuracy": best.get("accuracy")}
+
+
 def note_start(
-    config: Config, workdir: Path, environment: dict[str, Any], store: CheckpointStore, journal: Journal
+    config: Config, workdir: Path, environment: dict[str, Any], store: Checkpointer, journal: Journal
 ) -> None:
     """Write down that the run is started, and with which settings, where nothing was saved with others yet."""
     journal.event("start", step=store.newest_step, config=config.to_json(), **environment)
@@ -165,7 +177,7 @@ def note_start(
         configs.save(config, workdir / "config.json")
 
 
-def carry_out(training: Training, keeper: Keeper | None) -> None:
+def carry_out(training: Training, store: Checkpointer, keeper: Keeper | None) -> None:
     """Train until the end or until a signal. All processes make the same calls here; process 0 has a keeper.
 
     Raises:
@@ -173,28 +185,39 @@ def carry_out(training: Training, keeper: Keeper | None) -> None:
     """
     if keeper is not None:
         keeper.journal.event("phase", step=training.step, phase="train")
-    evaluate_if_due(training, keeper)  # The last stop may have cut this very evaluation short.
+    evaluate_if_due(training, store, keeper)  # The last stop may have cut this very evaluation short.
     while not training.is_over and not training.council.is_to_stop:
         ended = training.advance()
         if keeper is not None:
             keeper.interval(ended)
             keeper.progress()
-        evaluate_if_due(training, keeper)
+        evaluate_if_due(training, store, keeper)
         if keeper is not None:
-            keeper.save_if_due()
+            keeper.ask_to_save_if_due()
+        if reason := training.take_save_reason():
+            save(training, store, keeper, reason)
+        if keeper is not None:
             keeper.report_saves()
     training.settle()
 
 
-def evaluate_if_due(training: Training, keeper: Keeper | None) -> None:
-    """Evaluate where it is time to, and keep what comes out."""
+def save(training: Training, store: Checkpointer, keeper: Keeper | None, reason: str) -> None:
+    """Begin to save the state; all processes do so at the same step."""
+    request = keeper.prepare_save(reason) if keeper is not None else {}
+    store.save(training.step, training.updates.state, valid=training.is_finite(), **request)
+
+
+def evaluate_if_due(training: Training, store: Checkpointer, keeper: Keeper | None) -> None:
+    """Evaluate where it is time to, keep what comes out, and save the best state so far."""
     if training.is_evaluation_due:
         ended = training.take_interval()
         if keeper is not None:
             keeper.begin_evaluation(ended)
-        metrics = training.evaluate()
+        metrics, is_best = training.evaluate()
         if keeper is not None:
             keeper.evaluation(metrics)
+        if is_best:
+            save(training, store, keeper, "best test accuracy so far")
 
 
 def introduce(config: Config, workdir: Path, stop: StopSignal, peers: Peers) -> dict[str, dict[str, Any]]:
@@ -235,14 +258,18 @@ def follow(stop: StopSignal, peers: Peers) -> int:
         if dataset.fingerprint != fingerprint:
             raise ConfigError(f"process {peers.index} has other data than process 0, of another SHA-256")
         blueprint = make_blueprint(config, dataset)
-        step, is_evaluated, is_over = peers.hear()
+        step, is_over, known = peers.hear()
         if not is_over:
             programs = stop.run(blueprint.compile)
-            checkpoint = Checkpoint(Path(workdir) / "checkpoints" / str(step))
+            store = Checkpointer(Path(workdir) / "checkpoints", keep=config.keep, is_primary=False)
+            checkpoint = Checkpoint(store.directory / str(step))
             state = stop.run(blueprint.create) if step is None else checkpoint.read(blueprint.abstract_state)[0]
+            stop.run(lambda: store.prepare(state))
             peers.start()
-            training = Training(blueprint, programs, dataset, state, stop, peers, is_evaluated=is_evaluated)
-            carry_out(training, keeper=None)
+            training = Training(blueprint, programs, dataset, state, stop, peers, **known)
+            carry_out(training, store, keeper=None)
+            with contextlib.suppress(SaveError):  # Process 0 says what that means.
+                store.save_and_wait(training.step, training.updates.state, valid=training.is_finite())
         return int(peers.hear(heedless=True))
     except tuple(EXIT_CODES) as error:
         code = exit_code(error)
@@ -308,7 +335,7 @@ def restore(
     blueprint: Blueprint,
     dataset: Dataset,
     environment: dict[str, Any],
-    store: CheckpointStore,
+    store: Checkpointer,
     journal: Journal,
     terminal: Terminal,
 ) -> Restored | None:
@@ -318,12 +345,12 @@ def restore(
 
     Raises:
         ConfigError: the run began with other data, or with other settings than a config that was changed since.
-        NoReadableCheckpoint: none is good, or all are gone.
+        NoGoodCheckpointError: none is good, or all are gone.
     """
     restored = store.restore(like=blueprint.abstract_state)
     if restored is None:
         if journal.tells_of_saves():
-            raise NoReadableCheckpoint(
+            raise NoGoodCheckpointError(
                 f"the checkpoints of this run are gone from {store.directory}; "
                 "bring them back, or begin anew with --fresh"
             )
@@ -331,13 +358,12 @@ def restore(
             journal.event("lost", step=0, lost_steps=lost_steps)
             terminal.say(f"nothing had been saved yet: {lost_steps} steps or more are made again")
         return None
-    for damaged, refuge in restored.set_aside:
-        journal.event("quarantine", step=damaged.step, reason=str(damaged), moved_to=str(refuge))
-        terminal.warn(
-            f"warning: a checkpoint is not good, {damaged}. It was moved to {refuge}, and an older one is used."
-        )
-    provenance.check_step(restored.step, restored.tree)
-    about = provenance.check_about(restored.manifest)
+    for corrupt, place in restored.quarantined:
+        journal.event("quarantine", step=corrupt.step, reason=str(corrupt), moved_to=str(place))
+        moved = f"It was moved to {place}, and an older one is used."
+        terminal.warn(f"warning: a checkpoint is not good, {corrupt}. {moved}")
+    provenance.check_step(restored.step, restored.state)
+    about = provenance.check_about(restored.metadata, restored.step)
     provenance.check_same_run(about, blueprint.config, dataset, where=store.directory)
     changed = provenance.changes(about, environment)
     lost_steps = journal.rewind(restored.step) - restored.step

@@ -4,7 +4,7 @@ A run directory needs a file system that renames and locks. A bucket does neithe
 holds copies, under the names of the originals:
 
     config.json, metrics.jsonl …     the small files that the caller names
-    checkpoints/120/state/…          the files of a checkpoint, those that its manifest lists
+    checkpoints/120/state/…, run/…   the files of a checkpoint, those that its manifest lists
     checkpoints/120/manifest.json    written last and deleted first: a copy counts while this is there
 
 What breaks off leaves copies that are whole, and remains that never count and that a later push removes. The store
@@ -32,7 +32,8 @@ from urllib.parse import urlsplit
 
 import tensorstore as ts
 
-from mnist_jax.checkpoint import MOST_MANIFEST_BYTES, STEP, bring_to_disk, list_checkpoints, regular_files, remove
+from mnist_jax.checkpoint.checkpointer import list_checkpoints
+from mnist_jax.checkpoint.integrity import MAX_MANIFEST_BYTES, STEP, fsync_path, fsync_tree, regular_files, remove
 
 MOST_SMALL_FILE_BYTES = 2**30
 PIECE_BYTES = 2**25  # A file is read in pieces of this size, and so many requests are on their way at once:
@@ -144,7 +145,7 @@ class Mirror:
             copies = bucket.copies()
             if (newest := max(_committed(copies), default=step)) > step:
                 raise _Refused(f"the copy of step {newest} is newer")
-            manifest = _read(directory / "manifest.json", MOST_MANIFEST_BYTES)
+            manifest = _read(directory / "manifest.json", MAX_MANIFEST_BYTES)
             if manifest is None:
                 raise _Refused("it is not there any more")
             table = _table(manifest)
@@ -243,7 +244,7 @@ class Mirror:
                 _take_small_files(bucket, run, files)
             for step in sorted(taken):
                 (checkpoints / f"{step}.unfinished").rename(checkpoints / str(step))
-                bring_to_disk(checkpoints)
+                fsync_path(checkpoints)
         return Fetched(sorted(taken), refused)
 
     def _open(self) -> "_Bucket":
@@ -262,7 +263,7 @@ class _Refused(Exception):
     """A file, a checkpoint or a copy is not what it should be."""
 
 
-_IN_A_COPY = re.compile(rf"checkpoints/({STEP.pattern})/(manifest\.json|state/.+)")
+_IN_A_COPY = re.compile(rf"checkpoints/({STEP.pattern})/(manifest\.json|(state|run)/.+)")
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
 
 
@@ -485,7 +486,7 @@ def _take_checkpoint(bucket: _Bucket, step: int, there: set[str], checkpoints: P
         MirrorFailed: the store did not give it.
     """
     place = f"checkpoints/{step}"
-    manifest = bucket.read(f"{place}/manifest.json", MOST_MANIFEST_BYTES)
+    manifest = bucket.read(f"{place}/manifest.json", MAX_MANIFEST_BYTES)
     if manifest is None:
         raise _Refused("manifest.json is missing")
     table = _table(manifest)
@@ -511,9 +512,7 @@ def _take_checkpoint(bucket: _Bucket, step: int, there: set[str], checkpoints: P
                 if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                     raise _Refused(f"{name} has other bytes than were saved")
         (unfinished / "manifest.json").write_bytes(manifest)
-        for parent, _, names in os.walk(unfinished):
-            for name in (*names, "."):
-                bring_to_disk(Path(parent, name))
+        fsync_tree(unfinished)
     except BaseException:
         remove(unfinished)
         raise
@@ -534,9 +533,9 @@ def _take_small_files(bucket: _Bucket, run: Path, names: Sequence[str]) -> None:
         remove(partial)
         with partial.open("xb") as file:
             file.write(content)
-        bring_to_disk(partial)
+        fsync_path(partial)
         partial.replace(run / name)
-    bring_to_disk(run)
+    fsync_path(run)
 
 
 def _table(manifest: bytes) -> dict[str, tuple[int, str]]:
@@ -551,7 +550,7 @@ def _table(manifest: bytes) -> dict[str, tuple[int, str]]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise _Refused("manifest.json cannot be understood") from None
     for name, (size, sha256) in table.items():
-        if not (name.startswith("state/") and _is_plain(name)):
+        if not (name.startswith(("state/", "run/")) and _is_plain(name)):
             raise _Refused(f"a checkpoint has no file {name[:200]!r}")
         if not (type(size) is int and 0 <= size < 2**60 and isinstance(sha256, str)):
             raise _Refused(f"no file is as manifest.json describes {name}")

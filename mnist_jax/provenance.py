@@ -14,7 +14,8 @@ import jax
 import mnist_jax
 from mnist_jax import config as configs
 from mnist_jax import distributed
-from mnist_jax.checkpoint import Checkpoint, CheckpointError, Mismatch
+from mnist_jax.checkpoint.checkpointer import Checkpoint
+from mnist_jax.checkpoint.integrity import CheckpointError, IncompatibleCheckpointError
 from mnist_jax.config import Config, ConfigError
 from mnist_jax.data import REGISTRY, Dataset
 from mnist_jax.train_state import TrainState
@@ -42,7 +43,8 @@ def cpu_threads_of(checkpoints: Sequence[Checkpoint]) -> int | None:
     """
     for checkpoint in reversed(checkpoints):
         with contextlib.suppress(CheckpointError, OSError):  # Who restores it tells of that.
-            devices = checkpoint.manifest()["about"].get("devices")
+            about = checkpoint.metadata()
+            devices = about.get("devices") if isinstance(about, dict) else None
             threads = devices.get("cpu_threads") if isinstance(devices, dict) else None
             return threads if type(threads) is int and 0 < threads <= MOST_CPU_THREADS else None
     return None
@@ -85,26 +87,29 @@ def check_step(step: int, state: TrainState) -> None:
     """Check that a state has made as many updates as its checkpoint says.
 
     Raises:
-        Mismatch: it has not; the checkpoint was not written by a run.
+        IncompatibleCheckpointError: it has not; the checkpoint was not written by a run.
     """
     if int(state.step) != step:
-        raise Mismatch(f"the checkpoint of step {step} holds a state of step {int(state.step)}")
+        raise IncompatibleCheckpointError(f"the checkpoint of step {step} holds a state of step {int(state.step)}")
 
 
-def check_about(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a run wrote of itself into a manifest.
+def check_about(about: Any, step: int) -> dict[str, Any]:
+    """Return what a run wrote of itself into the checkpoint of a step, if it is that.
 
     Raises:
-        Mismatch: it is not what a run of ours writes.
+        IncompatibleCheckpointError: it is not what a run of ours writes.
     """
-    about: dict[str, Any] = manifest["about"]
+    if not isinstance(about, dict):
+        raise IncompatibleCheckpointError(f"the checkpoint of step {step} says nothing usable of its run")
     parts = ("config", "data", "software", "settings", "devices", "metrics")
     for name, kind in {"reason": str, **dict.fromkeys(parts, dict)}.items():
         if not isinstance(about.get(name), kind):
-            raise Mismatch(f"the manifest of step {manifest['step']} says nothing usable of the run's {name}")
+            raise IncompatibleCheckpointError(f"the checkpoint of step {step} says nothing usable of the run's {name}")
     size, sha256 = about["metrics"].get("bytes"), about["metrics"].get("sha256")
     if type(size) is not int or size < 0 or not isinstance(sha256, str):
-        raise Mismatch(f"the manifest of step {manifest['step']} says nothing usable of the run's metrics.jsonl")
+        raise IncompatibleCheckpointError(
+            f"the checkpoint of step {step} says nothing usable of the run's metrics.jsonl"
+        )
     return about
 
 
@@ -116,16 +121,16 @@ class Data(NamedTuple):
     test_images: int
 
 
-def data_of(manifest: Mapping[str, Any]) -> Data:
-    """Return what a manifest says of the data.
+def data_of(about: Any, step: int) -> Data:
+    """Return what the checkpoint of a step says of the data.
 
     Raises:
-        Mismatch: it is not what a run of ours writes.
+        IncompatibleCheckpointError: it is not what a run of ours writes.
     """
-    found = Data(*(check_about(manifest)["data"].get(name) for name in Data._fields))
+    found = Data(*(check_about(about, step)["data"].get(name) for name in Data._fields))
     is_size = (type(size) is int and 0 < size < 2**31 for size in found[1:])
     if found.name not in (*REGISTRY, "digits") or not all(is_size):
-        raise Mismatch(f"the manifest of step {manifest['step']} says nothing usable of the run's data")
+        raise IncompatibleCheckpointError(f"the checkpoint of step {step} says nothing usable of the run's data")
     return found
 
 

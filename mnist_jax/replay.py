@@ -14,7 +14,8 @@ import tyro
 
 from mnist_jax import config as configs
 from mnist_jax import data, errand, loop, provenance
-from mnist_jax.checkpoint import Checkpoint, describe_leaves, host_leaves, list_checkpoints
+from mnist_jax.checkpoint.checkpointer import Checkpoint, list_checkpoints
+from mnist_jax.checkpoint.integrity import digest_leaves, host_leaves
 from mnist_jax.command import leave
 from mnist_jax.config import ConfigError
 from mnist_jax.council import Council
@@ -66,7 +67,7 @@ def replay(options: Options, stop: StopSignal, terminal: Terminal) -> list[str]:
     configs.check_directory(options.workdir)
     first, last = choose(options)
     provenance.prepare_jax(provenance.cpu_threads_of([last]))
-    about = provenance.check_about(last.manifest())
+    about = provenance.check_about(last.metadata(), last.step)
     config = configs.from_json(about["config"], last.path)
     dataset = stop.run(lambda: data.load(config.dataset, config.data_dir, say=terminal.say))
     provenance.check_same_run(about, config, dataset, where=last.path)
@@ -89,7 +90,7 @@ def replay(options: Options, stop: StopSignal, terminal: Terminal) -> list[str]:
         updates.advance(n, nothing)
         updates.state.step.block_until_ready()
         stop.check()
-    return compare(host_leaves(wanted), host_leaves(updates.state))
+    return compare(wanted, updates.state)
 
 
 def choose(options: Options) -> tuple[Checkpoint | None, Checkpoint]:
@@ -112,11 +113,12 @@ def choose(options: Options) -> tuple[Checkpoint | None, Checkpoint]:
     return kept.get(first), kept[last]
 
 
-def compare(wanted: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> list[str]:
-    """Return a line for each leaf whose digests differ: how many of its values do, and by how much at most."""
-    before, after = describe_leaves(wanted), describe_leaves(found)
+def compare(wanted: Any, found: Any) -> list[str]:
+    """Return a line for each leaf of two states whose digests differ: how many values do, and by how much at most."""
+    before, after = digest_leaves(wanted), digest_leaves(found)
+    wanted_values, found_values = host_leaves(wanted), host_leaves(found)
     return [
-        f"leaf {name} differs {_difference(wanted[name], found[name])}"
+        f"leaf {name} differs {_difference(wanted_values[name], found_values[name])}"
         for name in before
         if before[name] != after[name]
     ]

@@ -120,7 +120,7 @@ class Facts(NamedTuple):
 def identify(workdir: Path, events: Sequence[dict[str, Any]]) -> Facts:
     """Return which run it is, as its settings and its newest checkpoint say."""
     from mnist_jax import provenance, trained
-    from mnist_jax.checkpoint import CheckpointError
+    from mnist_jax.checkpoint.integrity import CheckpointError
 
     config = total_steps = None
     exits = [event for event in events if event["event"] == "exit"]
@@ -128,9 +128,9 @@ def identify(workdir: Path, events: Sequence[dict[str, Any]]) -> Facts:
     try:
         config = configs.load(workdir / "config.json")
         total_steps = config.steps
-        manifest = trained.find_checkpoints(workdir)[-1].manifest()
-        step, sha256 = manifest["step"], str(manifest["sha256"])
-        total_steps = config.total_steps(provenance.data_of(manifest).train_images)
+        newest = trained.find_checkpoints(workdir)[-1]
+        step, sha256 = newest.step, str(newest.manifest()["state_sha256"])
+        total_steps = config.total_steps(provenance.data_of(newest.metadata(), step).train_images)
     except (CheckpointError, ConfigError, OSError, IndexError):
         pass
     return Facts(config, total_steps, (step, sha256) if re.fullmatch("[0-9a-f]{64}", sha256) else None)
@@ -187,7 +187,7 @@ def judge(options: Options, stop: StopSignal, terminal: Terminal) -> Judgement:
         Stopped: a signal came.
     """
     from mnist_jax import trained
-    from mnist_jax.checkpoint import CheckpointError
+    from mnist_jax.checkpoint.integrity import CheckpointError
 
     try:
         model = stop.run(lambda: trained.load(options.workdir, "latest"))

@@ -16,7 +16,8 @@ import tyro
 
 from mnist_jax import config as configs
 from mnist_jax import lock, provenance
-from mnist_jax.checkpoint import Checkpoint, CheckpointError, Damaged, list_checkpoints
+from mnist_jax.checkpoint.checkpointer import Checkpoint, list_checkpoints
+from mnist_jax.checkpoint.integrity import CheckpointError, CorruptCheckpointError
 from mnist_jax.command import leave, mend_standard_streams
 from mnist_jax.config import ConfigError
 from mnist_jax.journal import Terminal, accuracy_at, read_events, read_metrics, tells_of_saves
@@ -120,11 +121,11 @@ def examine(workdir: Path, *, verify: bool) -> Status:
 
 
 class Look(NamedTuple):
-    """A checkpoint that was looked at: its size, and its manifest or why there is none to rely on."""
+    """A checkpoint that was looked at: its size, and what it says of its run or why there is nothing to rely on."""
 
     checkpoint: Checkpoint
     bytes: int
-    manifest: dict[str, Any] | None
+    about: dict[str, Any] | None
     error: CheckpointError | OSError | None
 
 
@@ -133,14 +134,16 @@ def look(checkpoint: Checkpoint, *, verify: bool) -> Look:
     size = 0
     try:
         size = checkpoint.bytes
-        return Look(checkpoint, size, checkpoint.verify() if verify else checkpoint.manifest(), None)
+        if verify:
+            checkpoint.verify()
+        return Look(checkpoint, size, checkpoint.metadata(), None)
     except (CheckpointError, OSError) as error:
         return Look(checkpoint, size, None, error)
 
 
 def examine_checkpoint(look: Look, *, verify: bool) -> CheckpointStatus:
     """Return what can be said of a checkpoint."""
-    about = look.manifest["about"] if look.manifest else {}
+    about = look.about if isinstance(look.about, dict) else {}
     return CheckpointStatus(
         look.checkpoint.step,
         _number(about.get("time")),
@@ -180,20 +183,20 @@ def foresee(workdir: Path, looks: Sequence[Look], events: Sequence[dict[str, Any
         except ConfigError as wrong:
             return NextStart("refuse", None, 2, f"refuses: {wrong}")
     damaged = []
-    for checkpoint, _, manifest, error in reversed(looks):
-        if isinstance(error, Damaged):
+    for checkpoint, _, said, error in reversed(looks):
+        if isinstance(error, CorruptCheckpointError):
             damaged.append(str(error))
             continue
-        if manifest is None:
+        if error is not None:
             return NextStart("refuse", None, 2, f"refuses: {error}")
         try:
-            about = provenance.check_about(manifest)
+            about = provenance.check_about(said, checkpoint.step)
             began_as = configs.from_json(about["config"], checkpoint.path)
             config = config or began_as
             configs.check_same_mathematics(began_as, config, where=workdir)
             total = config.total_steps(int(about["data"]["train_images"]))
         except (CheckpointError, ConfigError, KeyError, TypeError, ValueError, OverflowError) as wrong:
-            text = f"refuses: the manifest of step {checkpoint.step} is not that of this run: {wrong}"
+            text = f"refuses: the checkpoint of step {checkpoint.step} is not of this run: {wrong}"
             return NextStart("refuse", None, 2, text)
         aside = "".join(f"; sets aside: {text}" for text in damaged)
         if checkpoint.step >= total and _is_evaluated(workdir / "metrics.jsonl", checkpoint.step):

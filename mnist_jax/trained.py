@@ -8,7 +8,8 @@ import numpy as np
 
 from mnist_jax import config as configs
 from mnist_jax import data, distributed, provenance
-from mnist_jax.checkpoint import Checkpoint, CheckpointError, list_checkpoints
+from mnist_jax.checkpoint.checkpointer import Checkpoint, list_checkpoints
+from mnist_jax.checkpoint.integrity import CheckpointError
 from mnist_jax.config import ConfigError, WhichStep
 from mnist_jax.council import Council
 from mnist_jax.data import Dataset
@@ -40,15 +41,15 @@ class TrainedModel:
             ConfigError: it says nothing usable of its run.
         """
         self.checkpoint, self.step = checkpoint, checkpoint.step
-        manifest = checkpoint.manifest()
-        self.about, self.data = provenance.check_about(manifest), provenance.data_of(manifest)
+        about = checkpoint.metadata()
+        self.about, self.data = provenance.check_about(about, self.step), provenance.data_of(about, self.step)
         self.config = configs.from_json(self.about["config"], checkpoint.path)
         total_steps = self.config.total_steps(self.data.train_images)
         # `loop.make_blueprint` would want the batches of the training to divide over these devices.
         self._blueprint = Blueprint(self.config, total_steps, *self.data[1:], distributed.data_mesh())
-        state, manifest = checkpoint.read(self._blueprint.abstract_state)
+        state, _ = checkpoint.read(self._blueprint.abstract_state)
         provenance.check_step(checkpoint.step, state)
-        self.sha256 = str(manifest["sha256"])  # of the whole train state
+        self.sha256 = str(checkpoint.manifest()["state_sha256"])  # of the whole train state
         self.variables: dict[str, Any] = state.variables_to_use
 
     @property
@@ -145,7 +146,7 @@ def choose(checkpoints: list[Checkpoint], which: WhichStep, workdir: Path) -> Ch
     if which == "latest":
         return checkpoints[-1]
     if which == "best":
-        accuracies = {checkpoint: _test_accuracy(checkpoint.manifest()["about"]) for checkpoint in checkpoints}
+        accuracies = {checkpoint: _test_accuracy(checkpoint.metadata()) for checkpoint in checkpoints}
         evaluated = {checkpoint: accuracy for checkpoint, accuracy in accuracies.items() if accuracy is not None}
         if not evaluated:
             raise NothingYet(f"no checkpoint in {workdir} was evaluated yet; use --step latest, or wait")
@@ -157,7 +158,7 @@ def choose(checkpoints: list[Checkpoint], which: WhichStep, workdir: Path) -> Ch
     raise ConfigError(f"{workdir} has no checkpoint of step {which}; there are: {steps}")
 
 
-def _test_accuracy(about: dict[str, Any]) -> float | None:
-    """Return the test accuracy that a manifest tells of, or None."""
-    accuracy = about.get("test_accuracy")
+def _test_accuracy(about: Any) -> float | None:
+    """Return the test accuracy that a checkpoint tells of, or None."""
+    accuracy = about.get("test_accuracy") if isinstance(about, dict) else None
     return accuracy if isinstance(accuracy, float) and 0 <= accuracy <= 1 else None

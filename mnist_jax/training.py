@@ -54,6 +54,7 @@ class Training:
         peers: Peers,
         *,
         is_evaluated: bool,
+        best_accuracy: float | None = None,
     ) -> None:
         """Put the data and the state on the devices.
 
@@ -65,6 +66,7 @@ class Training:
             stop: listens for signals.
             peers: the processes that train together.
             is_evaluated: whether the state was evaluated before it was saved.
+            best_accuracy: the highest test accuracy so far, None where there was no evaluation.
         """
         self.config = blueprint.config
         self.updates = Updates(blueprint, programs, dataset, state)
@@ -79,6 +81,7 @@ class Training:
         )
         self._interval: tuple[int, MetricSums] | None = None
         self._evaluated_step = self.step if is_evaluated else None
+        self._best_accuracy = best_accuracy
 
     @property
     def step(self) -> int:
@@ -137,6 +140,18 @@ class Training:
             raise Diverged(f"the loss of the updates up to step {step} is {metrics.loss}")
         return metrics
 
+    def take_save_reason(self) -> str:
+        """Return why all processes are to save now, "" if they are not."""
+        every_steps = self.config.checkpoint_every_steps
+        requested = self.council.take_save_request()
+        if requested != "signal SIGUSR2" and every_steps is not None and self.step % every_steps == 0:
+            return "steps"
+        return requested
+
+    def is_finite(self) -> jax.Array:
+        """Return whether the state is finite. [] bool, still being computed; the same in all processes."""
+        return self.programs.is_finite(distributed.one_copy(self.updates.state))
+
     @property
     def has_sums_in_flight(self) -> bool:
         """Whether to take the interval now is to wait for its sums, and after the next call is not."""
@@ -148,8 +163,10 @@ class Training:
         due = self.is_over or (self.step > 0 and self.step % self._eval_every_steps == 0)
         return due and self._evaluated_step != self.step
 
-    def evaluate(self) -> Metrics | None:
-        """Return the metrics over all test images, or None as soon as a signal asks to stop.
+    def evaluate(self) -> tuple[Metrics | None, bool]:
+        """Return the metrics over all test images and whether the accuracy is the best so far.
+
+        As soon as a signal asks to stop there are no metrics, but None.
 
         Raises:
             Diverged: the loss is not finite.
@@ -161,12 +178,14 @@ class Training:
             self._hear(self.step, *call)
         sums = self._evaluate()
         if sums is None:
-            return None
+            return None, False
         metrics = Metrics(self.step, *averages(sums))
         if not np.isfinite(metrics.loss):
             raise Diverged(f"the test loss at step {self.step} is {metrics.loss}")
         self._evaluated_step = self.step
-        return metrics
+        is_best = self._best_accuracy is None or metrics.accuracy > self._best_accuracy
+        self._best_accuracy = metrics.accuracy if is_best else self._best_accuracy
+        return metrics, is_best
 
     def settle(self) -> None:
         """Wait until all calls are done: what comes then is of this process alone, and no other can break it.

@@ -20,6 +20,7 @@ import itertools
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -33,18 +34,45 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, partial, wraps
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NamedTuple
-from unittest import mock
 
 from runs import Ended, Run, end
+from several import Several, free_port
 
 from mnist_jax.preemption import STOP_SIGNALS
 
 # JAX, and what imports it, is imported inside of functions: the driven command has to begin without it.
 
 STEPS, SAVE_EVERY = 120, 20
-LEFTOVERS = (".unfinished", ".removed")
-FALLIBLE = ("_orbax", "_write_manifest", "bring_to_disk", "Path.rename")  # parts of a save, all in its own thread
+UNFINISHED = ".orbax-checkpoint-tmp"
+LEFTOVERS = (UNFINISHED, "removed/", ".ready")  # what the names of what a killed save leaves have in them
+ALL_SAVES = list(range(STEPS + 1))
+
+
+class Part(NamedTuple):
+    """A part of a save that can fail: the calls of a function for which `is_it` is true."""
+
+    function: str
+    is_it: Callable[..., bool] = lambda *_, **__: True
+
+
+# In the order in which a save makes them.
+FALLIBLE = {
+    "mkdir": Part("os.mkdir", lambda path, *_, **__: UNFINISHED in str(path)),
+    "write of the metadata": Part("orbax.checkpoint.JsonCheckpointHandler.async_save"),
+    "write of the state": Part("orbax.checkpoint.PyTreeCheckpointHandler.async_save"),
+    "write of a leaf": Part("tensorstore.open"),
+    "digests of files": Part("mnist_jax.checkpoint.integrity.describe_file"),
+    "fsync": Part("mnist_jax.checkpoint.integrity.fsync_path", lambda path: UNFINISHED in str(path)),
+    "manifest": Part("mnist_jax.checkpoint.integrity.write_manifest"),
+    "rename": Part("os.rename", lambda old, new, **_: f"{new}{UNFINISHED}" == str(old) and Path(new).name.isdigit()),
+    "fsync of the rename": Part("mnist_jax.checkpoint.integrity.fsync_path", lambda path: path.name.isdigit()),
+}
+REMOVAL = {  # of an old checkpoint, when a newer one is committed
+    "rename of an old one": Part("os.replace", lambda _old, new, **__: Path(new).parent.name == "removed"),
+    "removal of an old one": Part("mnist_jax.checkpoint.integrity.remove", lambda path: path.parent.name == "removed"),
+}
 
 
 class Result(NamedTuple):
@@ -67,21 +95,27 @@ class FaultyRun(Run):
     """A run whose command has faults built in: tuples of a function of this file and what it is called with."""
 
     faults: tuple[tuple[Any, ...], ...] = ()
+    prefix: tuple[str, ...] = ()
 
     def start(self, *args: str, **options: Any) -> subprocess.Popen[str]:
-        """Start the command, the plain one where there are no faults."""
-        if not self.faults:
-            return super().start(*args, **options)
+        """Start the command, the plain one where there are no faults; `prefix` is a command that starts it."""
         self._starts = len(self.events("start"))
         faults = json.dumps([(fault.__name__, *details) for fault, *details in self.faults])
+        program = (__file__, "drive", faults) if self.faults else ("-m", "mnist_jax.train")
         return subprocess.Popen(
-            [sys.executable, __file__, "drive", faults, "--workdir", str(self.workdir), *args],
+            [*self.prefix, sys.executable, *program, "--workdir", str(self.workdir), *args],
             env={**os.environ, **self.environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             **options,
         )
+
+    def start_two(self, *args: str) -> Several:
+        """Start two processes that train together."""
+        address = f"127.0.0.1:{free_port()}"
+        named = ("--coordinator", address, "--num-processes", "2", "--process-id")
+        return Several(self, [self.start(*named, str(index), *args) for index in range(2)])
 
     def events(self, event: str | None = None) -> list[dict[str, Any]]:
         """Return the history, or the events of one kind, without lines that a full disk tore."""
@@ -98,7 +132,6 @@ class Campaign:
     environment: dict[str, str]
     args: tuple[str, ...]
     whole: Run
-    sha256: str
 
     @property
     def runs(self) -> Path:
@@ -120,11 +153,21 @@ class Campaign:
         run.faults = ()
         return run.finish(*(() if (run.workdir / "config.json").exists() else self.args))
 
-    def ended_alike(self, run: Run, ended: Ended) -> bool:
+    @cached_property
+    def whole_of_two(self) -> Run:
+        """The same training made by two processes; their sums are rounded in another order."""
+        run = FaultyRun(self.root / "whole of two", self.environment)
+        ended = run.start_two(*self.args).end()
+        assert [one.code for one in ended] == [0, 0], ended
+        return run
+
+    def ended_alike(self, run: Run, ended: Ended, whole: Run | None = None) -> bool:
         """Tell whether a run that says that it is finished has the bits of the undisturbed one."""
+        whole = whole or self.whole
         assert ended.code == 0, ended.err
         assert ended.last_line.startswith("finished "), ended.out
-        return (ended.fields["state_sha256"], run.metrics()) == (self.sha256, self.whole.metrics())
+        sha256 = whole.events("exit")[-1]["state_sha256"]
+        return (ended.fields["state_sha256"], run.metrics()) == (sha256, whole.metrics())
 
 
 def prepare(root: Path, environment: dict[str, str]) -> Campaign:
@@ -136,7 +179,7 @@ def prepare(root: Path, environment: dict[str, str]) -> Campaign:
     whole = Run(root / "whole", environment)
     ended = whole.finish(*args)
     assert ended.code == 0, ended.err
-    return Campaign(root, environment, args, whole, ended.fields["state_sha256"])
+    return Campaign(root, environment, args, whole)
 
 
 class Found(NamedTuple):
@@ -151,12 +194,17 @@ def look(run: Run) -> Found:
     """Return what the next start of a run will find."""
     names = _names(run)
     steps = [int(name) for name in names if name.isdigit()]
-    return Found(max(steps, default=None), {n for n in names if n.endswith(LEFTOVERS)}, len(run.events()))
+    leftovers = {name for name in names if any(kind in name for kind in LEFTOVERS)}
+    return Found(max(steps, default=None), leftovers, len(run.events()))
 
 
 def _names(run: Run) -> set[str]:
-    checkpoints = run.workdir / "checkpoints"
-    return set(os.listdir(checkpoints)) if checkpoints.exists() else set()
+    """Return the names in the directory of the checkpoints, and those in `removed`, which comes and goes."""
+    checkpoints, names = run.workdir / "checkpoints", set[str]()
+    for folder in ("", "removed/"):
+        with suppress(FileNotFoundError):
+            names |= {folder + name for name in os.listdir(checkpoints / folder)}
+    return names
 
 
 def judge_start(run: Run, found: Found) -> Result:
@@ -182,23 +230,23 @@ class Pristine(NamedTuple):
 
     directory: Path
     like: Any
-    saved: dict[int, tuple[dict[str, bytes], dict[str, Any]]]  # step -> bytes of the leaves, what was said about them
+    saved: dict[int, tuple[dict[str, bytes], dict[str, Any]]]  # step -> bytes of the leaves, the metadata
 
 
 def read_pristine(whole: Run) -> Pristine:
     """Read the checkpoints of the undisturbed run; their digests are those that the run told when it saved them."""
     from mnist_jax import config as configs
     from mnist_jax import data, loop
-    from mnist_jax.checkpoint import list_checkpoints
+    from mnist_jax.checkpoint.checkpointer import list_checkpoints
 
     config = configs.load(whole.workdir / "config.json")
     blueprint = loop.make_blueprint(config, data.load(config.dataset, config.data_dir, say=print))
     like, saved = blueprint.abstract_state, {}
     told = {record["step"]: record["sha256"] for record in whole.events("save")}
     for checkpoint in list_checkpoints(whole.workdir / "checkpoints"):
-        tree, manifest = checkpoint.read(like)
-        assert manifest["sha256"] == told[checkpoint.step]
-        saved[checkpoint.step] = _bits(tree), manifest["about"]
+        state, metadata = checkpoint.read(like)
+        assert checkpoint.manifest()["state_sha256"] == told[checkpoint.step]
+        saved[checkpoint.step] = _bits(state), metadata
     return Pristine(whole.workdir / "checkpoints", like, saved)
 
 
@@ -213,35 +261,36 @@ def damage(campaign: Campaign, harm: str, number: int) -> list[Result]:
 
 def judge_restore(pristine: Pristine, directory: Path, harmed: set[int]) -> Result:
     """Restore, compare with what was saved, and look where the files are that were not good."""
-    from mnist_jax.checkpoint import CheckpointStore, NoReadableCheckpoint
+    from mnist_jax.checkpoint.checkpointer import Checkpointer
+    from mnist_jax.checkpoint.integrity import NoGoodCheckpointError
 
     before = _places(directory)
-    store = CheckpointStore(directory)
+    checkpointer = Checkpointer(directory)
     try:
-        restored = store.restore(pristine.like)
-    except NoReadableCheckpoint:
+        restored = checkpointer.restore(pristine.like)
+    except NoGoodCheckpointError:
         assert harmed == set(pristine.saved), "a good checkpoint was there"
         assert _places(directory) == before, "something was moved although nothing is good"
         return Result(DETECTED)
     finally:
-        store.close()
+        checkpointer.close()
     if restored is None:
         return Result(ANEW)
-    if (_bits(restored.tree), restored.manifest["about"]) != pristine.saved[restored.step]:
+    if (_bits(restored.state), restored.metadata) != pristine.saved[restored.step]:
         return Result(WRONG)
     passed_over = {step for step in pristine.saved if step > restored.step}
     assert passed_over <= harmed, "a good checkpoint was passed over"
-    assert {error.step for error, _ in restored.set_aside} == passed_over
-    for error, refuge in restored.set_aside:  # Put back, all is as it was: nothing was deleted or written to.
+    assert {error.step for error, _ in restored.quarantined} == passed_over
+    for error, refuge in restored.quarantined:  # Put back, all is as it was: nothing was deleted or written to.
         refuge.rename(directory / str(error.step))
     assert _places(directory) == before, "a file is neither where it was nor in quarantine"
     return Result(DETECTED if passed_over else HARMLESS, max(pristine.saved) - restored.step)
 
 
-def _bits(tree: Any) -> dict[str, bytes]:
-    from mnist_jax.checkpoint import host_leaves
+def _bits(state: Any) -> dict[str, bytes]:
+    from mnist_jax.checkpoint.integrity import host_leaves
 
-    return {name: leaf.tobytes() for name, leaf in host_leaves(tree).items()}
+    return {name: leaf.tobytes() for name, leaf in host_leaves(state).items()}
 
 
 def _places(directory: Path) -> dict[str, tuple[int, ...]]:
@@ -298,7 +347,7 @@ def delete(path: Path, chances: random.Random) -> None:
 
 
 def _steps(directory: Path) -> list[int]:
-    return sorted(int(path.name) for path in directory.iterdir())
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
 
 
 def _choose(folder: Path, chances: random.Random, *, by_size: bool) -> Path:
@@ -348,28 +397,81 @@ def kill_again_and_again(campaign: Campaign, count: int, seed: int, *, in_save: 
     return results
 
 
+def kill_one_of_two(campaign: Campaign, count: int, seed: int) -> list[Result]:
+    """Kill one of two processes, each in turn, in a save until `count` kills hit, and let each run come to its end.
+
+    The other one leaves by itself. Whether a kill hit is seen when it is made: process 0 may clean up what process 1
+    leaves unfinished.
+    """
+    chances, results = random.Random(f"{seed} of two"), []
+    while len(results) < count:
+        run, hit, codes = campaign.new_run((slow_saves,)), False, None
+        while codes != [0, 0]:
+            found = look(run)
+            if is_last := len(results) + hit >= count:
+                run.faults = ()
+            several = run.start_two(*campaign.args, *() if is_last else ("--peer-timeout-s", "20"))
+            victim = (seed + len(results) + hit) % 2
+            is_hit = not is_last and _kill_in_save(campaign, several, victim, chances)
+            ended = several.end()
+            codes = [one.code for one in ended]
+            if not is_last and codes != [0, 0]:
+                assert codes[victim] in (0, -signal.SIGKILL), ended[victim]
+                assert codes[1 - victim] in (0, 69, -signal.SIGABRT), ended[1 - victim]
+            elif is_last:
+                assert codes == [0, 0], ended
+            result = judge_start(run, found)
+            assert result.lost_steps <= 2 * SAVE_EVERY, result
+            if hit:
+                results.append(result)
+            hit = is_hit
+        if not campaign.ended_alike(run, ended[0], campaign.whole_of_two):
+            results[-1:] = [Result(WRONG)]
+        assert look(run).leftovers == set()
+    return results
+
+
 def _kill(campaign: Campaign, run: FaultyRun, chances: random.Random, *, in_save: bool) -> Ended:
     process = run.start(*campaign.args)
-    phase = "train" if in_save else chances.choice(("import", "data", "compile", "train", "train", "train"))
-    far, kind = chances.random(), chances.choice(LEFTOVERS)
-    if phase != "import":
-        run.wait_for_phase(phase, process)
-    if phase == "train":
-        run.wait_for(lambda: len(run.metrics()) >= far * len(campaign.whole.metrics()), process)
     if in_save:
-        run.wait_for(lambda: any(name.endswith(kind) for name in _names(run)), process)
-    # The moment is any one in the phase; none of them is waited for, and none may fail.
-    time.sleep(chances.uniform(0, 1.0 if phase == "import" else 0.2))
+        _wait_for_save(campaign, run, process, chances, kinds=LEFTOVERS[:2])
+    else:
+        phase = chances.choice(("import", "data", "compile", "train", "train", "train"))
+        far = chances.random()
+        if phase != "import":
+            run.wait_for_phase(phase, process)
+        if phase == "train":
+            run.wait_for(lambda: len(run.metrics()) >= far * len(campaign.whole.metrics()), process)
+        # The moment is any one in the phase; none of them is waited for, and none may fail.
+        time.sleep(chances.uniform(0, 1.0 if phase == "import" else 0.2))
     process.kill()
     return end(process)
 
 
+def _kill_in_save(campaign: Campaign, several: Several, victim: int, chances: random.Random) -> bool:
+    """Kill one of several processes in a save, and tell whether it was in one."""
+    _wait_for_save(campaign, several.run, several.processes[0], chances, kinds=LEFTOVERS)
+    several.signal(signal.SIGKILL, victim)
+    return bool(look(several.run).leftovers) and several.processes[victim].wait() == -signal.SIGKILL
+
+
+def _wait_for_save(
+    campaign: Campaign, run: Run, process: subprocess.Popen[str], chances: random.Random, kinds: tuple[str, ...]
+) -> None:
+    """Wait for any moment in a save."""
+    far, kind = chances.uniform(0, 0.8), chances.choice(kinds)
+    run.wait_for_phase("train", process)
+    run.wait_for(lambda: len(run.metrics()) >= far * len(campaign.whole.metrics()), process)
+    run.wait_for(lambda: any(kind in name for name in _names(run)), process)
+    time.sleep(chances.uniform(0, 0.5))
+
+
 def slow_saves() -> None:
     """Have each file take its time to the disk, and each old checkpoint to go, so that a kill can come in between."""
-    from mnist_jax import checkpoint
+    from mnist_jax.checkpoint import integrity
 
-    before(checkpoint, "bring_to_disk", lambda path: time.sleep(0.02 * (".unfinished" in str(path))))
-    before(checkpoint, "remove", lambda path: time.sleep(0.3 * (path.suffix == ".removed")))
+    before(integrity, "fsync_path", lambda path: time.sleep(0.01 * (UNFINISHED in str(path))))
+    before(integrity, "remove", lambda path: time.sleep(0.3 * (path.parent.name == "removed")))
 
 
 # ---- Signals --------------------------------------------------------------------------------------------------------
@@ -414,18 +516,19 @@ def signal_in(phase: str, number: int) -> None:
         sys.meta_path.insert(0, Finder())
         return
 
-    from mnist_jax import checkpoint, data, programs, training, updates
+    from mnist_jax import data, programs, training, updates
+    from mnist_jax.checkpoint import integrity
 
     def in_update(updates: Any, *_: Any) -> None:
         # Calls end at multiples of 7 and of 20: the stop in mid-training is at 80, in the middle of a log interval.
         if updates.step >= {"the first step": 0, "mid-training": 77}.get(phase, 50):
             strike()
 
-    def in_save(path: Path, manifest: dict[str, Any]) -> None:
-        reason = manifest["about"]["reason"]
+    def in_save(directory: Path, step: int, *_: Any) -> None:
+        reason = json.loads((directory / "run" / "metadata").read_text())["reason"]
         # A signal that follows too soon is taken for the same wish.
         time.sleep(1.05 if phase == PHASES[-1] and reason.startswith("signal") else 0.05)
-        first = {"a periodic save": reason == "steps", "the final save": manifest["step"] == STEPS}
+        first = {"a periodic save": reason == "steps", "the final save": step == STEPS}
         if phase == PHASES[-1] and reason.startswith("signal"):
             strike(2)
         elif first.get(phase):
@@ -441,7 +544,7 @@ def signal_in(phase: str, number: int) -> None:
             before(training.Training, "_evaluate", lambda _: strike())
         case "the first step" | "mid-training" | "the save after a first signal":
             before(updates.Updates, "advance", in_update)
-    before(checkpoint, "_write_manifest", in_save)
+    before(integrity, "write_manifest", in_save)
 
 
 # ---- Disks and clocks -----------------------------------------------------------------------------------------------
@@ -453,6 +556,7 @@ def endure(campaign: Campaign, run: FaultyRun, *told: str) -> list[Result]:
     if not campaign.ended_alike(run, ended):
         return [Result(WRONG)]
     assert {record["event"] for record in run.events()} >= set(told), run.events()
+    assert not look(run).leftovers or "removal_failed" in told
     return [Result(DETECTED if told else HARMLESS)]
 
 
@@ -461,6 +565,7 @@ def give_up(campaign: Campaign, run: FaultyRun, cure: Callable[[], object] = lam
     ended = run.finish(*campaign.args)
     assert ended.code == 74, ended
     assert f"The newest checkpoint is of step {run.steps()[-1]}." in ended.err
+    assert not look(run).leftovers, look(run).leftovers
     cure()
     found = look(run)
     ended = campaign.carry_on(run)
@@ -510,28 +615,31 @@ def full_disk(ballast: str, first: int, last: int | None) -> None:
 
     def change(step: int, _directory: Path) -> None:
         if step == first:
-            with suppress(OSError), open(ballast, "ab", buffering=0) as file:
-                while True:
-                    file.write(bytes(4096))
+            fill(Path(ballast))
         elif step == last:
             Path(ballast).unlink(missing_ok=True)
 
     before_saves(change)
 
 
-def failing(what: str, number: int, steps: list[int]) -> None:
+def fill(ballast: Path) -> None:
+    """Fill a small disk up; a larger one, for somebody may have unmounted the small one, by no more than 64 MB."""
+    with suppress(OSError), ballast.open("ab", buffering=0) as file:
+        while file.tell() < 2**26:
+            file.write(bytes(4096))
+
+
+def failing(part: str, number: int, steps: list[int]) -> None:
     """Have a part of the saves of some steps fail with an error number."""
-    from mnist_jax import checkpoint
+    name, is_it = (FALLIBLE | REMOVAL)[part]
+    owner, saving = resolve_name(name.rpartition(".")[0]), [-1]
 
-    commit = checkpoint.CheckpointStore._commit
+    def fail(*args: Any, **options: Any) -> None:
+        if saving[-1] in steps and is_it(*args, **options):
+            raise OSError(number, os.strerror(number))
 
-    def commit_badly(store: Any, step: int, *args: Any) -> Any:
-        if step not in steps:
-            return commit(store, step, *args)
-        with mock.patch(f"mnist_jax.checkpoint.{what}", side_effect=OSError(number, os.strerror(number))):
-            return commit(store, step, *args)
-
-    checkpoint.CheckpointStore._commit = commit_badly
+    before(owner, name.rpartition(".")[2], fail)
+    before_saves(lambda step, _: saving.append(step))
 
 
 def removed(what: str, at_step: int, is_replaced: bool = False) -> None:
@@ -546,6 +654,40 @@ def removed(what: str, at_step: int, is_replaced: bool = False) -> None:
                 (path / "of another").touch()
 
     before_saves(remove)
+
+
+SHORTAGES = ("files", "threads", "memory")
+
+
+def short_at_restore(kind: str) -> None:
+    """Let this process have no more files, threads or memory than it has when it begins to restore."""
+    from mnist_jax.checkpoint.checkpointer import Checkpointer
+
+    before(Checkpointer, "restore", lambda *_, **__: limit(kind))
+
+
+def short_at_saves(kind: str, steps: list[int]) -> None:
+    """Let this process have no more files, threads or memory than it has at the saves of some steps."""
+    before_saves(lambda step, _: limit(kind if step in steps else None))
+
+
+def limit(kind: str | None) -> None:
+    """Set the soft limit of a resource to what is in use, and those of the others to their hard limits.
+
+    There are 4 MB of memory more: where not even a thread that has started finds the bytes that it needs to say so,
+    `Thread.start` of CPython 3.11 waits for ever.
+    """
+    numbers = (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC, resource.RLIMIT_AS)
+    for number in numbers:
+        hard = resource.getrlimit(number)[1]
+        resource.setrlimit(number, (hard, hard))
+    descriptor = os.dup(1)  # the lowest that is free
+    os.close(descriptor)
+    memory = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 2**22
+    used = dict(zip(SHORTAGES, zip(numbers, (descriptor, 1, memory), strict=True), strict=True))
+    if kind is not None:
+        number, soft = used[kind]
+        resource.setrlimit(number, (soft, resource.getrlimit(number)[1]))
 
 
 def clock_set_back(at_step: int) -> None:
@@ -567,7 +709,7 @@ def crowd(campaign: Campaign, size: int, *, is_first_killed: bool = False) -> li
 
     Half of them do not wait. Where the first to work is killed, all others wait, and one carries on what it began.
     """
-    from mnist_jax.checkpoint import list_checkpoints
+    from mnist_jax.checkpoint.checkpointer import list_checkpoints
     from mnist_jax.lock import holder
 
     run = campaign.new_run(*((slow_saves,),) * is_first_killed)
@@ -606,7 +748,7 @@ def drive(faults: str, args: list[str]) -> int:
         for name, *details in json.loads(faults):
             globals()[name](*details)
 
-    before(train, "find_run", build_in)
+    before(train, "meet", build_in)
     return train.main(args)
 
 
@@ -624,13 +766,14 @@ def before(owner: Any, name: str, action: Callable[..., object]) -> None:
 
 def before_saves(action: Callable[..., object]) -> None:
     """Have something done before each save, when those before it have ended: `action(step, directory)`."""
-    from mnist_jax.checkpoint import CheckpointStore
+    from mnist_jax.checkpoint.checkpointer import Checkpointer
 
-    def act(store: Any, step: int, *_: object, **__: object) -> None:
-        store.wait()
-        action(step, store.directory)
+    def act(checkpointer: Any, step: int, *_: object, **__: object) -> None:
+        checkpointer.wait()
+        action(step, checkpointer.directory)
 
-    before(CheckpointStore, "save", act)
+    for name in ("save", "save_and_wait"):
+        before(Checkpointer, name, act)
 
 
 # ---- The campaign ---------------------------------------------------------------------------------------------------
@@ -642,6 +785,7 @@ def faults(campaign: Campaign, n: int) -> dict[str, list[Job]]:
     """Return the jobs of each fault: `n` bit flips, and of the others in proportion."""
     rounds, tenth, kills = max(1, 3 * n // 1000), max(1, n // 10), max(5, n // 5)
     counts = {"bit flip, each bit alike": n - n // 2, "bit flip, each file alike": n // 2}
+    killed_of_two = max(2, 3 * n // 100)
     back, last = (clock_set_back, 40), list(range(60, STEPS + 1))
     parts = list(itertools.product(FALLIBLE, (errno.ENOSPC, errno.EIO, errno.EACCES)))
 
@@ -661,6 +805,10 @@ def faults(campaign: Campaign, n: int) -> dict[str, list[Job]]:
         **{harm: [partial(damage, campaign, harm, n) for n in range(counts.get(harm, tenth))] for harm in DAMAGE},
         "SIGKILL at any moment": kill(kills - 2 * kills // 5, in_save=False),
         "SIGKILL in a save": kill(2 * kills // 5, in_save=True),
+        "SIGKILL of one of two in a save": [
+            partial(kill_one_of_two, campaign, min(5, killed_of_two - first), first)
+            for first in range(0, killed_of_two, 5)
+        ],
         **{
             f"signal in {phase}": [partial(stop_in, campaign, phase, number) for number in STOP_SIGNALS * rounds]
             for phase in PHASES
@@ -669,6 +817,9 @@ def faults(campaign: Campaign, n: int) -> dict[str, list[Job]]:
         "full disk to the end": [partial(fill_disk, campaign, is_freed=False)],
         "some saves fail": [lasting(failing, *part, [40, 60, 80], told=("save_failed",)) for part in parts],
         "all saves fail from one on": [final(failing, *part, last) for part in parts],
+        "old checkpoints stay": [
+            lasting(failing, part, errno.EBUSY, ALL_SAVES, told=("removal_failed",)) for part in REMOVAL
+        ],
         "checkpoints removed": [lasting(removed, "checkpoints", n, told=("checkpoints_vanished",)) for n in (60, 80)],
         "run directory removed": [partial(lose_run_directory, campaign, is_replaced=there) for there in (False, True)],
         "clock set back": [lasting(*back, told=()), partial(stop_in, campaign, "mid-training", signal.SIGTERM, back)],
@@ -714,7 +865,7 @@ def run_row(campaign: Campaign, fault: str, jobs: list[Job]) -> Row:
             row.broken.append(traceback.format_exc())
 
     # Restores are of this process, and a crowd is large enough.
-    with ThreadPoolExecutor(1 if fault in DAMAGE or "at once" in fault else 2) as pool:
+    with ThreadPoolExecutor(1 if fault in DAMAGE or "at once" in fault or "of two" in fault else 2) as pool:
         list(pool.map(do, jobs))
     shutil.rmtree(campaign.runs, ignore_errors=True)  # Hundreds of runs would take gigabytes.
     word = "survived" if row.is_good else "NOT ALL SURVIVED"

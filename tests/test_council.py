@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from runs import in_new_process
 
 from mnist_jax import council, data, distributed
-from mnist_jax.checkpoint import host_leaves
+from mnist_jax.checkpoint.integrity import host_leaves
 from mnist_jax.config import Config
 from mnist_jax.council import Council
 from mnist_jax.preemption import StopSignal
@@ -69,8 +69,11 @@ def test_a_process_that_is_alone_does_at_once_what_it_wishes(alone):
     assert not alone.is_to_stop
     assert alone.steps(17) == 17
     assert not alone.take_save_request()
+    alone.ask_to_save()
+    assert alone.take_save_request() == "time"
+    assert not alone.take_save_request()
     os.kill(os.getpid(), signal.SIGUSR2)
-    assert alone.take_save_request()
+    assert alone.take_save_request() == "signal SIGUSR2"
     assert not alone.take_save_request()
     os.kill(os.getpid(), signal.SIGTERM)
     assert alone.is_to_stop

@@ -4,7 +4,7 @@ import signal
 import pytest
 
 from mnist_jax import errand
-from mnist_jax.checkpoint import Damaged, Mismatch
+from mnist_jax.checkpoint.integrity import CorruptCheckpointError, IncompatibleCheckpointError, ReadError
 from mnist_jax.config import ConfigError
 from mnist_jax.data import DataError
 
@@ -25,8 +25,13 @@ def test_the_work_says_how_the_command_ends(code, capfd):
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (Damaged(7, "bad-manifest", "it is torn"), 65, "error: a checkpoint is damaged, step 7: it is torn"),
-        (Mismatch("another tree"), 2, "error: another tree"),
+        (
+            CorruptCheckpointError(7, "bad-manifest", "it is torn"),
+            65,
+            "error: a checkpoint is damaged, step 7: it is torn",
+        ),
+        (IncompatibleCheckpointError("another tree"), 2, "error: another tree"),
+        (ReadError(7, "no threads"), 74, f"error: {ReadError(7, 'no threads')}"),
         (ConfigError("no run there"), 2, "error: no run there"),
         (DataError("no images"), 2, "error: no images"),
         (OSError("no disk"), 2, "error: no disk"),

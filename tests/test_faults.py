@@ -15,6 +15,7 @@ from faults import (
     fill_disk,
     give_up,
     kill_again_and_again,
+    kill_one_of_two,
     lose_run_directory,
     prepare,
     stop_in,
@@ -43,6 +44,12 @@ def test_a_run_killed_at_any_moment_loses_two_intervals_at_most_and_no_bit(campa
     assert_survived(results)
 
 
+def test_two_processes_of_which_one_is_killed_in_a_save_lose_two_intervals_at_most_and_no_bit(campaign):
+    results = kill_one_of_two(campaign, 2, seed=0)
+    assert len(results) == 2
+    assert_survived(results)
+
+
 @pytest.mark.parametrize(
     ("phase", "number"),
     [
@@ -63,7 +70,7 @@ def test_a_full_disk_that_is_freed_in_time_is_told_of_and_changes_no_bit(campaig
 
 
 def test_a_disk_that_fails_to_the_end_is_told_of_with_74_and_the_rerun_ends_alike(campaign):
-    assert_survived(give_up(campaign, campaign.new_run((failing, "bring_to_disk", errno.EIO, [80, 100, 120]))))
+    assert_survived(give_up(campaign, campaign.new_run((failing, "fsync", errno.EIO, [80, 100, 120]))))
 
 
 def test_a_run_whose_directory_is_removed_ends_with_74_and_leaves_alone_what_is_put_there(campaign):

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from mnist_jax import keeper, loop, training
-from mnist_jax.checkpoint import CheckpointStore
+from mnist_jax.checkpoint import integrity
+from mnist_jax.checkpoint.checkpointer import Checkpointer
 from mnist_jax.config import Config
 from mnist_jax.journal import Journal, Terminal
 from mnist_jax.keeper import Copies, Keeper
@@ -44,14 +45,14 @@ def events(workdir: Path, event: str) -> list[dict]:
 
 def fail_to_save(monkeypatch, *, steps) -> None:
     """Have the disk be full whenever one of these steps is saved."""
-    commit = CheckpointStore._commit
+    write_manifest = integrity.write_manifest
 
-    def commit_or_fail(self, step, *args):
+    def write_or_fail(directory, step, *args):
         if step in steps:
             raise OSError(28, "No space left on device")
-        return commit(self, step, *args)
+        return write_manifest(directory, step, *args)
 
-    monkeypatch.setattr(CheckpointStore, "_commit", commit_or_fail)
+    monkeypatch.setattr(integrity, "write_manifest", write_or_fail)
 
 
 def test_a_failed_background_save_is_told_and_training_goes_on_and_the_next_save_is_tried(tmp_path, monkeypatch, capfd):
@@ -149,7 +150,7 @@ def test_after_a_signal_the_last_copy_is_waited_for_no_longer_than_schedulers_ha
     go_on = threading.Event()
     monkeypatch.setattr(Mirror, "push", lambda *_, **__: go_on.wait(60))
     monkeypatch.setattr(keeper, "LAST_COPY_S", 0.1)
-    journal, store = Journal(tmp_path), CheckpointStore(tmp_path / "checkpoints")
+    journal, store = Journal(tmp_path), Checkpointer(tmp_path / "checkpoints")
     copies = Copies(f"file://{tmp_path}/mirror", tmp_path, store, journal)
     stop = StopSignal()
     copies.begin(40)
@@ -163,15 +164,15 @@ def test_after_a_signal_the_last_copy_is_waited_for_no_longer_than_schedulers_ha
 
 def test_a_save_that_time_asked_for_and_that_failed_is_tried_again_soon(tmp_path, monkeypatch):
     failed = []
-    commit = CheckpointStore._commit
+    write_manifest = integrity.write_manifest
 
-    def fail_twice(self, step, *args):
+    def fail_twice(directory, step, *args):
         if len(failed) < 2:
             failed.append(step)
             raise OSError(28, "No space left on device")
-        return commit(self, step, *args)
+        return write_manifest(directory, step, *args)
 
-    monkeypatch.setattr(CheckpointStore, "_commit", fail_twice)
+    monkeypatch.setattr(integrity, "write_manifest", fail_twice)
     monkeypatch.setattr(keeper, "RETRY_SAVE_S", 0.01)
     settings = {"checkpoint_every_steps": None, "checkpoint_every_s": 0.05, "eval_every_steps": 400, "steps": 400}
     with StopSignal() as stop:
@@ -188,7 +189,12 @@ def test_a_save_that_time_asks_for_waits_for_no_interval_unless_each_call_ends_o
     tmp_path, monkeypatch, log_every_steps, steps
 ):
     saved = []
-    monkeypatch.setattr(Keeper, "save", lambda keeper, reason: saved.append((keeper.step, reason)))
+
+    def note_and_be_due_again(training, store, keeper, reason):
+        saved.append((training.step, reason))
+        keeper._next_save_s = 0.0
+
+    monkeypatch.setattr(loop, "save", note_and_be_due_again)
     monkeypatch.setattr(training, "CALL_S", 1e-9)  # Each call makes one step.
     settings = {"checkpoint_every_steps": None, "checkpoint_every_s": 1e-9, "log_every_steps": log_every_steps}
     with StopSignal() as stop:
@@ -198,9 +204,9 @@ def test_a_save_that_time_asks_for_waits_for_no_interval_unless_each_call_ends_o
 
 def test_the_next_save_begins_as_much_earlier_as_a_save_takes(tmp_path, monkeypatch):
     """So a crash costs no more than the seconds between checkpoints, also when it comes in the middle of a save."""
-    results = CheckpointStore.results
+    results = Checkpointer.results
     monkeypatch.setattr(
-        CheckpointStore, "results", lambda self: [saved._replace(seconds=999.999) for saved in results(self)]
+        Checkpointer, "results", lambda self: [saved._replace(seconds=999.999) for saved in results(self)]
     )
     settings = {"checkpoint_every_steps": None, "checkpoint_every_s": 1000, "eval_every_steps": 10, "steps": 400}
     with StopSignal() as stop:
@@ -283,9 +289,9 @@ def test_the_order_of_what_happens_to_a_run_that_is_stopped_and_carried_on(tmp_p
     for name in ("save", "save_and_wait"):
         spy(
             monkeypatch,
-            CheckpointStore,
+            Checkpointer,
             name,
-            lambda step, *_, about, **__: happened.append(f"save {step} {about['reason']}"),
+            lambda step, *_, metadata, **__: happened.append(f"save {step} {metadata['reason']}"),
         )
 
     def stop_after_25(self):
@@ -293,7 +299,7 @@ def test_the_order_of_what_happens_to_a_run_that_is_stopped_and_carried_on(tmp_p
             (tmp_path / "stopped").touch()
             os.kill(os.getpid(), signal.SIGTERM)
 
-    spy(monkeypatch, Keeper, "save_if_due", stop_after_25, with_self=True)
+    spy(monkeypatch, Keeper, "ask_to_save_if_due", stop_after_25, with_self=True)
     # A call may not pass step 25.
     settings = {"steps": 40, "log_every_steps": 5, "eval_every_steps": 20, "checkpoint_every_steps": None}
     for _ in range(2):
@@ -548,7 +554,7 @@ def test_the_best_checkpoint_is_still_kept_after_a_resume(tmp_path, monkeypatch)
     monkeypatch.setattr(training, "averages", lambda sums: (1.0, next(accuracies)))
     settings = {"keep": 1, "log_every_steps": 1000, "eval_every_steps": 10, "steps": 60, "checkpoint_every_steps": None}
 
-    original = Keeper.save_if_due
+    original = Keeper.ask_to_save_if_due
 
     def save_and_stop(self):
         original(self)
@@ -556,7 +562,7 @@ def test_the_best_checkpoint_is_still_kept_after_a_resume(tmp_path, monkeypatch)
             (tmp_path / "cut").touch()
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Keeper, "save_if_due", save_and_stop)
+    monkeypatch.setattr(Keeper, "ask_to_save_if_due", save_and_stop)
     for _ in range(2):
         with StopSignal() as stop:
             assert loop.run(config(**settings), tmp_path, stop) == 0
@@ -590,7 +596,7 @@ def test_lines_that_the_disk_does_not_take_are_kept_and_no_checkpoint_gets_ahead
     settings = {"log_every_steps": 5, "eval_every_steps": 40}
     with StopSignal() as stop:
         assert loop.run(config(**settings), tmp_path / "undisturbed", stop) == 0
-    save_if_due = Keeper.save_if_due
+    ask_to_save_if_due = Keeper.ask_to_save_if_due
 
     def fill_and_free(self):
         for file in (self.journal._metrics, self.journal._events, self.journal._scalars):
@@ -598,9 +604,9 @@ def test_lines_that_the_disk_does_not_take_are_kept_and_no_checkpoint_gets_ahead
                 file._file = DiskThatTakesLittle(file._file)
             if self.step == 25 and isinstance(file._file, DiskThatTakesLittle):
                 file._file = file._file.file
-        save_if_due(self)
+        ask_to_save_if_due(self)
 
-    monkeypatch.setattr(Keeper, "save_if_due", fill_and_free)
+    monkeypatch.setattr(Keeper, "ask_to_save_if_due", fill_and_free)
     with StopSignal() as stop:
         assert loop.run(config(**settings), tmp_path / "run", stop) == 0
     err = capfd.readouterr().err

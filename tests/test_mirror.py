@@ -26,9 +26,11 @@ from object_store import (
     s3_server,
 )
 from runs import snapshot
+from tampering import NOT_IN_THE_TABLE, update_files
 
 from mnist_jax import mirror as module
-from mnist_jax.checkpoint import CheckpointStore, list_checkpoints
+from mnist_jax.checkpoint import integrity
+from mnist_jax.checkpoint.checkpointer import Checkpointer, list_checkpoints
 from mnist_jax.mirror import Fetched, Mirror, MirrorFailed, Pushed
 
 STEPS = (10, 20, 30)
@@ -46,10 +48,10 @@ def metrics_to(step: int) -> str:
 
 def save(run: Path, *steps: int, shift: float = 0.0) -> None:
     """Save checkpoints in a run, and before each the line that leads to it."""
-    store = CheckpointStore(run / "checkpoints", keep=9)
+    store = Checkpointer(run / "checkpoints", keep=9)
     for step in steps:
         (run / "metrics.jsonl").write_text(metrics_to(step))
-        store.save_and_wait(step, tree(step, shift))
+        store.save_and_wait(step, tree(step, shift), metadata={"saved at": step})
     store.close()
 
 
@@ -84,10 +86,15 @@ def mirror(bucket) -> Mirror:
     return mirror
 
 
+def fsync_with(monkeypatch, fsync_path) -> None:
+    for imported in (module, integrity):
+        monkeypatch.setattr(imported, "fsync_path", fsync_path)
+
+
 @pytest.fixture
 def impatient(monkeypatch) -> None:
     """The other side does not wait for the disk either."""
-    monkeypatch.setattr(module, "bring_to_disk", lambda path: None)
+    fsync_with(monkeypatch, lambda path: None)
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +128,14 @@ def names(bucket: Path) -> set[str]:
 
 
 def names_of(run: Path, *steps: int) -> set[str]:
-    """Return what the bucket should hold of a run: the small files and these checkpoints."""
-    return {
-        name for name in names(run) if name in FILES or any(name.startswith(f"checkpoints/{step}/") for step in steps)
-    }
+    """Return what the bucket should hold of a run: the small files and the files of these checkpoints that count."""
+    checkpoints = (f"checkpoints/{step}/{name}" for step in steps for name in counting(run / "checkpoints" / str(step)))
+    return {*checkpoints, *(name for name in names(run) if name in FILES)}
+
+
+def counting(checkpoint: Path) -> set[str]:
+    """Return the manifest of a checkpoint and what it lists; Orbax writes two more files, and needs neither."""
+    return names(checkpoint) - NOT_IN_THE_TABLE | {"manifest.json"}
 
 
 def push_all(mirror: Mirror, run: Path, *steps: int) -> None:
@@ -158,13 +169,14 @@ def test_a_run_comes_back_on_another_machine_and_restores_to_the_same_digest(url
     assert names(other) == names_of(run, 20, 30)
     for name in names(other):
         assert (other / name).read_bytes() == (run / name).read_bytes()
-    store = CheckpointStore(other / "checkpoints")
+    store = Checkpointer(other / "checkpoints")
     restored = store.restore(tree(0))
-    assert (restored.step, restored.manifest["sha256"]) == (
+    assert (restored.step, restored.state_sha256) == (
         30,
-        list_checkpoints(run / "checkpoints")[-1].manifest()["sha256"],
+        list_checkpoints(run / "checkpoints")[-1].manifest()["state_sha256"],
     )
-    assert restored.tree["w"][7] == 37.0
+    assert restored.state["w"][7] == 37.0
+    assert restored.metadata == {"saved at": 30}
     assert store.removed == ()
     store.close()
 
@@ -173,10 +185,10 @@ def test_files_larger_than_a_piece_and_empty_ones_come_back(mirror, run, tmp_pat
     monkeypatch.setattr(module, "PIECE_BYTES", 1000)
     checkpoint = run / "checkpoints" / "10"
     (checkpoint / "state" / "empty").touch()
-    fit(checkpoint)
+    update_files(checkpoint)
     mirror.push(run, 10, keep=[], files=[])
     mirror.fetch(tmp_path / "other", files=[])
-    assert names(tmp_path / "other") == {name for name in names(run) if name.startswith("checkpoints/10/")}
+    assert names(tmp_path / "other") == names_of(run, 10) - {*FILES}
     for name in names(tmp_path / "other"):
         assert (tmp_path / "other" / name).read_bytes() == (run / name).read_bytes()
 
@@ -359,7 +371,7 @@ def test_a_manifest_is_written_when_all_else_is_and_deleted_before_all_else(mirr
 def test_no_more_than_a_few_files_are_on_their_way_at_once(mirror, run, monkeypatch):
     for number in range(20):
         (run / "checkpoints" / "10" / "state" / f"{number}").write_text("x" * number)
-    fit(run / "checkpoints" / "10")
+    update_files(run / "checkpoints" / "10")
     on_their_way, most = set(), []
 
     class Slow(Store):
@@ -404,12 +416,13 @@ def test_a_fetch_that_breaks_off_leaves_nothing_that_counts_and_another_brings_a
 def test_the_disk_has_all_that_leads_to_a_checkpoint_before_it_appears(mirror, run, tmp_path, monkeypatch):
     push_all(mirror, run, 10)
     other, on_disk = tmp_path / "other", []
-    monkeypatch.setattr(module, "bring_to_disk", lambda path: on_disk.append((path, names(other))))
+    fsync_with(monkeypatch, lambda path: on_disk.append((path, names(other))))
     mirror.fetch(other, files=FILES)
     unfinished = other / "checkpoints" / "10.unfinished"
     before = [path for path, there in on_disk if "checkpoints/10/manifest.json" not in there]
-    files = [path.relative_to(run / "checkpoints" / "10") for path in (run / "checkpoints" / "10").rglob("*")]
-    assert {unfinished / file for file in files} | {unfinished, other, other / "metrics.jsonl.partial"} <= set(before)
+    files = {unfinished / name for name in counting(run / "checkpoints" / "10")}
+    directories = {directory for file in files for directory in file.parents if directory.is_relative_to(unfinished)}
+    assert files | directories | {other, other / "metrics.jsonl.partial"} <= set(before)
     assert on_disk[-1] == (other / "checkpoints", names(other))
 
 
@@ -487,14 +500,16 @@ def test_a_checkpoint_that_goes_while_it_is_copied_leaves_nothing_that_counts(mi
     spare = run.parent / "spare"
     shutil.copytree(run / "checkpoints" / "10", spare)
     outcomes = set()
-    for goes_at in range(1, 9):
+    (run / "checkpoints" / "removed").mkdir()
+    for goes_at in range(1, 40):
         shutil.rmtree(bucket, ignore_errors=True)
         shutil.rmtree(run / "checkpoints")
+        (run / "checkpoints" / "removed").mkdir(parents=True)
         shutil.copytree(spare, run / "checkpoints" / "10")
 
         def meddle(number, kind, name, goes_at=goes_at):
             if number == goes_at:
-                (run / "checkpoints" / "10").rename(run / "checkpoints" / "10.removed")
+                (run / "checkpoints" / "10").rename(run / "checkpoints" / "removed" / "10")
 
         with monkeypatch.context() as patch:
             Store(patch, meddle)
@@ -505,8 +520,12 @@ def test_a_checkpoint_that_goes_while_it_is_copied_leaves_nothing_that_counts(mi
         outcomes.add(bool(pushed))
         assert mirror.newest_step() == (10 if pushed else None)
         if pushed:
-            assert names(bucket) == {name.replace("10.removed", "10") for name in names(run) if "events" not in name}
+            assert names(bucket) == {f"checkpoints/10/{name}" for name in counting(spare)} | {*FILES[:2]}
     assert outcomes == {True, False}
+
+
+def largest_file(directory: Path) -> Path:
+    return max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 
 
 def blank(path: Path) -> None:
@@ -518,11 +537,12 @@ def blank(path: Path) -> None:
     [
         (lambda state: (state / "_METADATA").unlink(), "state/_METADATA is missing"),
         (lambda state: (state / "_METADATA").write_bytes(b"x"), "state/_METADATA has other bytes"),
-        (lambda state: blank(state / "leaves" / "0"), "state/leaves/0 has other bytes"),
-        (lambda state: (state / "_METADATA").write_bytes(b"x" * 999), "_METADATA has more than"),
+        (lambda state: blank(largest_file(state)), "state/ocdbt.process_0/d/[0-9a-f]+ has other bytes"),
+        (lambda state: blank(state.parent / "run" / "metadata"), "run/metadata has other bytes"),
+        (lambda state: (state / "_METADATA").write_bytes(b"x" * 99_999), "_METADATA has more than"),
         (lambda state: (state.parent / "manifest.json").write_bytes(b"[]"), "cannot be understood"),
     ],
-    ids=["missing", "shorter", "changed", "longer", "no manifest"],
+    ids=["missing", "shorter", "changed", "changed metadata", "longer", "no manifest"],
 )
 def test_a_checkpoint_that_is_damaged_is_not_copied(mirror, bucket, run, spoil, said):
     push_all(mirror, run, 10)
@@ -543,7 +563,16 @@ def test_for_a_checkpoint_that_is_damaged_no_good_copy_of_its_step_is_given_up(m
     assert snapshot(bucket) == before
 
 
-@pytest.mark.parametrize("what", ["checkpoints/10/state/leaves", "checkpoints/10", "checkpoints/10/state/_METADATA"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "checkpoints/10/state/ocdbt.process_0",
+        "checkpoints/10/run",
+        "checkpoints/10",
+        "checkpoints/10/state/_METADATA",
+        "checkpoints/10/run/metadata",
+    ],
+)
 def test_no_symbolic_link_is_followed_to_what_is_copied(mirror, bucket, run, tmp_path, what):
     (run / what).rename(tmp_path / "secret")
     (run / what).symlink_to(tmp_path / "secret")
@@ -669,20 +698,6 @@ def test_no_checkpoint_appears_before_the_lines_that_lead_to_it(mirror, run, tmp
 # Nothing of a copy is believed
 
 
-def fit(checkpoint: Path) -> None:
-    """Make the table of a manifest fit the files that are there."""
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
-    manifest["files"] = {
-        path.relative_to(checkpoint).as_posix(): {
-            "bytes": path.stat().st_size,
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        }
-        for path in (checkpoint / "state").rglob("*")
-        if path.is_file()
-    }
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
-
-
 def put(bucket: Path, step: int, files: object) -> None:
     """Lay a copy of which only the manifest is there."""
     (bucket / "checkpoints" / str(step) / "state").mkdir(parents=True, exist_ok=True)
@@ -693,6 +708,10 @@ HOSTILE = ["", ".", "..", "/etc/passwd", "../../config.json", "state/../../../x"
 HOSTILE += [
     "state/..",
     "state",
+    "run/..",
+    "run/../x",
+    "run",
+    "runs/x",
     "x",
     "manifest.json",
     "state\\..\\x",
@@ -719,15 +738,15 @@ parts = st.sampled_from(["", ".", "..", "a", "state", "\\", "\0", "manifest.json
 )
 
 
-@given(parts=st.lists(parts, max_size=6), step=parts)
+@given(item=st.sampled_from(["state", "run"]), parts=st.lists(parts, max_size=6), step=parts)
 @settings(deadline=None, max_examples=300)
-def test_a_name_that_passes_leads_into_the_state_and_nowhere_else(parts, step):
-    name = "/".join(["state", *parts])
+def test_a_name_that_passes_leads_into_an_item_of_the_checkpoint_and_nowhere_else(item, parts, step):
+    name = "/".join([item, *parts])
     with contextlib.suppress(module._Refused):
         module._table(json.dumps({"files": {name: {"bytes": 0, "sha256": ""}}}).encode())
         assert os.path.normpath(name) == name
         assert name.isprintable()
-        assert name.startswith("state/")
+        assert name.startswith(f"{item}/")
     if match := module._IN_A_COPY.fullmatch(f"checkpoints/{step}/manifest.json"):
         assert str(int(step)) == step == match[1]
 
@@ -771,7 +790,7 @@ def test_a_manifest_that_is_none_is_refused(mirror, bucket, tmp_path, content):
 
 def test_a_manifest_that_is_too_large_is_refused_unread(mirror, bucket, tmp_path, monkeypatch):
     put(bucket, 10, {})
-    os.truncate(bucket / "checkpoints/10/manifest.json", module.MOST_MANIFEST_BYTES + 1)
+    os.truncate(bucket / "checkpoints/10/manifest.json", module.MAX_MANIFEST_BYTES + 1)
     store = Store(monkeypatch, lambda *operation: None)
     with pytest.raises(MirrorFailed, match="has more than 67,108,864 bytes"):
         mirror.fetch(tmp_path / "other", files=FILES)
@@ -806,11 +825,11 @@ def test_an_empty_file_that_is_missing_is_missed(mirror, bucket, tmp_path):
 def test_a_copy_that_the_disk_does_not_take_is_refused_and_the_others_come(mirror, run, tmp_path, monkeypatch):
     push_all(mirror, run, *STEPS)
 
-    def bring_to_disk(path: Path) -> None:
+    def fsync(path: Path) -> None:
         if "20.unfinished" in path.parts:
             raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(module, "bring_to_disk", bring_to_disk)
+    fsync_with(monkeypatch, fsync)
     fetched = mirror.fetch(tmp_path / "other", files=FILES)
     assert fetched.steps == check_whole(tmp_path / "other") == [10, 30]
     assert "No space left" in fetched.refused[20]

@@ -298,15 +298,19 @@ def test_the_loss_and_its_gradients_are_finite_at_the_start(name, digits):
 
 @pytest.mark.parametrize("name", ["cnn", "cnn-large", "original-dropout"])
 def test_the_form_for_cpus_learns_what_the_plain_form_learns(name, digits):
-    params = params_of(name)
-    # Not real images: in the flat parts of an image values are equal, and of equal ones either may be the largest. With
-    # the draw 0 two of the cnn-large's are so nearly equal that the order of a sum decides; with 1 to 5 none are.
-    images = np.random.default_rng(1).uniform(size=(16, 28, 28, 1)).astype(np.float32)
-    found, wanted = (
-        loss_and_gradients(name, params, images, digits.train_labels[:16], for_cpu=for_cpu) for for_cpu in (True, False)
-    )
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * np.abs(other).max())
+    params, differences = params_of(name), []
+    # Not real images: in the flat parts of an image values are equal, and of equal ones either may be the largest. In a
+    # draw of the cnn-large two may be so nearly equal that the order of a sum decides, another draw on each processor
+    # (0 with AVX-512, 1 without). A form that is wrong is wrong in all draws.
+    for draw in (1, 2, 3):
+        images = np.random.default_rng(draw).uniform(size=(16, 28, 28, 1)).astype(np.float32)
+        found, wanted = (
+            jax.tree.leaves(loss_and_gradients(name, params, images, digits.train_labels[:16], for_cpu=for_cpu))
+            for for_cpu in (True, False)
+        )
+        pairs = zip(found, wanted, strict=True)
+        differences.append(max(np.abs(one - other).max() / np.abs(other).max() for one, other in pairs))
+    assert sorted(differences)[1] < 1e-4, differences
 
 
 @pytest.mark.parametrize("name", MODELS)

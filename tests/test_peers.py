@@ -11,14 +11,13 @@ import sys
 import time
 from pathlib import Path
 
-import layouts
 import pytest
 from filelock import FileLock
-from runs import Run, end, in_new_process
+from runs import Run, end
 from several import Several, free_port, start
 
 from mnist_jax import loop, peers
-from mnist_jax.checkpoint import list_checkpoints
+from mnist_jax.checkpoint.checkpointer import list_checkpoints
 from mnist_jax.config import ConfigError
 from mnist_jax.peers import PeerLost, Peers
 from mnist_jax.preemption import Stopped, StopSignal
@@ -143,7 +142,7 @@ def test_a_save_signal_to_any_process_saves_and_the_training_goes_on(new_run):
     assert reasons == ["signal SIGUSR2", "signal SIGUSR2", "signal SIGTERM"]
     # The bits depend on the threads of each process, so a checkpoint tells of all.
     [checkpoint, *_] = list_checkpoints(several.run.workdir / "checkpoints")
-    assert checkpoint.manifest()["about"]["devices"]["cpu_threads of process 1"] == 7
+    assert checkpoint.metadata()["devices"]["cpu_threads of process 1"] == 7
 
 
 def test_a_state_that_is_not_finite_ends_all_processes_alike_though_only_process_0_looks_at_it(new_run):
@@ -212,47 +211,6 @@ def test_a_run_directory_that_process_1_does_not_share_is_a_clear_error(new_run,
     for one in ended:
         assert "on a file system that they share" in one.err
     assert not run.events("phase")
-
-
-EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-
-
-def seen_by(
-    count: int, devices: list[int], checkpoints: list[str], environment: dict[str, str], address: str = ""
-) -> list[dict]:
-    """Return what each of so many processes sees of some checkpoints on the first so many devices."""
-    address = address or (f"127.0.0.1:{free_port()}" if count > 1 else "")
-    words = (*map(str, devices), "--", *checkpoints)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, Path(layouts.__file__), address, str(count), str(index), *words],
-            env={**os.environ, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(count)
-    ]
-    ended = [end(process) for process in processes]
-    assert [one.code for one in ended] == [0] * count, ended[0].err
-    return [json.loads(one.last_line) for one in ended]
-
-
-def test_what_any_layout_saved_any_other_resumes_with_the_same_bits(undisturbed, environment, tmp_path):
-    """All pairs of 1, 2, 4 and 8 devices, and of 2 and 4 processes.
-
-    What follows is numerically equivalent, and exact where the layout is the same, as other tests show.
-    """
-    saved = in_new_process(layouts.write, str(tmp_path / "checkpoints"), [1, 2, 4, 8], **EIGHT)
-    for count in (2, 4):
-        directory = undisturbed(count).workdir / "checkpoints"
-        saved.append(str(directory / max((path.name for path in directory.glob("[0-9]*")), key=int)))
-    assert len({json.loads(Path(path, "manifest.json").read_text())["sha256"] for path in saved}) == 6
-    [seen] = seen_by(1, [1, 2, 4, 8], saved, {**environment, **EIGHT})
-    assert seen == {"processes": 1, "devices": 8, "same": [[[True] * n] * 6 for n in (1, 2, 4, 8)]}
-    for count in (2, 4):
-        everywhere = {"processes": count, "devices": count, "same": [[[True]] * 6]}
-        assert seen_by(count, [count], saved, environment) == [everywhere] * count
 
 
 def test_a_run_that_changes_its_layout_says_so_and_reaches_its_end(new_run, undisturbed):
@@ -331,8 +289,28 @@ def test_processes_meet_at_an_address_of_the_newer_kind_too(environment):
         address = f"[::1]:{server.getsockname()[1]}"
         with pytest.raises(PeerLost, match=r"process 0 cannot listen on port \d+ of \[::1\]"):
             peers._check_is_free(address, address)
-    seen = seen_by(2, [2], [], environment, address)
-    assert seen == [{"processes": 2, "devices": 2, "same": [[]]}] * 2
+    meet = [sys.executable, "-c", MEET, address]
+    processes = [subprocess.Popen([*meet, index], env={**os.environ, **environment}, **PIPES) for index in "01"]
+    ended = [end(process) for process in processes]
+    assert [one.code for one in ended] == [0, 0], ended[0].err
+    assert [one.last_line for one in ended] == ["2", "2"]
+
+
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+MEET = """
+import sys
+from mnist_jax.command import leave
+from mnist_jax.peers import meet
+from mnist_jax.preemption import StopSignal
+
+with StopSignal() as stop:
+    peers = meet(stop, sys.argv[1], 2, int(sys.argv[2]), timeout_s=60)
+    import jax
+
+    print(jax.device_count())
+    peers.leave()
+leave(0)  # as the command does: threads of JAX may still be at work
+"""
 
 
 # What an error means

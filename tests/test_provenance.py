@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from runs import end, stop
 
 from mnist_jax import provenance
-from mnist_jax.checkpoint import Damaged, Mismatch
+from mnist_jax.checkpoint.integrity import CorruptCheckpointError, IncompatibleCheckpointError
 
 PARTS = ("software", "settings", "devices")
 ABOUT = {
@@ -53,7 +53,7 @@ def test_the_environment_as_a_run_describes_it_is_whole_and_without_changes_agai
     assert set(environment) == set(PARTS)
     assert {"mnist_jax", "jax", "jaxlib", "flax", "optax", "numpy"} == set(environment["software"])
     about = {**ABOUT, **environment}
-    assert provenance.check_about({"step": 3, "about": about}) == about
+    assert provenance.check_about(about, 3) == about
     assert provenance.changes(about, environment) == []
 
 
@@ -71,7 +71,7 @@ def test_of_several_processes_each_is_described_where_it_differs_from_the_first_
 
 
 def test_what_a_run_says_of_itself_is_taken_as_it_is():
-    assert provenance.check_about({"step": 3, "about": ABOUT}) == ABOUT
+    assert provenance.check_about(ABOUT, 3) == ABOUT
 
 
 @pytest.mark.parametrize("name", ABOUT)
@@ -81,42 +81,46 @@ def test_a_part_of_a_wrong_type_is_named(name, value):
     about = {**ABOUT, name: value}
     fits = isinstance(value, str if name == "reason" else dict) and name != "metrics"
     if fits:
-        assert provenance.check_about({"step": 3, "about": about}) == about
+        assert provenance.check_about(about, 3) == about
     else:
-        with pytest.raises(Mismatch, match=rf"the manifest of step 3 says nothing usable of the run's {name}\b"):
-            provenance.check_about({"step": 3, "about": about})
+        with pytest.raises(
+            IncompatibleCheckpointError, match=rf"the checkpoint of step 3 says nothing usable of the run's {name}\b"
+        ):
+            provenance.check_about(about, 3)
 
 
 @pytest.mark.parametrize("name", ABOUT)
 def test_a_part_that_is_missing_is_named(name):
     about = {part: value for part, value in ABOUT.items() if part != name}
-    with pytest.raises(Mismatch, match=rf"the manifest of step 3 says nothing usable of the run's {name}$"):
-        provenance.check_about({"step": 3, "about": about})
+    with pytest.raises(
+        IncompatibleCheckpointError, match=rf"the checkpoint of step 3 says nothing usable of the run's {name}$"
+    ):
+        provenance.check_about(about, 3)
 
 
 @given(size=json_values, sha256=json_values)
 def test_a_fingerprint_of_the_metrics_that_is_none_is_refused(size, sha256):
     about = {**ABOUT, "metrics": {"bytes": size, "sha256": sha256}}
     if type(size) is int and size >= 0 and isinstance(sha256, str):
-        assert provenance.check_about({"step": 3, "about": about}) == about
+        assert provenance.check_about(about, 3) == about
     else:
-        with pytest.raises(Mismatch, match=r"nothing usable of the run's metrics\.jsonl"):
-            provenance.check_about({"step": 3, "about": about})
+        with pytest.raises(IncompatibleCheckpointError, match=r"nothing usable of the run's metrics\.jsonl"):
+            provenance.check_about(about, 3)
 
 
 # The size of the thread pool
 
 
 class Told:
-    """A checkpoint that has a manifest, or an error for one."""
+    """A checkpoint that has metadata, or an error for them."""
 
     def __init__(self, devices: object) -> None:
         self.devices = devices
 
-    def manifest(self) -> dict:
+    def metadata(self) -> object:
         if isinstance(self.devices, Exception):
             raise self.devices
-        return {"about": {"devices": self.devices}}
+        return {"devices": self.devices}
 
 
 def prepared(*devices: object, **variables: str) -> str | None:
@@ -130,7 +134,7 @@ def prepared(*devices: object, **variables: str) -> str | None:
 
 
 def test_the_recorded_size_of_the_newest_checkpoint_that_can_be_read_is_taken_over():
-    damaged = Damaged(30, "bad-manifest", "manifest.json is torn")
+    damaged = CorruptCheckpointError(30, "bad-manifest", "manifest.json is torn")
     assert prepared() is None
     assert prepared({"cpu_threads": 3}) == "3"
     assert prepared({"cpu_threads": 3}, {"cpu_threads": 5}) == "5"
@@ -151,7 +155,7 @@ def test_a_recorded_size_that_is_absurd_is_not_taken_over(threads):
 
 
 @given(devices=json_values | st.fixed_dictionaries({"cpu_threads": json_values}))
-def test_whatever_the_manifest_says_of_devices_is_a_size_in_range_or_nothing(devices):
+def test_whatever_the_metadata_say_of_devices_is_a_size_in_range_or_nothing(devices):
     found = prepared({"cpu_threads": 3}, devices)
     wanted = devices.get("cpu_threads") if isinstance(devices, dict) else None
     is_size = type(wanted) is int and 0 < wanted <= provenance.MOST_CPU_THREADS

@@ -14,8 +14,12 @@ PAGES = [README, *sorted((README.parent / "docs").glob("*.md"))]
 
 
 def the_loop() -> str:
-    [loop] = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    return loop
+    return programs()[0]
+
+
+def programs() -> list[str]:
+    """Return the loop of the README, and the lines that read a checkpoint with Orbax alone."""
+    return re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
 def run(directory, program: str) -> subprocess.Popen[str]:
@@ -42,6 +46,19 @@ def test_the_loop_of_the_readme_ends_alike_with_and_without_a_stop(tmp_path):
     assert resumed.splitlines()[-1] == whole.splitlines()[-1]
     step, sha256 = resumed.splitlines()[-1].split()
     assert (step, len(sha256)) == ("3000", 64)
+
+
+def test_orbax_alone_reads_a_run_as_the_readme_says(trained_run):
+    read = programs()[1]
+    assert "mnist_jax" not in read
+    head = f"from pathlib import Path\nimport sys\ncheckpoints = Path({str(trained_run.workdir / 'checkpoints')!r})\n"
+    lines = [f"print(sorted({line}))" if line.startswith(("ocp.", "v1.")) else line for line in read.splitlines()]
+    program = head + "\n".join(lines) + "\nassert 'mnist_jax' not in sys.modules"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    state, items, loaded = ended.stdout.splitlines()
+    assert "'params'" in state
+    assert items == "['state']"
+    assert "'params'" in loaded
 
 
 COMMANDS = sorted(path.stem for path in (README.parent / "mnist_jax").glob("*.py") if "def main(" in path.read_text())

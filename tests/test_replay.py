@@ -1,6 +1,5 @@
 """The proof of exactness: that it holds where the states are the same, and tells where they are not."""
 
-import hashlib
 import os
 import shutil
 import signal
@@ -8,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from runs import snapshot
+from tampering import write_format_3, write_manifest
 
 from mnist_jax import data, loop, replay
-from mnist_jax.checkpoint import Checkpoint, CheckpointStore, _write_manifest
+from mnist_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
+from mnist_jax.checkpoint.integrity import digest_leaves
 from mnist_jax.config import Config
 from mnist_jax.preemption import StopSignal
 from mnist_jax.updates import Updates
@@ -72,14 +74,14 @@ def change(workdir: Path, step: int, leaf: str, new) -> None:
     """Save another value of a leaf in a checkpoint of the same step, whose digests fit."""
     dataset = data.load("digits", say=print)
     like = loop.make_blueprint(CONFIG, dataset).abstract_state
-    state, manifest = Checkpoint(workdir / "checkpoints" / str(step)).read(like)
+    state, metadata = Checkpoint(workdir / "checkpoints" / str(step)).read(like)
     part, _, path = leaf.partition(".")
     assert part == "params"
     layer, name = path.split(".")
     params = {**state.params, layer: {**state.params[layer], name: new(state.params[layer][name])}}
     shutil.rmtree(workdir / "checkpoints" / str(step))
-    store = CheckpointStore(workdir / "checkpoints", keep=9)
-    store.save_and_wait(step, state.replace(params=params), about=manifest["about"])
+    store = Checkpointer(workdir / "checkpoints", keep=9)
+    store.save_and_wait(step, state.replace(params=params), metadata=metadata)
     store.close()
 
 
@@ -176,10 +178,15 @@ def test_a_damaged_checkpoint_is_told_with_65(run_in, capsys, step, damage):
 
 
 def test_a_checkpoint_of_another_format_is_refused_with_2(run_in, capsys):
-    _write_manifest(run_in / "checkpoints" / "40" / "manifest.json", {"format": 2, "step": 40})
+    write_manifest(run_in / "checkpoints" / "40", {"format": 2, "step": 40})
     code, _, err = replayed(run_in, capsys=capsys)
     assert code == 2
-    assert "step 40 has format 2, and not 3" in err
+    assert "step 40 has format 2, and this version reads format 4" in err
+    shutil.rmtree(run_in / "checkpoints" / "40")
+    write_format_3(run_in / "checkpoints", 40)
+    code, _, err = replayed(run_in, capsys=capsys)
+    assert code == 2
+    assert "step 40 has format 3, and this version reads format 4" in err
 
 
 def test_other_data_is_refused_with_2(run_in, monkeypatch, capsys):
@@ -273,7 +280,6 @@ def test_the_end_of_a_replay_is_the_very_state_that_the_run_ended_in(finished, m
     assert replayed(finished, "--from", 0, capsys=capsys)[0] == 0
     [(wanted, found)] = compared
     manifest = Checkpoint(finished / "checkpoints" / "40").manifest()
-    for leaves in (wanted, found):
-        digests = {name: hashlib.sha256(leaf.tobytes()).hexdigest() for name, leaf in leaves.items()}
-        assert digests == {name: row["sha256"] for name, row in manifest["leaves"].items()}
-    assert all(wanted[name] is not found[name] for name in wanted)
+    assert digest_leaves(wanted) == digest_leaves(found) == manifest["leaves"]
+    pairs = zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True)
+    assert all(before is not after for before, after in pairs)

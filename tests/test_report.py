@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from runs import Run, end, snapshot, stop
 
 from mnist_jax import evaluate, history, journal, promises, report
-from mnist_jax.checkpoint import list_checkpoints
+from mnist_jax.checkpoint.checkpointer import list_checkpoints
 from mnist_jax.journal import Terminal
 from mnist_jax.preemption import Stopped, StopSignal
 from mnist_jax.report import Facts, Judgement, Progress

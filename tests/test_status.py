@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import Run, end, snapshot, stop
+from tampering import change_manifest, read_metadata, write_format_3, write_metadata
 
-from mnist_jax import checkpoint as checkpoints
 from mnist_jax import config as configs
 from mnist_jax import loop, status, train
-from mnist_jax.checkpoint import _write_manifest
+from mnist_jax.checkpoint import integrity
 from mnist_jax.config import Config
 from mnist_jax.preemption import StopSignal
 
@@ -70,12 +70,6 @@ def examine_json(workdir: Path, *args: str, capsys) -> dict:
     return json.loads(out)
 
 
-def manifest_of(workdir: Path, step: int) -> dict:
-    manifest = json.loads((workdir / "checkpoints" / str(step) / "manifest.json").read_text())
-    del manifest["seal"]
-    return manifest
-
-
 def flip_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -95,7 +89,7 @@ def test_each_checkpoint_is_told_with_step_reason_size_time_and_accuracy(finishe
     assert [checkpoint["step"] for checkpoint in found] == [22, 30, 40]
     for checkpoint in found:
         directory = finished / "checkpoints" / str(checkpoint["step"])
-        about = manifest_of(finished, checkpoint["step"])["about"]
+        about = read_metadata(directory)
         assert checkpoint == {
             "step": checkpoint["step"],
             "time": about["time"],
@@ -108,10 +102,11 @@ def test_each_checkpoint_is_told_with_step_reason_size_time_and_accuracy(finishe
 
 
 def test_with_verify_each_byte_is_looked_at(run_in, capsys):
-    flip_bit(largest_file(run_in / "checkpoints" / "30"))
+    changed = largest_file(run_in / "checkpoints" / "30")
+    flip_bit(changed)
     asked = examine_json(run_in, "--verify", capsys=capsys)["checkpoints"]
     assert [checkpoint["good"] for checkpoint in asked] == [True, False, True]
-    assert "has other bytes than were saved" in asked[1]["problem"]
+    assert f"file {changed.relative_to(run_in / 'checkpoints' / '30')} is " in asked[1]["problem"]
     unasked = examine_json(run_in, capsys=capsys)["checkpoints"]
     assert [(checkpoint["good"], checkpoint["problem"]) for checkpoint in unasked] == 3 * [(None, None)]
 
@@ -164,7 +159,7 @@ def test_the_text_shows_what_the_json_tells(run_in, capsys):
         for checkpoint in found["checkpoints"]:
             [line] = [line for line in lines if line.startswith(f"  {checkpoint['step']} ")]
             assert f"{checkpoint['bytes'] / 1e6:.2f}" in line
-            assert (checkpoint["reason"] or "manifest.json cannot be understood") in line
+            assert (checkpoint["reason"] or "manifest.json") in line
             if checkpoint["test_accuracy"] is not None:
                 assert f"{checkpoint['test_accuracy']:.4f}" in line
             state = checkpoint["problem"] or ("good" if args else "")
@@ -233,17 +228,21 @@ def contradict_the_config(workdir: Path) -> None:
 
 
 def write_another_format(workdir: Path) -> None:
-    rewrite(workdir, format=2)
+    change_manifest(workdir / "checkpoints" / "40", format=2)
+
+
+def put_the_format_before_there(workdir: Path) -> None:
+    shutil.rmtree(workdir / "checkpoints" / "40")
+    write_format_3(workdir / "checkpoints", 40)
 
 
 def forget_the_devices(workdir: Path) -> None:
-    about = manifest_of(workdir, 40)["about"]
-    rewrite(workdir, about={name: value for name, value in about.items() if name != "devices"})
+    checkpoint = workdir / "checkpoints" / "40"
+    write_metadata(checkpoint, {name: value for name, value in read_metadata(checkpoint).items() if name != "devices"})
 
 
-def rewrite(workdir: Path, **changes: object) -> None:
-    """Change the manifest of the newest checkpoint, with a seal that fits."""
-    _write_manifest(workdir / "checkpoints" / "40" / "manifest.json", {**manifest_of(workdir, 40), **changes})
+def say_nothing_of_the_run(workdir: Path) -> None:
+    write_metadata(workdir / "checkpoints" / "40", ["digits", 40])
 
 
 def lose_the_metrics(workdir: Path) -> None:
@@ -263,6 +262,8 @@ def lose_the_metrics(workdir: Path) -> None:
         (break_the_config, "refuse", None, 2),
         (contradict_the_config, "refuse", None, 2),
         (write_another_format, "refuse", None, 2),
+        (put_the_format_before_there, "refuse", None, 2),
+        (say_nothing_of_the_run, "refuse", None, 2),
         (forget_the_devices, "refuse", None, 2),
         (lose_the_metrics, "resume", 40, 0),
     ],
@@ -293,7 +294,7 @@ def test_the_next_start_does_what_is_foretold(run_in, capsys, change, action, st
 @pytest.mark.parametrize("mode", [0o755, 0o555])
 def test_it_writes_nothing_at_all(run_in, tmp_path, capsys, mode):
     flip_bit(run_in / "checkpoints" / "30" / "manifest.json")
-    (run_in / "checkpoints" / "5.unfinished").mkdir()
+    (run_in / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir()
     run_in.chmod(mode)
     before = snapshot(tmp_path)
     for args in ([], ["--verify"], ["--json"], ["--verify", "--json"]):
@@ -323,10 +324,11 @@ def test_a_checkpoint_that_a_run_removes_while_it_is_looked_at_is_no_error(run_i
     def walk_and_remove(directory):
         found = list(walk(directory))
         with contextlib.suppress(FileNotFoundError):
-            (run_in / "checkpoints" / "22").rename(run_in / "checkpoints" / "22.removed")
+            (run_in / "checkpoints" / "removed").mkdir(exist_ok=True)
+            (run_in / "checkpoints" / "22").rename(run_in / "checkpoints" / "removed" / "22")
         return found
 
-    monkeypatch.setattr(checkpoints.os, "walk", walk_and_remove)
+    monkeypatch.setattr(integrity.os, "walk", walk_and_remove)
     assert [found.step for found in status.examine(run_in, verify=False).checkpoints] == [30, 40]
 
 

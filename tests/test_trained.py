@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from runs import in_new_process
+from tampering import change_metadata
 
 from mnist_jax import data, loop, trained
-from mnist_jax.checkpoint import Checkpoint, Damaged, Mismatch, _write_manifest, list_checkpoints
+from mnist_jax.checkpoint.checkpointer import Checkpoint, list_checkpoints
+from mnist_jax.checkpoint.integrity import CorruptCheckpointError, IncompatibleCheckpointError
 from mnist_jax.config import Config, ConfigError
 from mnist_jax.journal import read_metrics
 from mnist_jax.preemption import Stopped, StopSignal
@@ -37,11 +39,8 @@ def run_in(finished, tmp_path) -> Path:
 
 
 def say(workdir: Path, step: int, **about: object) -> None:
-    """Have the manifest of a step say something else of its run."""
-    checkpoint = Checkpoint(workdir / "checkpoints" / str(step))
-    manifest = checkpoint.manifest()
-    manifest["about"].update(about)
-    _write_manifest(checkpoint.path / "manifest.json", manifest)
+    """Have the checkpoint of a step say something else of its run."""
+    change_metadata(workdir / "checkpoints" / str(step), **about)
 
 
 @pytest.mark.parametrize("step", [11, 22, 33, 44])
@@ -69,7 +68,7 @@ def test_the_checkpoint_that_is_asked_for_is_read(run_in):
         say(run_in, step, test_accuracy=accuracy)
     chosen = {which: trained.load(run_in, which) for which in ("latest", "best", 11)}
     assert {which: model.step for which, model in chosen.items()} == {"latest": 44, "best": 22, 11: 11}
-    assert chosen["best"].sha256 == Checkpoint(run_in / "checkpoints" / "22").manifest()["sha256"]
+    assert chosen["best"].sha256 == Checkpoint(run_in / "checkpoints" / "22").manifest()["state_sha256"]
 
 
 def test_a_checkpoint_that_was_not_evaluated_is_never_the_best(run_in):
@@ -96,9 +95,9 @@ def test_a_checkpoint_that_the_run_removes_meanwhile_is_looked_for_again(run_in,
 
 
 def test_a_damaged_checkpoint_is_an_error_and_not_passed_over(run_in):
-    [state] = [path for path in (run_in / "checkpoints" / "44").rglob("*") if path.name == "0"]
+    state = max((run_in / "checkpoints" / "44" / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
     state.write_bytes(state.read_bytes()[:-1] + b"!")
-    with pytest.raises(Damaged, match="step 44"):
+    with pytest.raises(CorruptCheckpointError, match="step 44"):
         trained.load(run_in, "latest")
     assert trained.load(run_in, 33).step == 33
 
@@ -107,10 +106,10 @@ def test_a_damaged_checkpoint_is_an_error_and_not_passed_over(run_in):
     "about",
     [{"name": "letters"}, {"train_images": 0}, {"train_images": True}, {"test_images": 2**31}, {"test_images": "9"}],
 )
-def test_a_manifest_that_says_nothing_usable_of_the_data_is_refused(run_in, about):
+def test_a_checkpoint_that_says_nothing_usable_of_the_data_is_refused(run_in, about):
     known = {"name": "digits", "train_images": 1438, "test_images": 359}
     say(run_in, 44, data={**known, **about})
-    with pytest.raises(Mismatch, match="step 44 says nothing usable of the run's data"):
+    with pytest.raises(IncompatibleCheckpointError, match="step 44 says nothing usable of the run's data"):
         trained.load(run_in, "latest")
 
 

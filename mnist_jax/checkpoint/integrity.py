@@ -1,0 +1,419 @@
+"""Digests of a state and of the files of a checkpoint, and the manifest that holds them.
+
+The digest of a state depends on the names, shapes, types and bits of its leaves and on nothing else. So the same state
+has the same digest on 1 device and on 8, in 1 process and in 4, replicated or sharded:
+
+    chunk     a box of a leaf; which boxes there are follows from the leaf's shape and type alone (`chunk_counts`)
+    leaf      SHA-256 over name, type, shape and number of chunks, and the SHA-256 of each chunk in C order
+    state     SHA-256 over the digests of the leaves
+
+Each process hashes chunks of the shards that it holds (`hash_shards`); what all of them found is put together once
+(`combine`). Nothing here needs Orbax.
+
+The errors of this folder are here as well:
+
+    CheckpointError                     all that can go wrong here
+    ├── SaveError                       a checkpoint could not be written; those before it are untouched
+    │   └── InvalidStateError           the state was not worth writing: the caller's `valid` came out false
+    ├── ReadError                       a checkpoint cannot be read here and now; nothing says that it is damaged
+    ├── CorruptCheckpointError          a checkpoint is not what was saved
+    ├── IncompatibleCheckpointError     a checkpoint holds another tree, or has another format
+    └── NoGoodCheckpointError           there are checkpoints, and none of them is good
+"""
+
+import base64
+import contextlib
+import errno
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+FORMAT = 4
+MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 2**26
+MIN_CHUNK_BYTES = 2**16
+MAX_CHUNKS = 2**12
+STEP = re.compile(r"0|[1-9][0-9]{0,17}")  # the names of checkpoints
+
+Json = dict[str, Any]
+Box = tuple[slice, ...]
+
+
+class CheckpointError(Exception):
+    """Something is wrong with a checkpoint, or with writing or reading it."""
+
+
+class CorruptCheckpointError(CheckpointError):
+    """A checkpoint is not what was saved: a digest differs, or a file is missing or cannot be parsed."""
+
+    def __init__(self, step: int, kind: str, detail: str) -> None:
+        """Name the step, the kind of damage in a word or two for a directory's name, and the file or leaf."""
+        super().__init__(f"step {step}: {detail}")
+        self.step, self.kind = step, kind
+
+
+class IncompatibleCheckpointError(CheckpointError):
+    """A checkpoint is whole, but holds another tree than is expected, or has another format."""
+
+
+class SaveError(CheckpointError):
+    """A checkpoint could not be written."""
+
+    def __init__(self, step: int, reason: str) -> None:
+        """Name the step that is not saved, and why."""
+        super().__init__(f"the checkpoint of step {step} could not be saved: {reason}")
+        self.step = step
+
+
+class InvalidStateError(SaveError):
+    """The state is not worth keeping."""
+
+
+class ReadError(CheckpointError):
+    """A checkpoint cannot be read here and now: files, threads or memory are short. Nothing is known to be damaged."""
+
+    def __init__(self, step: int, reason: str) -> None:
+        """Name the step, and why."""
+        super().__init__(
+            f"the checkpoint of step {step} cannot be read here and now: {reason}. Nothing says that it is damaged, "
+            "and nothing was moved; look at the limits of this process (ulimit -a), and start again"
+        )
+
+
+class NoGoodCheckpointError(CheckpointError):
+    """Checkpoints exist, and none is good."""
+
+
+# ---- Leaves ---------------------------------------------------------------------------------------------------------
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """Return the name that Orbax gives to the leaf at a key path, such as `params.conv1.kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Return the leaves of a tree by their names.
+
+    Raises:
+        ValueError: two leaves have the same name, so one of them would be lost.
+    """
+    leaves: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = leaf_name(path)
+        if name in leaves:
+            raise ValueError(f"two leaves of the state have the same name, {name}; rename the key that has a '.' in it")
+        leaves[name] = leaf
+    return leaves
+
+
+def is_key(leaf: Any) -> bool:
+    """Tell whether a leaf holds typed random keys."""
+    return hasattr(leaf, "dtype") and bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
+
+
+def raw(leaf: Any) -> Any:
+    """Return a leaf as an array of numbers: of typed random keys their data, of a Python number what numpy makes of it.
+
+    Wider types are kept: 64 bits stay 64 bits.
+    """
+    if is_key(leaf):
+        return jax.random.key_data(leaf)
+    return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+
+
+def describe(leaf: Any) -> Json:
+    """Return shape and type of a leaf, as a manifest has them."""
+    if not hasattr(leaf, "dtype"):
+        leaf = np.asarray(leaf)
+    return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+
+
+def layout(leaf: Any) -> Json:
+    """Return shape and item size of the numbers of a leaf, and into how many chunks each axis is divided."""
+    values = jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf) else leaf
+    values = values if hasattr(values, "dtype") else np.asarray(values)
+    shape, itemsize = list(values.shape), np.dtype(values.dtype).itemsize
+    return {"raw_shape": shape, "itemsize": itemsize, "counts": chunk_counts(shape, itemsize)}
+
+
+def host_leaves(tree: Any) -> dict[str, np.ndarray]:
+    """Return the leaves of a tree by name, fetched to the host; of typed random keys their data."""
+    return {name: np.asarray(raw(leaf)) for name, leaf in named_leaves(tree).items()}
+
+
+def digest_leaves(tree: Any) -> dict[str, Json]:
+    """Return shape, type and SHA-256 of each leaf of a state that this process holds whole."""
+    return leaf_table(combine([hash_shards(tree)]))
+
+
+# ---- Chunks ---------------------------------------------------------------------------------------------------------
+
+
+class Shard(NamedTuple):
+    """A part of a leaf that a process holds, once however many of its devices do; `data` is None in other processes."""
+
+    box: Box
+    data: Any
+
+
+def chunk_counts(shape: Sequence[int], itemsize: int) -> list[int]:
+    """Return into how many chunks each axis of a leaf is divided: powers of two.
+
+    The axes are halved in turn until a chunk has at most MIN_CHUNK_BYTES, or until there are MAX_CHUNKS. So the shards
+    of a large leaf, where they are a power of two, consist of whole chunks.
+    """
+    counts, size = [1] * len(shape), math.prod(shape) * itemsize
+    limit, turn = max(MIN_CHUNK_BYTES, size / MAX_CHUNKS), 0
+    while size / math.prod(counts) > limit:
+        order = [(turn + offset) % len(shape) for offset in range(len(shape))]
+        axis = next((axis for axis in order if shape[axis] >= 2 * counts[axis]), None)
+        if axis is None:
+            break
+        counts[axis] *= 2
+        turn = axis + 1
+    return counts
+
+
+def chunk_boxes(shape: Sequence[int], counts: Sequence[int]) -> list[Box]:
+    """Return the chunks of a leaf in C order."""
+    edges = [[number * size // count for number in range(count + 1)] for size, count in zip(shape, counts, strict=True)]
+    return list(itertools.product(*(itertools.starmap(slice, itertools.pairwise(axis)) for axis in edges)))
+
+
+def hash_shards(tree: Any, *, shared: bool = False) -> dict[str, Json]:
+    """Return what this process finds out of the digests of a state, as JSON values for `combine`.
+
+    Of a chunk that no shard holds whole, the bytes of its pieces are returned: a small leaf that is split, or shards
+    that are no power of two.
+
+    Args:
+        tree: a pytree of arrays and numbers. What is no `jax.Array` is the same in all processes.
+        shared: whether the other processes do the same. Then each chunk is hashed by one of those that hold it.
+    """
+    return {name: _hash_leaf(leaf, shared=shared) for name, leaf in named_leaves(tree).items()}
+
+
+def _hash_leaf(leaf: Any, *, shared: bool) -> Json:
+    values = raw(leaf)
+    shards, stored = _shards(values), layout(leaf)
+    chunks, pieces = {}, []
+    for number, chunk in enumerate(chunk_boxes(values.shape, stored["counts"])):
+        holders = [shard for shard in shards if _overlap(chunk, shard.box) == chunk]
+        if not values.size:  # A split leaf without elements has no shard with the box of its chunk.
+            chunks[str(number)] = hashlib.sha256(b"").hexdigest()
+        elif holders:
+            here = [shard for shard in holders if shard.data is not None]
+            owner = holders[number % len(holders)] if shared else here[0] if here else holders[0]
+            if owner.data is not None:
+                chunks[str(number)] = hashlib.sha256(_cut(owner, chunk)).hexdigest()
+        else:
+            for shard in {str(shard.box): shard for shard in reversed(shards)}.values():  # each box once
+                overlap = _overlap(chunk, shard.box)
+                if overlap is not None and shard.data is not None:
+                    corners = [[part.start, part.stop] for part in _relative(overlap, chunk)]
+                    content = base64.b64encode(_cut(shard, overlap)).decode()
+                    pieces.append({"chunk": number, "box": corners, "bytes": content})
+    return {**describe(leaf), **stored, "chunks": chunks, "pieces": pieces}
+
+
+def _shards(values: Any) -> list[Shard]:
+    """Return the shards of all processes, in an order that all processes agree on."""
+    whole = tuple(slice(0, size) for size in values.shape)
+    if not isinstance(values, jax.Array):
+        return [Shard(whole, values if jax.process_index() == 0 else None)]
+    local = {shard.device: shard.data for shard in values.addressable_shards}
+    found: dict[tuple[int, str], Shard] = {}
+    indices: Mapping[Any, Any] = values.sharding.devices_indices_map(values.shape)
+    for device, index in indices.items():
+        box = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, values.shape, strict=True))
+        found.setdefault((device.process_index, str(box)), Shard(box, local.get(device)))
+    return list(found.values())
+
+
+def _overlap(first: Box, second: Box) -> Box | None:
+    both = tuple(slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(first, second, strict=True))
+    return both if all(part.start < part.stop for part in both) or both == first else None
+
+
+def _relative(box: Box, within: Box) -> Box:
+    return tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(box, within, strict=True))
+
+
+def _cut(shard: Shard, box: Box) -> bytes:
+    # The whole shard is fetched once: JAX keeps the copy with the array.
+    return np.asarray(shard.data)[_relative(box, shard.box)].tobytes()
+
+
+def combine(parts: Iterable[Mapping[str, Json]]) -> dict[str, Json]:
+    """Return shape, type and the SHA-256 of every chunk of each leaf, from what each process found.
+
+    Raises:
+        ValueError: the parts are not those of one state, or some are missing.
+    """
+    rows: dict[str, list[Json]] = {}
+    for part in parts:
+        for name, row in part.items():
+            rows.setdefault(name, []).append(row)
+    return {name: _combine_leaf(name, found) for name, found in sorted(rows.items())}
+
+
+def _combine_leaf(name: str, rows: list[Json]) -> Json:
+    first = rows[0]
+    fixed = ("shape", "dtype", "raw_shape", "itemsize", "counts")
+    if any(row[field] != first[field] for row in rows for field in fixed):
+        raise ValueError(f"processes disagree about leaf {name}")
+    if first["counts"] != chunk_counts(first["raw_shape"], first["itemsize"]):
+        raise ValueError(f"leaf {name} is divided into other chunks than its shape and type say")
+    digests = known_digests(rows)
+    count = math.prod(first["counts"])
+    if missing := [number for number in range(count) if number not in digests]:
+        raise ValueError(f"no process hashed chunk {missing[0]} of leaf {name}")
+    return {**{field: first[field] for field in fixed}, "chunks": [digests[number] for number in range(count)]}
+
+
+def known_digests(rows: Sequence[Json]) -> dict[int, str]:
+    """Return the SHA-256 of those chunks of a leaf that were hashed, or of which all pieces are there."""
+    digests = {int(number): digest for row in rows for number, digest in row["chunks"].items()}
+    boxes = chunk_boxes(rows[0]["raw_shape"], rows[0]["counts"])
+    buffers: dict[int, np.ndarray] = {}
+    filled: dict[int, int] = {}
+    for piece in (piece for row in rows for piece in row["pieces"]):
+        number, content = piece["chunk"], np.frombuffer(base64.b64decode(piece["bytes"]), np.uint8)
+        shape = [part.stop - part.start for part in boxes[number]]
+        buffer = buffers.setdefault(number, np.zeros((*shape, rows[0]["itemsize"]), np.uint8))
+        box = tuple(slice(*corners) for corners in piece["box"])
+        buffer[box] = content.reshape(buffer[box].shape)
+        filled[number] = filled.get(number, 0) + content.size
+    whole = (number for number, buffer in buffers.items() if filled[number] == buffer.size)
+    return {**digests, **{number: hashlib.sha256(buffers[number].tobytes()).hexdigest() for number in whole}}
+
+
+def leaf_table(rows: Mapping[str, Json]) -> dict[str, Json]:
+    """Return shape, type and SHA-256 of each leaf, from the digests of its chunks."""
+    return {
+        name: {
+            "shape": row["shape"],
+            "dtype": row["dtype"],
+            "sha256": json_sha256([name, row["dtype"], row["shape"], row["counts"], row["chunks"]]),
+        }
+        for name, row in sorted(rows.items())
+    }
+
+
+def json_sha256(values: Any) -> str:
+    """Return the SHA-256 of JSON values, in whatever order a file has them."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+# ---- Files ----------------------------------------------------------------------------------------------------------
+
+
+def regular_files(directory: Path) -> dict[str, Path]:
+    """Return the regular files under a directory by their names relative to it. No symbolic link is followed."""
+    found = {}
+    for path in (Path(parent, name) for parent, _, files in os.walk(directory) for name in files):
+        with contextlib.suppress(FileNotFoundError):  # Another process removes TensorStore's lock files meanwhile.
+            if stat.S_ISREG(path.lstat().st_mode):
+                found[path.relative_to(directory).as_posix()] = path
+    return found
+
+
+def describe_file(path: Path) -> Json:
+    """Return size and SHA-256 of a file."""
+    with path.open("rb") as file:
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def fsync_path(path: Path) -> None:
+    """Return when the disk has the bytes of a file, or the names in a directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems cannot do it for directories.
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(directory: Path) -> None:
+    """Return when the disk has all that is in a directory: files first, then the directories that name them."""
+    for parent, _, files in os.walk(directory, topdown=False):
+        for name in (*files, "."):
+            fsync_path(Path(parent, name))
+
+
+def remove(path: Path) -> None:
+    """Remove what is there, if anything is; a symbolic link goes, and what it leads to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# ---- The manifest ---------------------------------------------------------------------------------------------------
+
+
+def write_manifest(directory: Path, step: int, leaves: Mapping[str, Json], files: Mapping[str, Json]) -> None:
+    """Write the manifest of a checkpoint.
+
+    Args:
+        directory: the checkpoint.
+        step: its step.
+        leaves: shape, type and SHA-256 of each leaf.
+        files: size and SHA-256 of each file, by its name relative to `directory`.
+    """
+    manifest = {"format": FORMAT, "step": step, "state_sha256": json_sha256(leaves), "leaves": leaves, "files": files}
+    (directory / MANIFEST).write_text(json.dumps({**manifest, "seal": json_sha256(manifest)}, indent=1) + "\n")
+
+
+def read_manifest(path: Path) -> Json:
+    """Return a manifest whose seal, the digest of its other fields, is right.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError, RecursionError: it is no manifest, or not what was written.
+    """
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise ValueError("it is not a file")
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise ValueError(f"it has more than {MAX_MANIFEST_BYTES} bytes")
+    manifest = json.loads(path.read_bytes())
+    if not isinstance(manifest, dict) or not manifest.keys() >= {"format", "seal"}:
+        raise ValueError("it has no format or no seal")
+    if manifest.pop("seal") != json_sha256(manifest):
+        raise ValueError("its seal is not the digest of its content")
+    if manifest["format"] == FORMAT and not _is_complete(manifest):
+        raise ValueError("it does not describe a checkpoint")
+    return manifest
+
+
+def _is_complete(manifest: Json) -> bool:
+    """Tell whether a manifest has all fields of its format. Anybody can make a seal."""
+
+    def is_table(value: Any, **columns: type) -> bool:
+        return isinstance(value, dict) and all(
+            isinstance(row, dict) and all(type(row.get(name)) is kind for name, kind in columns.items())
+            for row in value.values()
+        )
+
+    return (
+        is_table(manifest.get("leaves"), shape=list, dtype=str, sha256=str)
+        and manifest.get("state_sha256") == json_sha256(manifest["leaves"])
+        and is_table(manifest.get("files"), bytes=int, sha256=str)
+        and type(manifest.get("step")) is int
+    )

@@ -1,0 +1,97 @@
+"""Checkpoints that were changed by somebody who can compute digests: manifest, table of files and seal fit again."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from mnist_jax.checkpoint import integrity
+
+METADATA = "run/metadata"
+HASHES = "state/hashes.0.json"
+NOT_IN_THE_TABLE = {integrity.MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt"}  # of a step directory
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """Return a manifest without its seal."""
+    content = json.loads((checkpoint / integrity.MANIFEST).read_text())
+    del content["seal"]
+    return content
+
+
+def write_manifest(checkpoint: Path, content: dict[str, Any]) -> None:
+    """Write a manifest of any content, with a seal that fits."""
+    sealed = {**content, "seal": integrity.json_sha256(content)}
+    (checkpoint / integrity.MANIFEST).write_text(json.dumps(sealed, indent=1) + "\n")
+
+
+def change_manifest(checkpoint: Path, **changes: object) -> None:
+    """Change fields of a manifest, with a seal that fits."""
+    write_manifest(checkpoint, {**read_manifest(checkpoint), **changes})
+
+
+def update_files(checkpoint: Path) -> None:
+    """Make the table of files fit the files that are there."""
+    found = integrity.regular_files(checkpoint)
+    files = {name: integrity.describe_file(found[name]) for name in sorted(found.keys() - NOT_IN_THE_TABLE)}
+    change_manifest(checkpoint, files=files)
+
+
+def write_file(checkpoint: Path, name: str, content: bytes | str) -> None:
+    """Write a file of a checkpoint, and make its row in the table of files fit."""
+    content = content.encode() if isinstance(content, str) else content
+    path = checkpoint / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    row = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    change_manifest(checkpoint, files={**read_manifest(checkpoint)["files"], name: row})
+
+
+def read_metadata(checkpoint: Path) -> Any:
+    """Return what a run wrote of itself into a checkpoint."""
+    return json.loads((checkpoint / METADATA).read_text())
+
+
+def write_metadata(checkpoint: Path, values: object) -> None:
+    """Have a checkpoint say these JSON values of its run."""
+    write_file(checkpoint, METADATA, json.dumps(values))
+
+
+def change_metadata(checkpoint: Path, **changes: object) -> None:
+    """Change fields of what a checkpoint says of its run."""
+    write_metadata(checkpoint, {**read_metadata(checkpoint), **changes})
+
+
+def read_hashes(checkpoint: Path) -> dict[str, Any]:
+    """Return the hashes that process 0 wrote."""
+    return json.loads((checkpoint / HASHES).read_text())
+
+
+def write_hashes(checkpoint: Path, hashes: dict[str, Any], leaves: dict[str, Any] | None = None) -> None:
+    """Write the hashes of process 0, and make the manifest fit them; `leaves` is its table, computed where None."""
+    write_file(checkpoint, HASHES, json.dumps(hashes))
+    if leaves is None:
+        leaves = integrity.leaf_table(integrity.combine([hashes["leaves"]]))
+    change_manifest(checkpoint, leaves=leaves, state_sha256=integrity.json_sha256(leaves))
+
+
+def write_format_3(directory: Path, step: int) -> Path:
+    """Write a checkpoint as the version before did: one array for all leaves, and format 3."""
+    checkpoint = directory / str(step)
+    (checkpoint / "state" / "leaves").mkdir(parents=True)
+    zarray = {"zarr_format": 2, "shape": [4], "chunks": [4], "dtype": "|u1", "compressor": None, "fill_value": None}
+    (checkpoint / "state" / "leaves" / ".zarray").write_text(json.dumps({**zarray, "filters": None, "order": "C"}))
+    (checkpoint / "state" / "leaves" / "0").write_bytes(b"\1\2\3\4")
+    (checkpoint / "state" / "_METADATA").write_text("{}")
+    leaves = {"step": {"shape": [], "dtype": "int32", "sha256": hashlib.sha256(b"\1\2\3\4").hexdigest()}}
+    found = integrity.regular_files(checkpoint)
+    manifest = {
+        "format": 3,
+        "step": step,
+        "sha256": integrity.json_sha256(leaves),
+        "leaves": leaves,
+        "files": {name: integrity.describe_file(path) for name, path in sorted(found.items())},
+        "about": {"reason": "steps"},
+    }
+    write_manifest(checkpoint, manifest)
+    return checkpoint
