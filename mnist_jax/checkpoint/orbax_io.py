@@ -118,7 +118,7 @@ class Writer:
 
         Args:
             step: names the checkpoint.
-            state: a tree of arrays that nobody changes meanwhile.
+            state: a tree of arrays that do not change meanwhile.
             metadata: JSON values.
 
         Returns why old checkpoints could not be removed, if they could not.
