@@ -138,6 +138,7 @@ class Writer:
                 raise (self._failures[0] if self._failures else error) from None
             return brief(error)
         finally:
+            self._handler.state = None  # Otherwise the copy would stay on the devices until the next save.
             # A process whose part failed still arrives where the others wait for it. Without its hashes process 0
             # does not commit.
             while self._arrivals < _BARRIERS:
