@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,9 +35,25 @@ def mnist_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory) -> dict[str, str]:
-    """An environment with an empty home and warm compiled programs, in which there is no network."""
+def environment(tmp_path_factory, shared_folder) -> dict[str, str]:
+    """An environment with an empty home and warm compiled programs, in which there is no network.
+
+    Each worker has programs of its own, for JAX's cache is not safe where several processes write to it. They begin
+    with those that most runs need, compiled once for all workers.
+    """
     home = tmp_path_factory.mktemp("home")
+    programs, made = home / "mnist_jax", shared_folder / "programs"
+    with FileLock(shared_folder / "programs.lock"):
+        if not made.exists():
+            variables = _isolated(home)
+            make_reference(shared_folder / "reference", variables, *REFERENCE)
+            Run(home / "digits", variables).finish("--dataset", "digits", "--steps", "3")
+            shutil.copytree(programs, made)
+    shutil.copytree(made, programs, dirs_exist_ok=True)
+    return _isolated(home)
+
+
+def _isolated(home: Path) -> dict[str, str]:
     nowhere = "http://127.0.0.1:9"  # the discard port, closed
     return {"HOME": str(home), "XDG_CACHE_HOME": str(home), "http_proxy": nowhere, "https_proxy": nowhere}
 
@@ -57,28 +74,36 @@ def data_flags() -> tuple[str, ...]:
     return ("--dataset", "digits")
 
 
+REFERENCE = (
+    *(*data_flags(), "--steps", "200"),
+    *("--log-every-steps", "20", "--eval-every-steps", "100", "--checkpoint-every-s", "0.5"),
+)
+ACCURATE = (
+    *(*data_flags(), "--preset", "accurate", "--steps", "40"),
+    *("--log-every-steps", "15", "--eval-every-steps", "25", "--checkpoint-every-s", "0.5"),
+)
+
+
 def make_reference(workdir: Path, environment: dict[str, str], *args: str) -> Reference:
-    """Return how a training ends that nothing disturbed."""
+    """Return how a training ends that nothing disturbed, made once for all workers that name this directory."""
     run = Run(workdir, environment)
-    ended = run.finish(*args)
-    assert ended.code == 0, ended.err
-    return Reference(args, ended.fields["state_sha256"], run.metrics())
+    with FileLock(workdir.with_name(f"{workdir.name}.lock")):
+        if not run.events("exit"):
+            ended = run.finish(*args)
+            assert ended.code == 0, ended.err
+    return Reference(args, run.events("exit")[-1]["state_sha256"], run.metrics())
 
 
 @pytest.fixture(scope="session")
-def reference(tmp_path_factory, environment) -> Reference:
+def reference(environment, shared_folder) -> Reference:
     """A training with the default preset."""
-    cadence = ("--log-every-steps", "30", "--eval-every-steps", "150", "--checkpoint-every-s", "0.5")
-    workdir = tmp_path_factory.mktemp("reference") / "run"
-    return make_reference(workdir, environment, *data_flags(), "--steps", "300", *cadence)
+    return make_reference(shared_folder / "reference", environment, *REFERENCE)
 
 
 @pytest.fixture(scope="session")
-def accurate_reference(tmp_path_factory, environment) -> Reference:
+def accurate_reference(environment, shared_folder) -> Reference:
     """A training with the preset accurate: a larger, normalized network, distorted images, averaged weights."""
-    cadence = ("--log-every-steps", "15", "--eval-every-steps", "35", "--checkpoint-every-s", "0.5")
-    workdir = tmp_path_factory.mktemp("accurate") / "run"
-    return make_reference(workdir, environment, *data_flags(), "--preset", "accurate", "--steps", "60", *cadence)
+    return make_reference(shared_folder / "accurate", environment, *ACCURATE)
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,8 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
-from runs import Ended, Run, end
+from forked import ForkedProcess, can_fork
+from runs import Ended, Process, Run, end
 from several import Several, free_port
 
 from mnist_jax.preemption import STOP_SIGNALS
@@ -97,18 +98,21 @@ class FaultyRun(Run):
     faults: tuple[tuple[Any, ...], ...] = ()
     prefix: tuple[str, ...] = ()
 
-    def start(self, *args: str, **options: Any) -> subprocess.Popen[str]:
+    def start(self, *args: str) -> Process:
         """Start the command, the plain one where there are no faults; `prefix` is a command that starts it."""
         self._starts = len(self.events("start"))
         faults = json.dumps([(fault.__name__, *details) for fault, *details in self.faults])
+        arguments = ["--workdir", str(self.workdir), *args]
+        is_late = not any(PHASES[0] in details for details in self.faults)  # A forked process has imported JAX.
+        if not self.prefix and is_late and can_fork(self.environment):
+            return ForkedProcess(arguments, {**os.environ, **self.environment}, faults if self.faults else None)
         program = (__file__, "drive", faults) if self.faults else ("-m", "mnist_jax.train")
         return subprocess.Popen(
-            [*self.prefix, sys.executable, *program, "--workdir", str(self.workdir), *args],
+            [*self.prefix, sys.executable, *program, *arguments],
             env={**os.environ, **self.environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            **options,
         )
 
     def start_two(self, *args: str) -> Several:
@@ -456,7 +460,7 @@ def _kill_in_save(campaign: Campaign, several: Several, victim: int, chances: ra
 
 
 def _wait_for_save(
-    campaign: Campaign, run: Run, process: subprocess.Popen[str], chances: random.Random, kinds: tuple[str, ...]
+    campaign: Campaign, run: Run, process: Process, chances: random.Random, kinds: tuple[str, ...]
 ) -> None:
     """Wait for any moment in a save."""
     far, kind = chances.uniform(0, 0.8), chances.choice(kinds)

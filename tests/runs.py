@@ -12,7 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from forked import ForkedProcess, can_fork
+
 DEADLINE_S = 120
+Process = subprocess.Popen[str] | ForkedProcess
 
 
 @dataclass
@@ -23,16 +26,18 @@ class Run:
     environment: dict[str, str] = field(default_factory=dict)
     _starts: int = 0  # how often it was started before the latest start
 
-    def start(self, *args: str, **options: Any) -> subprocess.Popen[str]:
+    def start(self, *args: str) -> Process:
         """Start the command in this directory."""
         self._starts = len(self.events("start"))
+        arguments = ["--workdir", str(self.workdir), *args]
+        if can_fork(self.environment):
+            return ForkedProcess(arguments, {**os.environ, **self.environment})
         return subprocess.Popen(
-            [sys.executable, "-m", "mnist_jax.train", "--workdir", str(self.workdir), *args],
+            [sys.executable, "-m", "mnist_jax.train", *arguments],
             env={**os.environ, **self.environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            **options,
         )
 
     def finish(self, *args: str) -> "Ended":
@@ -40,9 +45,10 @@ class Run:
         return end(self.start(*args))
 
     def events(self, event: str | None = None) -> list[dict[str, Any]]:
-        """Return the history, or the events of one kind."""
+        """Return the history, or the events of one kind. A line that is being written is left out."""
         path = self.workdir / "events.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
+        text = path.read_text() if path.exists() else ""
+        lines = text[: text.rfind("\n") + 1].splitlines()
         return [record for record in map(json.loads, lines) if event in (None, record["event"])]
 
     def metrics(self) -> bytes:
@@ -58,7 +64,7 @@ class Run:
         """Return the steps of the checkpoints."""
         return sorted(int(path.name) for path in (self.workdir / "checkpoints").iterdir() if path.name.isdigit())
 
-    def wait_for(self, is_so: Callable[[], bool], process: subprocess.Popen[str]) -> bool:
+    def wait_for(self, is_so: Callable[[], bool], process: Process) -> bool:
         """Wait until something is so, and tell whether it was before the process ended."""
         deadline = time.monotonic() + DEADLINE_S
         while not is_so():
@@ -68,7 +74,7 @@ class Run:
             time.sleep(0.002)
         return True
 
-    def wait_for_phase(self, phase: str, process: subprocess.Popen[str]) -> bool:
+    def wait_for_phase(self, phase: str, process: Process) -> bool:
         """Wait until the latest start has come to a phase, and tell whether it did before it ended."""
 
         def has_come() -> bool:
@@ -98,13 +104,13 @@ class Ended:
         return dict(pair.split("=") for pair in self.last_line.split()[1:])
 
 
-def end(process: subprocess.Popen[str], timeout_s: float = DEADLINE_S) -> Ended:
+def end(process: Process, timeout_s: float = DEADLINE_S) -> Ended:
     """Wait for the end of a process."""
     out, err = process.communicate(timeout=timeout_s)
     return Ended(process.returncode, out, err)
 
 
-def stop(process: subprocess.Popen[str], number: signal.Signals) -> Ended:
+def stop(process: Process, number: signal.Signals) -> Ended:
     """Send a signal to a process, and wait for its end."""
     process.send_signal(number)
     return end(process)

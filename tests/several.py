@@ -6,9 +6,8 @@ import signal
 import socket
 import time
 from dataclasses import dataclass
-from subprocess import Popen
 
-from runs import DEADLINE_S, Ended, Run, end
+from runs import DEADLINE_S, Ended, Process, Run, end
 
 SAVED = "75"  # the exit code of a run that was stopped and is saved
 
@@ -18,7 +17,7 @@ class Several:
     """Processes that train together in one run directory."""
 
     run: Run
-    processes: list[Popen[str]]
+    processes: list[Process]
 
     def signal(self, number: signal.Signals, *indices: int) -> None:
         """Send a signal to some of them."""

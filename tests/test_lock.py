@@ -28,7 +28,7 @@ with only_writer(Path(sys.argv[1]), wait_s=60, say=print, give_up=lambda: False)
     print("has it", flush=True)
     sys.stdin.read()
 """
-DIGITS = ("--dataset", "digits", "--steps", "40", "--log-every-steps", "10")
+DIGITS = ("--dataset", "digits", "--steps", "40", "--log-every-steps", "10", "--eval-every-steps", "40")
 
 
 def never() -> bool:
@@ -267,7 +267,7 @@ def test_a_signal_while_another_process_is_waited_for_is_told_in_the_last_line(n
 def test_a_second_start_waits_for_the_end_of_the_first_and_carries_its_run_on(new_run):
     undisturbed, run = new_run("undisturbed"), new_run()
     whole = undisturbed.finish(*DIGITS)
-    first = run.start(*DIGITS, "--checkpoint-every-steps", "1")  # The saves make the run last.
+    first = run.start(*DIGITS, "--checkpoint-every-steps", "4")  # The saves make the run last.
     assert run.wait_for(lambda: len(run.events("save")) > 0, first)
     first.send_signal(signal.SIGSTOP)  # However busy the machine is, the second comes before the first ends.
     second = run.start(*DIGITS)

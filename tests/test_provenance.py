@@ -23,7 +23,7 @@ ABOUT = {
     "metrics": {"bytes": 7, "sha256": "abc"},
     "reason": "steps",
 }
-DIGITS = ("--dataset", "digits", "--steps", "40", "--log-every-steps", "10")
+DIGITS = ("--dataset", "digits", "--steps", "40", "--log-every-steps", "10", "--eval-every-steps", "40")
 
 scalars = st.none() | st.booleans() | st.integers(-5, 5) | st.text(max_size=3)
 json_values = st.recursive(
@@ -180,7 +180,7 @@ def test_a_run_carried_on_with_one_core_has_the_pool_of_before_and_ends_in_the_v
     whole, run = new_run("whole"), new_run()
     cores = sorted(os.sched_getaffinity(0))[:2]
     with bound_to(cores):
-        process = run.start(*DIGITS, "--checkpoint-every-steps", "1")  # The saves make the run last.
+        process = run.start(*DIGITS, "--checkpoint-every-steps", "4")  # The saves make the run last.
     assert run.wait_for(lambda: len(run.events("save")) > 0, process)
     stopped = stop(process, signal.SIGTERM)
     assert stopped.last_line.startswith("stopped ")

@@ -24,7 +24,7 @@ from mnist_jax.preemption import StopSignal
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
-DIGITS = ("--dataset", "digits", "--steps", "40", "--log-every-steps", "10")
+DIGITS = ("--dataset", "digits", "--steps", "40", "--log-every-steps", "10", "--eval-every-steps", "40")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def run_in(finished, tmp_path):
 def eventful(tmp_path_factory, environment) -> Run:
     """A run that was stopped, carried on and killed."""
     run = Run(tmp_path_factory.mktemp("eventful") / "run", environment)
-    process = run.start(*DIGITS, "--checkpoint-every-steps", "1", "--keep", "2")  # The saves make the run last.
+    process = run.start(*DIGITS, "--checkpoint-every-steps", "4", "--keep", "2")  # The saves make the run last.
     assert run.wait_for(lambda: len(run.events("save")) > 3, process)
     assert stop(process, signal.SIGTERM).last_line.startswith("stopped ")
     process = run.start()
