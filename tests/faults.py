@@ -542,6 +542,7 @@ def signal_in(phase: str, number: int) -> None:
     match phase:
         case "the loading of the data":
             before(data, "load", lambda *_, **__: strike())
+            before(data, "_unpack", lambda *_: strike())  # where `begin_to_load` begins it
         case "the compilation":
             before(programs.Blueprint, "compile", lambda _: strike())
         case "an evaluation":
@@ -895,6 +896,9 @@ def main(args: list[str]) -> int:
         from mnist_jax import train
 
         train.leave(drive(args[1], args[2:]))
+    # Under a shell's `&` and `nohup` these are ignored, also in the processes that are started here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with tempfile.TemporaryDirectory(prefix="faults-") as root:
         campaign = prepare(Path(root), {"HOME": root, "XDG_CACHE_HOME": root})
         rows = [run_row(campaign, *row) for row in faults(campaign, int(args[0]) if args else 1000).items()]
