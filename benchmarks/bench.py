@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from benchmarks.images import Images
 from benchmarks.processes import ON_CPU, Process
-from mnist_jax.journal import read_events
+from mnist_jax.records.metrics import read_events
 
 DEADLINE_S = 300
 ENDLESS = ("--steps", "200000", "--eval-every-steps", "200000")

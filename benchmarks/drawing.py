@@ -17,7 +17,7 @@ from benchmarks.interruptions import stop_once
 from benchmarks.processes import Process
 from benchmarks.report import Row
 
-SENT_PX = 140  # as mnist_jax/demo.html has it
+SENT_PX = 140  # as mnist_jax/demo/demo.html has it
 THREE = [(40, 35), (60, 22), (87, 30), (90, 50), (65, 65), (92, 77), (95, 102), (70, 115), (40, 105)]
 
 

@@ -1,4 +1,4 @@
-"""The model and the recipe of Flax's MNIST example, as its users write it: a jitted step in a Python loop."""
+"""The model and the preset_values of Flax's MNIST example, as its users write it: a jitted step in a Python loop."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The model and the recipe of Keras's "Simple MNIST convnet" example, as its users write it."""
+"""The model and the preset_values of Keras's "Simple MNIST convnet" example, as its users write it."""
 
 import os
 

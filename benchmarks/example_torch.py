@@ -1,4 +1,4 @@
-"""The model and the recipe of PyTorch's basic MNIST example (pytorch/examples), as its users write it."""
+"""The model and the preset_values of PyTorch's basic MNIST example (pytorch/examples), as its users write it."""
 
 import torch
 import tyro

@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks import images
 
 GOAL = 0.99
-MOST_EPOCHS = 20
+MAX_EPOCHS = 20
 TRIAL_IMAGES = 1000
 
 
@@ -26,7 +26,7 @@ class Options:
 
 def train_to_goal(options: Options, train_epoch: Callable[[], object], test_accuracy: Callable[[], float]) -> None:
     """Train and evaluate in turn until the goal is reached, and print how it went."""
-    for epoch in range(1, MOST_EPOCHS + 1):
+    for epoch in range(1, MAX_EPOCHS + 1):
         train_epoch()
         accuracy = test_accuracy()
         print(f"epochs={epoch} test_accuracy={accuracy:.4f}", flush=True)

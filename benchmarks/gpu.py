@@ -11,7 +11,7 @@ from benchmarks.bench import ENDLESS, Bench, wait_for_phase
 from benchmarks.processes import Ended, Worker
 from benchmarks.report import Row
 from benchmarks.speed import compare, race
-from mnist_jax.journal import read_events
+from mnist_jax.records.metrics import read_events
 
 
 def is_there() -> bool:
@@ -29,7 +29,7 @@ def gpu(bench: Bench) -> Iterator[Row]:
 
 
 def trainings(bench: Bench) -> Iterator[Row]:
-    """Train by the default recipe, twice undisturbed and once with a stop on the way."""
+    """Train by the default preset_values, twice undisturbed and once with a stop on the way."""
     with TemporaryDirectory(dir=bench.folder) as folder:
         warm, first, second, cut = (Path(folder, name) for name in ("warm", "first", "second", "cut"))
         ends = [train(bench, workdir) for workdir in (warm, first, second)]

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mnist_jax import data
-from mnist_jax.data import FILES
+from mnist_jax.training import data
+from mnist_jax.training.data import FILES
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 
@@ -38,7 +38,7 @@ def prepare(data_dir: Path | None, folder: Path, *, say: Callable[[str], None], 
     name = "mnist"
     try:
         dataset = data.load(name, say=say)
-    except data.Unreachable:
+    except data.UnreachableError:
         if not digits_may_do:
             raise
         name = "digits"

@@ -1,6 +1,6 @@
 """Our training as one of several workers that compute together: `python -m benchmarks.ours_together [silent]`.
 
-The flags are those of `python -m mnist_jax.train`. A silent worker tells the others nothing: there is no agreement.
+The flags are those of `python -m mnist_jax.train`. A silent worker sends no requests: there is no agreement.
 """
 
 import gc
@@ -12,39 +12,41 @@ from typing import Any
 
 from benchmarks.processes import serve
 from mnist_jax import config as configs
-from mnist_jax import council, data, loop, provenance
-from mnist_jax.peers import meet
-from mnist_jax.preemption import StopSignal
-from mnist_jax.training import Training
+from mnist_jax.runtime.agreement import Agreement
+from mnist_jax.runtime.multihost import initialize
+from mnist_jax.runtime.preemption import StopSignal
+from mnist_jax.training import compatibility, data, loop
+from mnist_jax.training.dispatch import Dispatcher
 
 STEPS_PER_CALL = 4  # About as many as fit into the time of a call; without agreement no two could choose alike.
 
 
 def main(args: Sequence[str]) -> None:
-    """Make what `loop.train` makes for a run, and train when told to."""
+    """Make what `loop.train_and_evaluate` makes for a run, and train when told to."""
     gc.freeze()  # as `train.py` does after its imports
     if args[0] == "silent":
         args = args[1:]
-        abstract_wishes = council.abstract_wishes
-        council.abstract_wishes = lambda mesh: abstract_wishes(mesh).update(shape=(mesh.size, 0))
+        Agreement.send = lambda *_: None  # type: ignore[method-assign]
+        Agreement.steps_per_call = lambda _, proposed: proposed  # type: ignore[method-assign]
     config = configs.parse(args)
     stop = StopSignal()
-    peers = meet(stop, config.coordinator, config.num_processes, config.process_id, config.peer_timeout_s)
-    provenance.prepare_jax(None)
+    group = initialize(stop, config.coordinator, config.num_processes, config.process_id, config.peer_timeout_s)
+    compatibility.prepare_jax(None)
     dataset = data.load(config.dataset, config.data_dir, say=print)
-    blueprint = loop.make_blueprint(config, dataset)
-    training = Training(blueprint, blueprint.compile(), dataset, blueprint.create(), stop, peers, is_evaluated=True)
-    serve({}, {"train": partial(train, training)})
+    trainer = loop.make_trainer(config, dataset)
+    trainer.compile()
+    dispatcher = Dispatcher(trainer, dataset, trainer.init_state(), stop=stop, group=group, is_evaluated=True)
+    serve({}, {"train": partial(train, dispatcher)})
 
 
-def train(training: Training, calls: float) -> dict[str, Any]:
+def train(dispatcher: Dispatcher, calls: float) -> dict[str, Any]:
     """Make so many calls, and return how many updates that were, and how long they took."""
-    first, start_s = training.step, time.monotonic()
+    first, start_s = dispatcher.step, time.monotonic()
     for _ in range(int(calls)):
-        training.pace.steps_per_call = STEPS_PER_CALL
-        training.advance()
-    training.pace.drain()
-    return {"steps": training.step - first, "seconds": time.monotonic() - start_s}
+        dispatcher.queue.steps_per_call = STEPS_PER_CALL
+        dispatcher.advance()
+    dispatcher.queue.drain()
+    return {"steps": dispatcher.step - first, "seconds": time.monotonic() - start_s}
 
 
 if __name__ == "__main__":

@@ -43,10 +43,10 @@ class Process:
         # Files and not pipes: nobody has to empty them, so that the parent can sleep while a process is measured.
         # They live as long as the process, and `__exit__` closes them.
         self._out, self._err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # noqa: SIM115
-        streams = {"stdin": subprocess.DEVNULL, "stdout": self._out, "stderr": self._err, **pipes}
+        split_keys = {"stdin": subprocess.DEVNULL, "stdout": self._out, "stderr": self._err, **pipes}
         self.start_s = time.time()
         self.popen = subprocess.Popen(
-            [sys.executable, "-m", module, *args], env={**os.environ, **environment}, text=True, **streams
+            [sys.executable, "-m", module, *args], env={**os.environ, **environment}, text=True, **split_keys
         )
 
     def __enter__(self) -> Self:

@@ -88,7 +88,7 @@ def time_to_99(bench: Bench) -> Iterator[Row]:
 
 
 def accurate(bench: Bench) -> Iterator[Row]:
-    """Train by the accurate recipe with each seed."""
+    """Train by the accurate preset_values with each seed."""
     ends = [train(bench, seed, "--preset", "accurate") for seed in range(bench.plan.accurate_seeds)]
     accuracies = [float(ended.fields["test_accuracy"]) for ended in ends]
     yield Row(
@@ -118,7 +118,7 @@ def example(bench: Bench, module: str) -> Iterator[Row]:
 
 
 def train(bench: Bench, seed: int, *flags: str) -> Ended:
-    """Train by the default recipe, or as the flags say, in a process of its own."""
+    """Train by the default preset_values, or as the flags say, in a process of its own."""
     with (
         TemporaryDirectory(dir=bench.folder) as folder,
         bench.start(Path(folder), "--seed", str(seed), *bench.to_the_end, *flags) as process,

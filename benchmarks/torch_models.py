@@ -6,10 +6,10 @@ import torch
 from flax import linen
 from torch import nn
 
-from mnist_jax.model import Classifier
+from mnist_jax.training.model import Network
 
 
-def of_classifier(model: Classifier) -> nn.Sequential:
+def of_classifier(model: Network) -> nn.Sequential:
     """Return the network that a classifier of ours describes.
 
     Raises:

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from benchmarks import images
 from benchmarks.processes import serve
 from benchmarks.torch_models import of_classifier
-from mnist_jax.model import MODELS
+from mnist_jax.training.model import MODELS
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 PRECISIONS = ("float32", "bfloat16")

@@ -1,3 +1,30 @@
-"""Train a digit classifier that may be stopped at any moment and carries on exactly where it was."""
+"""Training in JAX that can be stopped at any moment: `Config`, `fit` and `load`.
+
+Importing this package does not import JAX; the first use of a name does what it needs.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mnist_jax.config import Config as Config
+    from mnist_jax.inference.classifier import load as load
+    from mnist_jax.training.fit import fit as fit
 
 __version__ = "0.4.0"  # Raise it with each change after which a run would end in other bits.
+__all__ = ["Config", "__version__", "fit", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Config":
+        from mnist_jax.config import Config
+
+        return Config
+    if name == "fit":
+        from mnist_jax.training.fit import fit
+
+        return fit
+    if name == "load":
+        from mnist_jax.inference.classifier import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -44,7 +44,7 @@ class ConfigError(ValueError):
     """A setting is out of range, a config file cannot be used, or a flag contradicts the run."""
 
 
-class Recipe(NamedTuple):
+class Preset(NamedTuple):
     """The settings of a preset: how is trained unless the user says otherwise."""
 
     model: ModelName
@@ -60,9 +60,9 @@ class Recipe(NamedTuple):
     average_decay: float = 0.0
 
 
-PRESETS: dict[PresetName, Recipe] = {
-    "fast": Recipe("cnn", 1.5, 128, 7e-3, adam_b1=0.7, adam_b2=0.9, label_smoothing=0.1),
-    "accurate": Recipe(
+PRESETS: dict[PresetName, Preset] = {
+    "fast": Preset("cnn", 1.5, 128, 7e-3, adam_b1=0.7, adam_b2=0.9, label_smoothing=0.1),
+    "accurate": Preset(
         *("cnn-large", 10, 128, 1e-2),
         adam_b2=0.99,
         label_smoothing=0.1,
@@ -71,7 +71,7 @@ PRESETS: dict[PresetName, Recipe] = {
         zoom=0.15,
         average_decay=0.999,
     ),
-    "original": Recipe("original", 10, 50, 1e-4),
+    "original": Preset("original", 10, 50, 1e-4),
 }
 DIGITS_EPOCHS_FACTOR = 10  # The built-in digits are so few that an epoch of them is soon over.
 
@@ -88,7 +88,9 @@ def _one_of(names: Any) -> str:
 
 def _of_preset(metavar: str, field: str) -> Any:
     """Describe a flag whose default depends on the preset."""
-    return _optional(metavar, ", ".join(f"{preset} {getattr(recipe, field)}" for preset, recipe in PRESETS.items()))
+    return _optional(
+        metavar, ", ".join(f"{preset} {getattr(preset_values, field)}" for preset, preset_values in PRESETS.items())
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,12 +216,12 @@ class Config:
         The preset's own network takes the place of "cnn", which is what a config has that names none.
         """
         preset = preset or ("original" if model.startswith("original") else "fast")
-        recipe = PRESETS[preset]
-        recipe = recipe._replace(
-            model=recipe.model if model == "cnn" else model,
-            epochs=recipe.epochs * (DIGITS_EPOCHS_FACTOR if dataset == "digits" else 1),
+        preset_values = PRESETS[preset]
+        preset_values = preset_values._replace(
+            model=preset_values.model if model == "cnn" else model,
+            epochs=preset_values.epochs * (DIGITS_EPOCHS_FACTOR if dataset == "digits" else 1),
         )
-        return cls(preset=preset, dataset=dataset, **recipe._asdict())
+        return cls(preset=preset, dataset=dataset, **preset_values._asdict())
 
     @property
     def schedule(self) -> Literal["one-cycle", "constant"]:
@@ -275,12 +277,12 @@ _RANGES = (
     ("process_id", 0, _MANY),
     ("peer_timeout_s", 1, _MANY),
 )
-_MATHEMATICS = ("preset", *(field for field in Recipe._fields if field != "epochs"), "seed")
+_MATHEMATICS = ("preset", *(field for field in Preset._fields if field != "epochs"), "seed")
 _NOT_OF_THE_RUN = (
     *("workdir", "lock_wait_s", "fresh", "mirror"),
     *("coordinator", "num_processes", "process_id", "peer_timeout_s"),
 )
-MOST_CONFIG_BYTES = 2**20
+MAX_CONFIG_BYTES = 2**20
 RECORDS = ("config.json", "metrics.jsonl", "events.jsonl")  # A checkpoint is of no use without them.
 _FILES = (*RECORDS, "config.json.partial", "lock")
 _DIRECTORIES = ("checkpoints", "checkpoints/quarantine", "tensorboard")
@@ -336,10 +338,10 @@ def check_directory(workdir: Path) -> None:
     Raises:
         ConfigError: a link, a pipe or a device is in the place of a file of the run, and may lead anywhere.
     """
-    for names, is_right, what in ((_FILES, Path.is_file, "file"), (_DIRECTORIES, Path.is_dir, "directory")):
+    for names, is_correct, what in ((_FILES, Path.is_file, "file"), (_DIRECTORIES, Path.is_dir, "directory")):
         for name in names:
             path = workdir / name
-            if os.path.lexists(path) and (path.is_symlink() or not is_right(path)):
+            if os.path.lexists(path) and (path.is_symlink() or not is_correct(path)):
                 raise ConfigError(f"{path} should be a {what} and no link; put one there, or use another --workdir")
 
 
@@ -376,7 +378,7 @@ def load(path: Path) -> Config:
     """
     try:
         with path.open("rb") as file:
-            content = file.read(MOST_CONFIG_BYTES + 1)
+            content = file.read(MAX_CONFIG_BYTES + 1)
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be read ({error.strerror}); restore it, or start anew with --fresh"
@@ -390,8 +392,8 @@ def from_bytes(content: bytes, path: Path | str) -> Config:
     Raises:
         ConfigError: it is too large or not JSON, or its values are none of ours.
     """
-    if len(content) > MOST_CONFIG_BYTES:
-        raise ConfigError(f"{path} has more than {MOST_CONFIG_BYTES} bytes; restore it, or start anew with --fresh")
+    if len(content) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{path} has more than {MAX_CONFIG_BYTES} bytes; restore it, or start anew with --fresh")
     try:
         values = json.loads(content.decode())
     except (ValueError, RecursionError) as error:

@@ -13,11 +13,12 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from mnist_jax import cli
 from mnist_jax import config as configs
-from mnist_jax import data, errand
-from mnist_jax.command import leave
-from mnist_jax.journal import Terminal, accuracy_at, read_metrics
-from mnist_jax.preemption import StopSignal
+from mnist_jax.console import Terminal, leave
+from mnist_jax.records.metrics import accuracy_at, read_metrics
+from mnist_jax.runtime.preemption import StopSignal
+from mnist_jax.training import data
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Result:
 
 
 def main(args: Sequence[str]) -> int:
-    """Print how good a checkpoint is, and return the exit code; see `errand.run`."""
+    """Print how good a checkpoint is, and return the exit code; see `cli.run`."""
     options = configs.cli(Options, "evaluate", args)
 
     def work(stop: StopSignal, terminal: Terminal) -> int:
@@ -57,7 +58,7 @@ def main(args: Sequence[str]) -> int:
         terminal.say(json.dumps(asdict(result), indent=2) if options.json else describe(result))
         return 0
 
-    return errand.run(work)
+    return cli.run(work)
 
 
 def evaluate(options: Options, stop: StopSignal, terminal: Terminal) -> Result:
@@ -65,15 +66,15 @@ def evaluate(options: Options, stop: StopSignal, terminal: Terminal) -> Result:
 
     Raises:
         CheckpointError, ConfigError, DataError, OSError: there is nothing to evaluate, or nothing to do it with.
-        Stopped: a signal came.
+        StoppedError: a signal came.
     """
-    from mnist_jax import trained
+    from mnist_jax.inference import classifier
 
-    model = stop.run(lambda: trained.load(options.workdir, options.step, on_cpu=False))
+    model = stop.run(lambda: classifier.load(options.workdir, options.step, on_cpu=False))
     name, folder = model.data.name, options.data_dir or model.config.data_dir
     dataset = stop.run(lambda: data.load(name, folder, say=terminal.warn))
     found = model.evaluate(dataset, stop)
-    confusion = confusion_matrix(dataset.test_labels, found.logits.argmax(axis=1))
+    confusion = classifier.confusion_matrix(dataset.test_labels, found.logits.argmax(axis=1))
     totals = confusion.sum(axis=1)
     records = (record for record, _ in read_metrics(options.workdir / "metrics.jsonl"))
     recorded = accuracy_at(model.step, records)
@@ -91,11 +92,6 @@ def evaluate(options: Options, stop: StopSignal, terminal: Terminal) -> Result:
         ],
         confusion=confusion.tolist(),
     )
-
-
-def confusion_matrix(labels: np.ndarray, answers: np.ndarray) -> np.ndarray:
-    """Return how often which label was given which answer. labels, answers: [N] in [0, 10) -> [10, 10] int64."""
-    return np.bincount(10 * labels.astype(np.int64) + answers, minlength=100).reshape(10, 10)
 
 
 def describe(result: Result) -> str:

@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 import mnist_jax
+from mnist_jax import cli
 from mnist_jax import config as configs
-from mnist_jax import errand
-from mnist_jax.command import leave
 from mnist_jax.config import ConfigError
-from mnist_jax.journal import Terminal
-from mnist_jax.preemption import StopSignal
+from mnist_jax.console import Terminal, leave
+from mnist_jax.runtime.preemption import StopSignal
 
 if TYPE_CHECKING:
-    from mnist_jax.trained import TrainedModel
+    from mnist_jax.inference.classifier import Classifier
 
 
 @dataclass(frozen=True)
@@ -37,14 +36,14 @@ class Options:
 
 
 def main(args: Sequence[str]) -> int:
-    """Write the file, and return the exit code; see `errand.run`."""
+    """Write the file, and return the exit code; see `cli.run`."""
     options = configs.cli(Options, "export", args)
 
     def work(stop: StopSignal, terminal: Terminal) -> int:
         export(options, stop, terminal)
         return 0
 
-    return errand.run(work)
+    return cli.run(work)
 
 
 def export(options: Options, stop: StopSignal, terminal: Terminal) -> None:
@@ -53,16 +52,16 @@ def export(options: Options, stop: StopSignal, terminal: Terminal) -> None:
     Raises:
         CheckpointError, OSError: it cannot be read, or the file cannot be written.
         ConfigError: there is no such classifier, or the file is there already.
-        Stopped: a signal came; nothing was written.
+        StoppedError: a signal came; nothing was written.
     """
-    from mnist_jax import trained
+    from mnist_jax.inference import classifier
 
     for path in (options.out, options.out.with_name(options.out.name + ".partial")):
         if os.path.lexists(path):
             raise ConfigError(f"{path} is there already; name another file, or remove it")
     if not options.out.parent.is_dir():
         raise ConfigError(f"{options.out.parent} is no directory; make it, or name another file")
-    model = stop.run(lambda: trained.load(options.workdir, options.step))
+    model = stop.run(lambda: classifier.load(options.workdir, options.step))
     content = pack(model.variables, model.config.model, where_from(model))
     stop.check()
     configs.write_whole(options.out, content)
@@ -72,7 +71,7 @@ def export(options: Options, stop: StopSignal, terminal: Terminal) -> None:
     )
 
 
-def where_from(model: "TrainedModel") -> dict[str, str]:
+def where_from(model: "Classifier") -> dict[str, str]:
     """Return which run and which step weights are of, as safetensors' metadata: only strings."""
     return {
         "dataset": model.data.name,
@@ -91,7 +90,7 @@ def pack(variables: dict[str, Any], name: str, metadata: dict[str, str]) -> byte
     from safetensors.numpy import save
 
     from mnist_jax.checkpoint.integrity import host_leaves
-    from mnist_jax.model import MODELS, describe
+    from mnist_jax.training.model import MODELS, describe
 
     how = {"mnist_jax": mnist_jax.__version__, "model": name, "architecture": json.dumps(describe(MODELS[name]))}
     return save(host_leaves(variables), metadata={**how, **metadata})

@@ -14,12 +14,11 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from mnist_jax import cli
 from mnist_jax import config as configs
-from mnist_jax import errand
-from mnist_jax.command import leave
 from mnist_jax.config import ConfigError
-from mnist_jax.journal import Terminal
-from mnist_jax.preemption import StopSignal
+from mnist_jax.console import Terminal, leave
+from mnist_jax.runtime.preemption import StopSignal
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Prediction:
 def main(args: Sequence[str]) -> int:
     """Print what the pictures are taken for, and return the exit code: 1 where one could not be read.
 
-    For others see `errand.run`.
+    For others see `cli.run`.
     """
     options = configs.cli(Options, "predict", args)
 
@@ -70,7 +69,7 @@ def main(args: Sequence[str]) -> int:
             terminal.say(json.dumps([asdict(prediction) for prediction in predictions], indent=2))
         return 1 if any(prediction.error for prediction in predictions) else 0
 
-    return errand.run(work)
+    return cli.run(work)
 
 
 def predict(options: Options, stop: StopSignal, terminal: Terminal) -> Iterator[Prediction]:
@@ -78,27 +77,27 @@ def predict(options: Options, stop: StopSignal, terminal: Terminal) -> Iterator[
 
     Raises:
         CheckpointError, ConfigError, OSError: there is no classifier to ask.
-        Stopped: a signal came.
+        StoppedError: a signal came.
     """
     if not options.images:
         raise ConfigError("no picture is named; name one or more: predict WORKDIR IMAGE [IMAGE ...]")
-    from mnist_jax import handwriting, trained
+    from mnist_jax.inference import classifier, preprocessing
 
-    model = stop.run(lambda: trained.load(options.workdir, options.step))
-    if caution := handwriting.caution(model.data.name):
+    model = stop.run(lambda: classifier.load(options.workdir, options.step))
+    if caution := preprocessing.caution(model.data.name):
         terminal.warn(f"warning: {caution}")
 
     def ask(path: Path) -> np.ndarray:
         with path.open("rb") as file:
-            content = file.read(handwriting.MOST_BYTES + 1)
-        return model.answer(handwriting.prepare(content, model.data.name))
+            content = file.read(preprocessing.MAX_BYTES + 1)
+        return model.predict(preprocessing.prepare(content, model.data.name))
 
     for path in options.images:
         try:
             probabilities = stop.run(partial(ask, path))  # A file may be a pipe to which nobody writes.
         except OSError as error:
             yield Prediction(str(path), error=f"it cannot be read ({error.strerror})")
-        except handwriting.Unreadable as error:
+        except preprocessing.UnreadableImageError as error:
             yield Prediction(str(path), error=str(error))
         else:
             yield rank(str(path), dict(zip(model.class_names, map(float, probabilities), strict=True)))

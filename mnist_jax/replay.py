@@ -12,18 +12,16 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from mnist_jax import cli
 from mnist_jax import config as configs
-from mnist_jax import data, errand, loop, provenance
 from mnist_jax.checkpoint.checkpointer import Checkpoint, list_checkpoints
 from mnist_jax.checkpoint.integrity import digest_leaves, host_leaves
-from mnist_jax.command import leave
 from mnist_jax.config import ConfigError
-from mnist_jax.council import Council
-from mnist_jax.journal import Terminal
-from mnist_jax.preemption import StopSignal
-from mnist_jax.updates import Updates
+from mnist_jax.console import Terminal, leave
+from mnist_jax.runtime.preemption import StopSignal
+from mnist_jax.training import compatibility, data, loop
 
-MOST_STEPS_PER_CALL = 16  # A signal is looked at between calls.
+MAX_STEPS_PER_CALL = 16  # A signal is looked at between calls.
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Options:
 
 
 def main(args: Sequence[str]) -> int:
-    """Replay a stretch of a run, and return the exit code: 0 identical, 1 not identical, others as `errand.run`."""
+    """Replay a stretch of a run, and return the exit code: 0 identical, 1 not identical, others as `cli.run`."""
     options = configs.cli(Options, "replay", args)
 
     def work(stop: StopSignal, terminal: Terminal) -> int:
@@ -52,7 +50,7 @@ def main(args: Sequence[str]) -> int:
         terminal.say("\n".join(lines))
         return 1 if differences else 0
 
-    return errand.run(work)
+    return cli.run(work)
 
 
 def replay(options: Options, stop: StopSignal, terminal: Terminal) -> list[str]:
@@ -62,35 +60,35 @@ def replay(options: Options, stop: StopSignal, terminal: Terminal) -> list[str]:
         CheckpointError, OSError: a checkpoint cannot be read.
         ConfigError: there are no such checkpoints, or this machine cannot train that run.
         DataError: the data is not there, or is not that of the run.
-        Stopped: a signal came.
+        StoppedError: a signal came.
     """
     configs.check_directory(options.workdir)
     first, last = choose(options)
-    provenance.prepare_jax(provenance.cpu_threads_of([last]))
-    about = provenance.check_about(last.metadata(), last.step)
+    compatibility.prepare_jax(compatibility.cpu_threads_of([last]))
+    about = compatibility.check_metadata(last.metadata(), last.step)
     config = configs.from_json(about["config"], last.path)
     dataset = stop.run(lambda: data.load(config.dataset, config.data_dir, say=terminal.say))
-    provenance.check_same_run(about, config, dataset, where=last.path)
-    blueprint = loop.make_blueprint(config, dataset)
-    like = blueprint.abstract_state
+    compatibility.check_same_run(about, config, dataset, where=last.path)
+    trainer = loop.make_trainer(config, dataset)
+    like = trainer.abstract_state
     wanted = last.read(like)[0]
-    provenance.check_step(last.step, wanted)
-    if last.step > blueprint.total_steps:
-        raise ConfigError(f"step {last.step} is beyond the run's end, step {blueprint.total_steps}")
-    programs = stop.run(blueprint.compile)
-    state = first.read(like)[0] if first else stop.run(blueprint.create)
-    provenance.check_step(first.step if first else 0, state)
-    updates = Updates(blueprint, programs, dataset, state)
-    terminal.say(f"training from step {updates.step} to step {last.step} again")
-    for change in provenance.changes(about, provenance.describe_environment()):
-        terminal.warn(f"warning: the bits may differ for this changed: {change}")
-    nothing = Council(blueprint.mesh, stop).wishes(steps=0)
-    while updates.step < last.step:
-        n = min(MOST_STEPS_PER_CALL, updates.next_boundary - updates.step, last.step - updates.step)
-        updates.advance(n, nothing)
-        updates.state.step.block_until_ready()
+    compatibility.check_step(last.step, wanted)
+    if last.step > trainer.total_steps:
+        raise ConfigError(f"step {last.step} is beyond the run's end, step {trainer.total_steps}")
+    stop.run(trainer.compile)
+    state = first.read(like)[0] if first else stop.run(trainer.init_state)
+    compatibility.check_step(first.step if first else 0, state)
+    step, device_data = first.step if first else 0, trainer.put(dataset)
+    terminal.say(f"training from step {step} to step {last.step} again")
+    for change in compatibility.diff_environment(about, compatibility.describe_environment()):
+        terminal.warn(f"warning: the bits may differ because this changed: {change}")
+    while step < last.step:
+        n = min(MAX_STEPS_PER_CALL, trainer.next_boundary(step) - step, last.step - step)
+        state, _ = trainer.advance(state, device_data, step=step, n=n)
+        state.step.block_until_ready()
+        step += n
         stop.check()
-    return compare(wanted, updates.state)
+    return compare(wanted, state)
 
 
 def choose(options: Options) -> tuple[Checkpoint | None, Checkpoint]:

@@ -8,73 +8,111 @@ import contextlib
 import dataclasses
 import gc
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from mnist_jax import config as configs
-from mnist_jax import data
-from mnist_jax.command import leave, mend_standard_streams, notice
+from mnist_jax.cli import ExitCode, exit_code, report
 from mnist_jax.config import Config, ConfigError
-from mnist_jax.lock import InUse, only_writer
-from mnist_jax.peers import CannotMeet, PeerLost, Peers, meet
-from mnist_jax.preemption import Stopped, StopSignal
+from mnist_jax.console import leave, notice, repair_standard_streams
+from mnist_jax.runtime.lock import LockHeldError, exclusive_lock
+from mnist_jax.runtime.multihost import ProcessGroup, ProcessLostError, initialize
+from mnist_jax.runtime.preemption import StoppedError, StopSignal
+from mnist_jax.training import data
 
 RUNS = Path("runs")
 
 
-class MirrorOutOfReach(Exception):
+class RemoteUnavailableError(Exception):
     """The object store does not tell what it holds of the run."""
 
 
 def main(args: Sequence[str]) -> int:
-    """Start a run or carry it on, and return the exit code.
+    """Start or resume a run, and return the exit code.
 
-    0: finished, or stopped and saved (the latter is `--preempted-exit-code`). 1: the loss is not finite. 2: bad usage,
-    bad data, or a flag that contradicts the run. 65: no checkpoint is good. 69: of several processes another one is
-    gone. 73: another run is at work in the directory. 74: the last save or its copy failed, the disk takes no more, or
-    the mirror is out of reach. A second signal n ends the process with 128+n. An error that nobody foresaw is 70, and
-    told in full.
+    0: finished, or stopped and saved (the latter is `--preempted-exit-code`). 128+n: a second signal n. The others
+    are in `cli.ExitCode`.
     """
-    mend_standard_streams()
+    repair_standard_streams()
     asked = configs.parse(args, Config())  # The defaults of a preset depend on the data: they come with it.
     with StopSignal() as stop, contextlib.ExitStack() as locks:
-        peers = Peers(stop)
+        group = ProcessGroup(stop)
         try:
-            peers = meet(stop, asked.coordinator, asked.num_processes, asked.process_id, asked.peer_timeout_s)
-            if not peers.is_first:
-                return _import_loop().follow(stop, peers)
+            group = initialize(stop, asked.coordinator, asked.num_processes, asked.process_id, asked.peer_timeout_s)
+            if not group.is_primary:
+                return run(None, None, stop, group=group)
             config, workdir = find_run(args, asked, stop, locks)
             loading = data.begin_to_load(config.dataset, config.data_dir)
-            return _import_loop().run(config, workdir, stop, loading, peers)
-        except Stopped as error:
+            return run(config, workdir, stop, loading, group)
+        except StoppedError as error:
             assert stop.received is not None
-            peers.give_up(error, asked.preempted_exit_code)
-            if peers.is_first:
+            group.report_failure(error, asked.preempted_exit_code)
+            if group.is_primary:
                 print(f"stopped step=0 signal={stop.received.name} state_sha256=none")
             return asked.preempted_exit_code
-        except (CannotMeet, ConfigError, data.DataError, OSError) as error:
-            peers.give_up(error, 2)
-            notice(f"error: {error}")
-            return 2
-        except InUse as error:
-            peers.give_up(error, 73)
-            notice(f"error: {error}: --workdir DIR.")
-            return 73
-        except MirrorOutOfReach as error:
-            peers.give_up(error, 74)
-            notice(f"error: {error}")
-            return 74
-        except PeerLost as error:
-            notice(f"error: {error}")
-            return 69
-        except Exception as error:  # It ends like any other, but the others are not left waiting.
-            peers.give_up(error, 70)
-            traceback.print_exc()
-            return 70
+        except Exception as error:  # Whatever it is, the other processes do not wait for this one.
+            code = ExitCode.USAGE if isinstance(error, OSError) else exit_code(error)
+            group.report_failure(error, code)
+            report(error, notice, is_training=True)
+            return code
         finally:
-            peers.leave()
+            group.shutdown()
+
+
+def run(
+    config: Config | None,
+    workdir: Path | None,
+    stop: StopSignal,
+    loading: "Future[data.Dataset] | None" = None,
+    group: ProcessGroup | None = None,
+) -> int:
+    """Train in `workdir` to the end or to a signal, report how it went, and return the exit code.
+
+    All processes call it alike. Process 0 holds the lock of the directory, and may have begun to load the data; on the
+    others config and workdir are None.
+    """
+    loop = _import_loop()
+    group = group or ProcessGroup(stop)
+    try:
+        opened = loop.open_run(config, workdir, enabled=True) if config and workdir else None
+        config, workdir = loop.share_run(config, workdir, stop=stop, group=group)
+        checkpointer, recorder = opened or loop.open_run(config, workdir, enabled=False)
+    except (ConfigError, OSError, ProcessLostError) as error:
+        return _fail(error, group)
+    is_lost = False
+    try:
+        try:
+            outcome = loop.train_and_evaluate(config, checkpointer, recorder, stop=stop, group=group, loading=loading)
+        except StoppedError as error:  # before the training began
+            group.report_failure(error, config.preempted_exit_code)
+            outcome = recorder.stopped(stop)
+            code = config.preempted_exit_code
+        else:
+            code = config.preempted_exit_code if outcome.is_stopped else ExitCode.OK
+            recorder.copies.finish(stop)
+            code = group.broadcast(code, ignore_signals=True)
+        recorder.exit(outcome, code)
+    except Exception as error:
+        if exit_code(error) == ExitCode.UNEXPECTED:
+            raise
+        code = _fail(error, group)
+        recorder.fail(error, code, stop)
+        is_lost = isinstance(error, ProcessLostError)
+    finally:
+        checkpointer.close(wait=not is_lost)  # A save waits for a lost process in vain.
+        recorder.close()
+    return code
+
+
+def _fail(error: Exception, group: ProcessGroup) -> int:
+    """Report an error to the user and to the other processes, and return its exit code."""
+    code = exit_code(error)
+    group.report_failure(error, code)
+    who = "" if group.is_primary else f"process {group.index} of {group.count}: "
+    report(error, notice, who=who, is_training=True)
+    return code
 
 
 def _import_loop() -> Any:
@@ -84,7 +122,7 @@ def _import_loop() -> Any:
     0.07 s of the compilation, and 0.1 s now and then in the training.
     """
     gc.disable()
-    from mnist_jax import loop
+    from mnist_jax.training import loop
 
     gc.freeze()
     gc.enable()
@@ -98,21 +136,21 @@ def find_run(args: Sequence[str], asked: Config, stop: StopSignal, locks: contex
 
     Raises:
         ConfigError: the arguments contradict the run in the directory, or its config cannot be read.
-        InUse: another process is at work in the directory.
-        MirrorOutOfReach: nobody knows whether the run is to be brought back.
-        Stopped: a signal came while the network was asked for the data, or while another process was waited for.
+        LockHeldError: another process is at work in the directory.
+        RemoteUnavailableError: nobody knows whether the run is to be brought back.
+        StoppedError: a signal came while the network was asked for the data, or while another process was waited for.
     """
 
     def lock(directory: Path) -> None:
         configs.check_directory(directory)
-        waiting = only_writer(
+        waiting = exclusive_lock(
             directory, wait_s=asked.lock_wait_s, say=notice, give_up=lambda: stop.received is not None
         )
         try:
             locks.enter_context(waiting)
-        except InUse:
+        except LockHeldError:
             if stop.received is not None:
-                raise Stopped from None
+                raise StoppedError from None
             raise
         except OSError as error:
             raise ConfigError(f"{directory} cannot hold a run ({error}); choose another --workdir") from error
@@ -126,7 +164,7 @@ def find_run(args: Sequence[str], asked: Config, stop: StopSignal, locks: contex
         name = resolve()
         workdir = asked.workdir or RUNS / name
     lock(workdir)
-    copied = stop.run(lambda: copied_run(str(asked.mirror))) if asked.mirror else None
+    copied = stop.run(lambda: remote_config(str(asked.mirror))) if asked.mirror else None
     if asked.fresh and copied:
         raise ConfigError(f"{asked.mirror} holds the copy of a run; to begin anew name another --mirror, or empty it")
     if asked.fresh and configs.holds_a_run(workdir):
@@ -138,7 +176,7 @@ def find_run(args: Sequence[str], asked: Config, stop: StopSignal, locks: contex
         wanted = _asked_of(args, configs.load(settings) if settings.exists() else copied)
         if any(configs.contradictions(copied, wanted)):
             raise ConfigError(f"{asked.mirror} holds the copy of a run with other settings; name another --mirror")
-        stop.run(lambda: bring_back(str(asked.mirror), workdir))
+        stop.run(lambda: download_run(str(asked.mirror), workdir))
     if settings.exists():
         return _settings_of_old_run(args, asked, workdir), workdir
     name = name or resolve()
@@ -146,30 +184,30 @@ def find_run(args: Sequence[str], asked: Config, stop: StopSignal, locks: contex
     return dataclasses.replace(config, dataset=name), workdir
 
 
-def copied_run(url: str) -> Config | None:
+def remote_config(url: str) -> Config | None:
     """Return the settings of the run that is copied under a URL, or None where none is.
 
     Raises:
         ConfigError: the URL is no place for a copy, or nobody knows what the copy there is of.
-        MirrorOutOfReach: the object store does not say.
+        RemoteUnavailableError: the object store does not say.
     """
     with _mirror(url) as mirror:
         if mirror.newest_step() is None:
             return None
-        settings = mirror.read("config.json", configs.MOST_CONFIG_BYTES)
+        settings = mirror.read("config.json", configs.MAX_CONFIG_BYTES)
     if settings is None:
         raise ConfigError(f"{url} holds checkpoints of a run without its config.json; name another --mirror")
     return configs.from_bytes(settings, f"{url}/config.json")
 
 
-def bring_back(url: str, workdir: Path) -> None:
+def download_run(url: str, workdir: Path) -> None:
     """Bring what a mirror knows more of a run than its directory, be it all of it because the disk is gone.
 
     Raises:
-        MirrorOutOfReach: there is more, and it cannot be had.
+        RemoteUnavailableError: there is more, and it cannot be had.
     """
     with _mirror(url) as mirror:
-        fetched = mirror.fetch(workdir, files=configs.RECORDS)
+        fetched = mirror.download(workdir, files=configs.RECORDS)
     for step, reason in fetched.refused.items():
         notice(f"warning: the copy of step {step} in {url} was not taken: {reason}")
     if fetched.steps:
@@ -182,18 +220,18 @@ def _mirror(url: str) -> Iterator[Any]:
 
     Raises:
         ConfigError: it is no place for a copy.
-        MirrorOutOfReach: it did not do what it was asked for.
+        RemoteUnavailableError: it did not do what it was asked for.
     """
-    from mnist_jax.mirror import Mirror, MirrorFailed  # TensorStore is for those who have a mirror.
+    from mnist_jax.checkpoint.remote import RemoteError, RemoteStore  # TensorStore is for those who have a mirror.
 
     try:
-        mirror = Mirror(url)
+        mirror = RemoteStore(url)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     try:
         yield mirror
-    except MirrorFailed as error:
-        raise MirrorOutOfReach(f"{error}. Try again, or go without --mirror") from error
+    except RemoteError as error:
+        raise RemoteUnavailableError(f"{error}. Try again, or go without --mirror") from error
 
 
 def _settings_of_old_run(args: Sequence[str], asked: Config, workdir: Path) -> Config:

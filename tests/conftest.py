@@ -1,12 +1,13 @@
 """What the tests share: the real data they run on, a folder of compiled programs, and an uninterrupted run."""
 
-import functools
+import dataclasses
 import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -23,7 +24,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what takes long, so that at the end no worker waits for another."""
-    items.sort(key=lambda item: item.path.stem not in ("test_slurm", "test_peers", "test_train"))
+    items.sort(key=lambda item: item.path.stem not in ("test_slurm", "test_multihost", "test_train"))
 
 
 @pytest.fixture(scope="session")
@@ -79,8 +80,8 @@ REFERENCE = (
     *("--log-every-steps", "20", "--eval-every-steps", "100", "--checkpoint-every-s", "0.5"),
 )
 ACCURATE = (
-    *(*data_flags(), "--preset", "accurate", "--steps", "40"),
-    *("--log-every-steps", "15", "--eval-every-steps", "25", "--checkpoint-every-s", "0.5"),
+    *(*data_flags(), "--preset", "accurate", "--steps", "24"),
+    *("--log-every-steps", "10", "--eval-every-steps", "15", "--checkpoint-every-s", "0.5"),
 )
 
 
@@ -137,11 +138,26 @@ def new_run(tmp_path, environment) -> Callable[..., Run]:
 @pytest.fixture(scope="module")
 def in_this_process(environment) -> Iterator[None]:
     """Let runs be made in this process: each program is compiled once, and the environment is as before in the end."""
-    from mnist_jax.programs import Blueprint
+    from mnist_jax.training import trainer
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("XLA_FLAGS", "PJRT_NPROC"):  # A run sets them.
             patch.setenv(name, os.environ.get(name, ""))
         patch.setenv("XDG_CACHE_HOME", environment["XDG_CACHE_HOME"])
-        patch.setattr(Blueprint, "compile", functools.cache(Blueprint.compile))
+        patch.setattr(trainer.Trainer, "compile", _compile_once(trainer.Trainer.compile))
         yield
+
+
+def _compile_once(compile_: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Have equal trainers share what the first of them compiled."""
+    known: dict[Any, Any] = {}
+
+    def compile_once(self: Any) -> None:
+        key = dataclasses.replace(self.config, workdir=None), self.mesh, self.train_size, self.test_size
+        if key not in known:
+            compile_(self)
+            known[key] = self
+        compiled = ("train_steps", "epoch_order", "evaluate", "learning_rate", "is_finite")
+        vars(self).update({name: vars(known[key])[name] for name in compiled})
+
+    return compile_once

@@ -4,7 +4,7 @@
 
     detected             it was told of, and a rerun carried on from the newest good checkpoint; or the run was refused
     harmless             the result is that of a run without the fault, and nothing needed telling
-    most steps lost      that were made and had to be made again, as the rerun told (it knows them to a log line)
+    most steps lost      that were made and had to be recomputed, as the rerun told (it knows them to a log line)
     silently wrong       other bits than were saved, or than an undisturbed run ends with, and not a word: must be 0
     begun anew unasked   at step 0, although there was a checkpoint: must be 0
 
@@ -41,7 +41,7 @@ from forked import ForkedProcess, can_fork
 from runs import Ended, Process, Run, end
 from several import Several, free_port
 
-from mnist_jax.preemption import STOP_SIGNALS
+from mnist_jax.runtime.preemption import STOP_SIGNALS
 
 # JAX, and what imports it, is imported inside of functions: the driven command has to begin without it.
 
@@ -123,7 +123,7 @@ class FaultyRun(Run):
 
     def events(self, event: str | None = None) -> list[dict[str, Any]]:
         """Return the history, or the events of one kind, without lines that a full disk tore."""
-        from mnist_jax.journal import read_events
+        from mnist_jax.records.metrics import read_events
 
         return [record for record in read_events(self.workdir / "events.jsonl") if event in (None, record["event"])]
 
@@ -240,11 +240,11 @@ class Pristine(NamedTuple):
 def read_pristine(whole: Run) -> Pristine:
     """Read the checkpoints of the undisturbed run; their digests are those that the run told when it saved them."""
     from mnist_jax import config as configs
-    from mnist_jax import data, loop
     from mnist_jax.checkpoint.checkpointer import list_checkpoints
+    from mnist_jax.training import data, loop
 
     config = configs.load(whole.workdir / "config.json")
-    blueprint = loop.make_blueprint(config, data.load(config.dataset, config.data_dir, say=print))
+    blueprint = loop.make_trainer(config, data.load(config.dataset, config.data_dir, say=print))
     like, saved = blueprint.abstract_state, {}
     told = {record["step"]: record["sha256"] for record in whole.events("save")}
     for checkpoint in list_checkpoints(whole.workdir / "checkpoints"):
@@ -520,12 +520,12 @@ def signal_in(phase: str, number: int) -> None:
         sys.meta_path.insert(0, Finder())
         return
 
-    from mnist_jax import data, programs, training, updates
     from mnist_jax.checkpoint import integrity
+    from mnist_jax.training import data, dispatch, trainer
 
-    def in_update(updates: Any, *_: Any) -> None:
+    def in_update(*_: Any, step: int, **__: Any) -> None:
         # Calls end at multiples of 7 and of 20: the stop in mid-training is at 80, in the middle of a log interval.
-        if updates.step >= {"the first step": 0, "mid-training": 77}.get(phase, 50):
+        if step >= {"the first step": 0, "mid-training": 77}.get(phase, 50):
             strike()
 
     def in_save(directory: Path, step: int, *_: Any) -> None:
@@ -544,11 +544,11 @@ def signal_in(phase: str, number: int) -> None:
             before(data, "load", lambda *_, **__: strike())
             before(data, "_unpack", lambda *_: strike())  # where `begin_to_load` begins it
         case "the compilation":
-            before(programs.Blueprint, "compile", lambda _: strike())
+            before(trainer.Trainer, "compile", lambda _: strike())
         case "an evaluation":
-            before(training.Training, "_evaluate", lambda _: strike())
+            before(dispatch.Dispatcher, "_evaluate", lambda _: strike())
         case "the first step" | "mid-training" | "the save after a first signal":
-            before(updates.Updates, "advance", in_update)
+            before(trainer.Trainer, "advance", in_update)
     before(integrity, "write_manifest", in_save)
 
 
@@ -715,7 +715,7 @@ def crowd(campaign: Campaign, size: int, *, is_first_killed: bool = False) -> li
     Half of them do not wait. Where the first to work is killed, all others wait, and one carries on what it began.
     """
     from mnist_jax.checkpoint.checkpointer import list_checkpoints
-    from mnist_jax.lock import holder
+    from mnist_jax.runtime.lock import holder
 
     run = campaign.new_run(*((slow_saves,),) * is_first_killed)
     hasty = () if is_first_killed else ("--lock-wait-s", "0")
@@ -753,7 +753,7 @@ def drive(faults: str, args: list[str]) -> int:
         for name, *details in json.loads(faults):
             globals()[name](*details)
 
-    before(train, "meet", build_in)
+    before(train, "initialize", build_in)
     return train.main(args)
 
 

@@ -20,7 +20,7 @@ from typing import Self
 READ_LATE = {"HOME", "XDG_CACHE_HOME", "http_proxy", "https_proxy", "XLA_FLAGS", "PJRT_NPROC", "NPROC", "TMPDIR"}
 # All that the command may come to need.
 PRELOADED = [
-    *("mnist_jax.train", "mnist_jax.loop", "sklearn.datasets", "tensorflow_datasets"),
+    *("mnist_jax.train", "mnist_jax.training.loop", "sklearn.datasets", "tensorflow_datasets"),
     *("tensorboard.compat.proto.event_pb2", "tensorboard.summary.writer.record_writer"),
 ]
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from mnist_jax import augment, data
+from mnist_jax.training import augment, data
 
 STILL = {"shift_px": 0.0, "rotation_deg": 0.0, "zoom": 0.0}
 
@@ -15,7 +15,7 @@ def images() -> np.ndarray:
 
 
 def distort(images, seed: int = 0, **amounts) -> np.ndarray:
-    distorted = jax.jit(lambda images, key: augment.distort(images, key, **{**STILL, **amounts}))
+    distorted = jax.jit(lambda images, key: augment.augment(images, key, **{**STILL, **amounts}))
     return np.asarray(distorted(images, jax.random.key(seed)))
 
 

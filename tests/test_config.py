@@ -18,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mnist_jax import config as configs
-from mnist_jax import data, train
+from mnist_jax import train
 from mnist_jax.config import Config, ConfigError, Difference
-from mnist_jax.preemption import StopSignal
+from mnist_jax.runtime.preemption import StopSignal
+from mnist_jax.training import data
 
 MODELS = typing.get_args(configs.ModelName)
 DATASETS = typing.get_args(configs.DatasetName)
@@ -122,10 +123,10 @@ def test_the_defaults_are_those_of_the_preset_or_of_the_one_that_suits_the_model
     args: list[str], preset: configs.PresetName, model: configs.ModelName, epochs_factor: int
 ) -> None:
     config = configs.parse(args)
-    recipe = configs.PRESETS[preset]
+    preset_values = configs.PRESETS[preset]
     assert (config.preset, config.steps) == (preset, None)
-    wanted = recipe._replace(model=model, epochs=epochs_factor * recipe.epochs)
-    assert configs.Recipe(*(getattr(config, name) for name in recipe._fields)) == wanted
+    wanted = preset_values._replace(model=model, epochs=epochs_factor * preset_values.epochs)
+    assert configs.Preset(*(getattr(config, name) for name in preset_values._fields)) == wanted
 
 
 def test_a_config_that_names_no_preset_is_one_of_the_fast_one() -> None:
@@ -283,7 +284,7 @@ def test_help_shows_every_field_with_a_sentence_and_a_default() -> None:
     for name, text in sections.items():
         assert re.search(r"[A-Z][\w'-]*( [^.]+){2,}\.", text), f"{name} has no sentence"
         assert re.search(r"\(default: [^)]+\)", text), f"{name} has no default"
-    epochs = ", ".join(f"{preset} {recipe.epochs}" for preset, recipe in configs.PRESETS.items())
+    epochs = ", ".join(f"{preset} {preset_values.epochs}" for preset, preset_values in configs.PRESETS.items())
     assert f"(default: {epochs})" in sections["--epochs"]
 
 

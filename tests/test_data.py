@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mnist_jax import data
-from mnist_jax.data import FILES, DataError, Dataset, Unreachable
+from mnist_jax.training import data
+from mnist_jax.training.data import FILES, DataError, Dataset, UnreachableError
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 SHA256 = r"[0-9a-f]{64}"
@@ -121,7 +121,7 @@ def test_loading_leaves_nothing_among_the_temporary_files(
 
 def test_files_that_are_there_are_loaded_without_the_half_second_of_tensorflow_datasets(folder: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from mnist_jax import data;"
+        "import sys; from pathlib import Path; from mnist_jax.training import data;"
         "data.load('mnist', Path(sys.argv[1]), say=print); print('tensorflow_datasets' in sys.modules)"
     )
     ended = subprocess.run([sys.executable, "-c", program, folder], capture_output=True, text=True, check=True)
@@ -219,7 +219,7 @@ def test_digits_come_without_the_network_and_are_the_same_in_every_process(digit
         "class Broken:\n"
         "    def __init__(self, *args, **kwargs): raise SystemExit('the network was asked')\n"
         "socket.socket = socket.create_connection = socket.getaddrinfo = Broken\n"
-        "from mnist_jax import data\n"
+        "from mnist_jax.training import data\n"
         "print(data.load('digits', say=print).fingerprint)"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -316,7 +316,7 @@ def test_mnist_asked_for_by_name_is_an_error_at_once_where_it_is_not_to_be_had(
     monkeypatch.setattr(data, "PROBE_TIMEOUT_S", 0.5)
     with without_network("silent", monkeypatch) as url:
         started = time.monotonic()
-        with pytest.raises(Unreachable, match=re.escape(url)):
+        with pytest.raises(UnreachableError, match=re.escape(url)):
             data.load("mnist", say=pytest.fail)
         assert time.monotonic() - started < 2
 
@@ -324,7 +324,7 @@ def test_mnist_asked_for_by_name_is_an_error_at_once_where_it_is_not_to_be_had(
 @pytest.mark.parametrize("status", [404, 500, 503])
 def test_a_server_that_answers_with_an_error_is_asked_once(status: int, cache: Path, server: "Server") -> None:
     server.status = status
-    with pytest.raises(Unreachable, match=f"{server.url}.*{status}"):
+    with pytest.raises(UnreachableError, match=f"{server.url}.*{status}"):
         data.load("mnist", say=pytest.fail)
     assert len(server.requests) == 1
 
@@ -376,7 +376,7 @@ def test_a_download_that_breaks_off_is_an_error_at_once_and_is_made_good_by_the_
 ) -> None:
     server.breaks_off = True
     started = time.monotonic()
-    with pytest.raises(Unreachable, match="mnist broke off"):
+    with pytest.raises(UnreachableError, match="mnist broke off"):
         data.load("mnist", say=[].append)
     assert time.monotonic() - started < 5
     server.breaks_off = False
@@ -399,7 +399,7 @@ def test_a_download_that_stalls_is_an_error_after_a_while(
     thread = threading.Thread(target=load, daemon=True)
     thread.start()
     thread.join(timeout=5)
-    assert [type(error) for error in errors] == [Unreachable]
+    assert [type(error) for error in errors] == [UnreachableError]
 
 
 def test_a_download_that_fails_leaves_nothing_behind(cache: Path, server: "Server") -> None:

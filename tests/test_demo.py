@@ -24,9 +24,11 @@ from PIL import Image, ImageDraw
 from runs import snapshot, stop
 from tampering import change_metadata
 
-from mnist_jax import demo, handwriting, predict, trained
-from mnist_jax.journal import Terminal
-from mnist_jax.preemption import StopSignal
+from mnist_jax import predict
+from mnist_jax.console import Terminal
+from mnist_jax.demo import __main__ as demo
+from mnist_jax.inference import classifier, preprocessing
+from mnist_jax.runtime.preemption import StopSignal
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -135,8 +137,8 @@ def growing(trained_run, tmp_path) -> tuple[Path, Callable[[], Path], Callable[[
     """A copy of a run at its first checkpoint, and what puts the last one there: whole, or with a bit of it flipped."""
     workdir = tmp_path / "run"
     shutil.copytree(trained_run.workdir, workdir)
-    first, *_, last = trained.find_checkpoints(workdir)
-    for checkpoint in trained.find_checkpoints(workdir)[1:]:
+    first, *_, last = classifier.find_checkpoints(workdir)
+    for checkpoint in classifier.find_checkpoints(workdir)[1:]:
         checkpoint.path.rename(tmp_path / checkpoint.path.name)
 
     def put() -> Path:
@@ -170,7 +172,7 @@ def test_the_page_is_told_what_the_command_predict_tells(client, trained_run, tm
     found = client.post("/predict", data=drawing("3")).json
     assert dict(zip(found["model"]["class_names"], found["probabilities"], strict=True)) == told["probabilities"]
     assert found["answer"] == told["answer"]
-    assert found["image"] == handwriting.prepare(drawing("3")).ravel().tolist()
+    assert found["image"] == preprocessing.prepare(drawing("3")).ravel().tolist()
 
 
 def test_it_is_told_who_reads(client, reader, trained_run):
@@ -188,7 +190,7 @@ def test_it_is_told_who_reads(client, reader, trained_run):
 
 @pytest.mark.parametrize(("forms", "warnings"), [(("mnist",), 0), (("digits",), 1)])
 def test_a_run_that_has_learned_no_digits_is_warned_of(trained_run, monkeypatch, capsys, forms, warnings):
-    monkeypatch.setattr(handwriting, "FORMS", forms)
+    monkeypatch.setattr(preprocessing, "FORMS", forms)
     first = min(trained_run.steps())
     with StopSignal() as stop_signal:
         found = demo.find_reader(demo.Options(trained_run.workdir, step=first), stop_signal, Terminal())
@@ -210,7 +212,7 @@ def jpeg(size: tuple[int, int]) -> bytes:
         (drawing("3")[:500], 400, "it is damaged"),
         (jpeg((280, 280)), 400, "nothing is drawn on it"),
         (jpeg((2001, 2000)), 400, "2001×2000 pixels, more than 4 million"),
-        (bytes(demo.MOST_BYTES + 1), 413, "exceeds"),
+        (bytes(demo.MAX_BYTES + 1), 413, "exceeds"),
     ],
 )
 def test_what_cannot_be_read_is_answered_with_a_reason(client, body, code, reason):
@@ -251,7 +253,7 @@ def test_other_methods_and_paths_are_refused_in_json(client, method, path, code)
 
 
 def test_a_fault_of_ours_is_not_shown_to_those_who_ask(reader, monkeypatch, caplog):
-    monkeypatch.setattr(handwriting, "prepare", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(preprocessing, "prepare", lambda *_, **__: 1 / 0)
     answer = demo.make_app(reader).test_client().post("/predict", data=b"x")
     assert (answer.status_code, answer.is_json) == (500, True)
     assert "division" not in answer.text
@@ -299,7 +301,7 @@ def test_a_newer_checkpoint_is_taken_and_compiles_nothing(growing, monkeypatch):
     reader.look()
     assert reader.model is before
     newest = put()
-    monkeypatch.setattr(trained.Blueprint, "compile_answer", lambda _: pytest.fail("it was compiled again"))
+    monkeypatch.setattr(classifier, "_make_trainer", lambda *_: before._trainer)  # whose functions are compiled
     reader.look()
     assert reader.model.checkpoint.path == newest
 
@@ -324,7 +326,7 @@ def test_a_fault_that_may_pass_is_told_of_once_and_tried_again(growing, monkeypa
     reader = demo.Reader(workdir, "latest", Terminal())
     newest = put()
     with monkeypatch.context() as patch:
-        patch.setattr(trained, "load", lambda *_: (_ for _ in ()).throw(OSError("too many open files")))
+        patch.setattr(classifier, "load", lambda *_: (_ for _ in ()).throw(OSError("too many open files")))
         for _ in range(3):
             reader.look()
     assert capsys.readouterr().err.count("too many open files") == 1
@@ -334,7 +336,7 @@ def test_a_fault_that_may_pass_is_told_of_once_and_tried_again(growing, monkeypa
 
 def test_the_best_is_waited_for_until_one_is_evaluated(growing, environment):
     workdir, put, _ = growing
-    [first] = trained.find_checkpoints(workdir)
+    [first] = classifier.find_checkpoints(workdir)
     change_metadata(first.path, test_accuracy=None)
     with serving(workdir, environment, "--step", "best") as process:
         assert "was evaluated yet" in process.stdout.readline()
@@ -347,7 +349,7 @@ def test_a_checkpoint_that_vanishes_while_it_is_read_is_no_fault(growing, monkey
     workdir, put, put_damaged = growing
     reader = demo.Reader(workdir, "latest", Terminal())
     vanishing = put_damaged()
-    look = trained.choose
+    look = classifier.choose
 
     def remove_and_choose(checkpoints, *args):
         chosen = look(checkpoints, *args)
@@ -356,7 +358,7 @@ def test_a_checkpoint_that_vanishes_while_it_is_read_is_no_fault(growing, monkey
             put()
         return chosen
 
-    monkeypatch.setattr(trained, "choose", remove_and_choose)
+    monkeypatch.setattr(classifier, "choose", remove_and_choose)
     reader.look()
     assert (reader.model.step, capsys.readouterr().err) == (int(vanishing.name) + 1, "")
 
@@ -373,7 +375,7 @@ def test_a_run_that_is_removed_leaves_its_reader_at_work(growing, capsys):
 
 def test_a_run_is_waited_for_and_followed_and_nothing_is_written(growing, environment, tmp_path):
     workdir, put, _ = growing
-    [first] = trained.find_checkpoints(workdir)
+    [first] = classifier.find_checkpoints(workdir)
     first.path.rename(tmp_path / "first")
     with serving(workdir, environment) as process:
         said = process.stdout.readline()
@@ -410,7 +412,7 @@ def test_a_signal_is_heeded_while_it_waits_for_the_first_checkpoint(tmp_path, en
     with serving(tmp_path, environment) as process:
         assert process.stdout.readline().startswith("nothing has been saved yet")
         ended = stop(process, signal.SIGTERM)
-    assert (ended.code, ended.err) == (128 + signal.SIGTERM, "SIGTERM: left before the end\n")
+    assert (ended.code, ended.err) == (128 + signal.SIGTERM, "SIGTERM: stopped before the end\n")
 
 
 def test_it_listens_to_this_machine_alone_unless_told_otherwise_and_then_it_warns(port, trained_run, environment):

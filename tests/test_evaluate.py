@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from runs import snapshot
 
 from mnist_jax import evaluate
+from mnist_jax.inference import classifier
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -89,7 +90,7 @@ def test_a_record_of_other_numbers_is_told_of():
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=50))
 def test_a_confusion_is_counted_where_its_label_and_its_answer_meet(pairs):
     labels, answers = np.array(pairs, np.int32).reshape(-1, 2).T
-    matrix = evaluate.confusion_matrix(labels, answers)
+    matrix = classifier.confusion_matrix(labels, answers)
     assert matrix.tolist() == [[pairs.count((label, answer)) for answer in range(10)] for label in range(10)]
 
 

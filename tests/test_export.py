@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from numpy.lib.stride_tricks import sliding_window_view
 
-from mnist_jax import data, export
-from mnist_jax.model import MODELS
+from mnist_jax import export
+from mnist_jax.training import data
+from mnist_jax.training.model import MODELS
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -141,7 +142,7 @@ def test_a_signal_leaves_no_file(trained_run, tmp_path, monkeypatch, capfd):
 
     monkeypatch.setattr(export, "pack", signal_and_pack)
     assert export.main([str(trained_run.workdir), str(tmp_path / "weights.safetensors")]) == 128 + signal.SIGTERM
-    assert capfd.readouterr() == ("", "SIGTERM: left before the end\n")
+    assert capfd.readouterr() == ("", "SIGTERM: stopped before the end\n")
     assert not list(tmp_path.iterdir())
 
 

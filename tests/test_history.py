@@ -1,7 +1,7 @@
 import json
 
-from mnist_jax import history
-from mnist_jax.history import Turn
+from mnist_jax.report import history
+from mnist_jax.report.history import Turn
 
 
 def test_measurements_that_are_none_are_left_out(tmp_path):

@@ -38,13 +38,15 @@ from tampering import (
     write_metadata,
 )
 
-from mnist_jax import data, evaluate, loop, replay, report, status, train
+from mnist_jax import evaluate, replay, status, train
 from mnist_jax.checkpoint import integrity
 from mnist_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
 from mnist_jax.checkpoint.integrity import CorruptCheckpointError, IncompatibleCheckpointError, ReadError
 from mnist_jax.config import Config
-from mnist_jax.journal import Journal, read_events
-from mnist_jax.preemption import StopSignal
+from mnist_jax.records.metrics import Journal, read_events
+from mnist_jax.report import __main__ as report
+from mnist_jax.runtime.preemption import StopSignal
+from mnist_jax.training import data
 
 pytestmark = [
     pytest.mark.usefixtures("in_this_process"),
@@ -82,7 +84,7 @@ def finished(tmp_path_factory) -> Path:
     """A run that nothing disturbed, with checkpoints 22, 30 and 40."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
     with StopSignal() as stop:
-        assert loop.run(CONFIG, workdir, stop) == 0
+        assert train.run(CONFIG, workdir, stop) == 0
     (workdir / "lock").touch()
     return workdir
 

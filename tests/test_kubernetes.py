@@ -11,7 +11,7 @@ import yaml
 
 import mnist_jax
 from mnist_jax import config as configs
-from mnist_jax.loop import EXIT_CODES
+from mnist_jax.cli import ExitCode
 
 FILE = Path(__file__).parents[1] / "scripts" / "kubernetes.yaml"
 SERVICE, POLICY, JOB = yaml.safe_load_all(FILE.read_text())
@@ -98,7 +98,7 @@ def test_what_may_not_happen_again_is_tried_again_a_limited_number_of_times(code
 
 
 def test_each_error_of_the_program_has_its_place() -> None:
-    assert set(EXIT_CODES.values()) <= {*AGAIN, *NEVER}
+    assert set(ExitCode) - {ExitCode.OK} <= {*AGAIN, *NEVER}
 
 
 @pytest.mark.parametrize("code", [PREEMPTED, *AGAIN, *NEVER])

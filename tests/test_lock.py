@@ -17,14 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import Ended, end, snapshot, stop
 
-from mnist_jax import lock
-from mnist_jax.lock import Holder, InUse, holder, only_writer
+from mnist_jax.runtime import lock
+from mnist_jax.runtime.lock import Holder, LockHeldError, exclusive_lock, holder
 
 HOLD = """
 import sys
 from pathlib import Path
-from mnist_jax.lock import only_writer
-with only_writer(Path(sys.argv[1]), wait_s=60, say=print, give_up=lambda: False):
+from mnist_jax.runtime.lock import exclusive_lock
+with exclusive_lock(Path(sys.argv[1]), wait_s=60, say=print, give_up=lambda: False):
     print("has it", flush=True)
     sys.stdin.read()
 """
@@ -65,7 +65,10 @@ def held_here(directory: Path):
 def test_a_second_process_is_refused_and_told_host_process_and_time_of_the_first(tmp_path):
     with held_by_another(tmp_path) as first:
         said = []
-        with pytest.raises(InUse) as refusal, only_writer(tmp_path, wait_s=0, say=said.append, give_up=never):
+        with (
+            pytest.raises(LockHeldError) as refusal,
+            exclusive_lock(tmp_path, wait_s=0, say=said.append, give_up=never),
+        ):
             pytest.fail("two writers")
         written = json.loads((tmp_path / "lock").read_text())
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(written["since"]))
@@ -82,7 +85,7 @@ def test_the_wait_ends_when_the_first_ends(tmp_path):
             said.append(text)
             first.stdin.close()
 
-        with only_writer(tmp_path, wait_s=1000, say=end_the_first, give_up=never):
+        with exclusive_lock(tmp_path, wait_s=1000, say=end_the_first, give_up=never):
             assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
     [text] = said
     assert text.startswith(f"{tmp_path} is in use by process {first.pid} on host ")
@@ -95,14 +98,14 @@ def test_the_lock_of_a_holder_that_was_killed_is_free_at_once(tmp_path):
         first.wait(60)
         assert json.loads((tmp_path / "lock").read_text())["pid"] == first.pid
         assert holder(tmp_path) is None
-        with only_writer(tmp_path, wait_s=0, say=pytest.fail, give_up=never):
+        with exclusive_lock(tmp_path, wait_s=0, say=pytest.fail, give_up=never):
             pass
 
 
 def test_the_lock_is_free_again_after_an_error_in_the_block(tmp_path):
-    with pytest.raises(KeyError), only_writer(tmp_path, wait_s=0, say=pytest.fail, give_up=never):
+    with pytest.raises(KeyError), exclusive_lock(tmp_path, wait_s=0, say=pytest.fail, give_up=never):
         raise KeyError
-    with only_writer(tmp_path, wait_s=0, say=pytest.fail, give_up=never):
+    with exclusive_lock(tmp_path, wait_s=0, say=pytest.fail, give_up=never):
         pass
 
 
@@ -115,8 +118,8 @@ def test_who_waits_can_be_told_to_give_up(tmp_path):
 
     with (
         held_by_another(tmp_path) as first,
-        pytest.raises(InUse, match=f"process {first.pid} "),
-        only_writer(tmp_path, wait_s=10_000, say=lambda text: None, give_up=give_up),
+        pytest.raises(LockHeldError, match=f"process {first.pid} "),
+        exclusive_lock(tmp_path, wait_s=10_000, say=lambda text: None, give_up=give_up),
     ):
         pytest.fail("two writers")
     assert len(asked) == 3
@@ -138,7 +141,7 @@ def test_one_who_does_not_want_to_wait_is_not_refused_for_a_look(tmp_path, monke
     looker = threading.Thread(target=holder, args=(tmp_path,))
     looker.start()
     assert look_began.wait(60)
-    with only_writer(tmp_path, wait_s=0, say=pytest.fail, give_up=never):
+    with exclusive_lock(tmp_path, wait_s=0, say=pytest.fail, give_up=never):
         pass
     looker.join()
 
@@ -156,7 +159,7 @@ def test_a_look_tells_the_holder_and_writes_nothing(tmp_path):
             found = holder(tmp_path)
             assert (found.host, found.pid) == (socket.gethostname(), first.pid)
         assert snapshot(tmp_path) == before
-        with pytest.raises(InUse), only_writer(tmp_path, wait_s=0, say=pytest.fail, give_up=never):
+        with pytest.raises(LockHeldError), exclusive_lock(tmp_path, wait_s=0, say=pytest.fail, give_up=never):
             pytest.fail("the looks let another in")
     assert holder(tmp_path) is None  # Its name still stands in the file.
     assert snapshot(tmp_path) == before
@@ -177,13 +180,16 @@ def test_whatever_stands_in_the_file_a_look_tells_that_there_is_a_holder(tmp_pat
 def test_a_time_that_no_clock_shows_does_not_hinder_the_message(tmp_path, since):
     with held_here(tmp_path) as path:
         path.write_text(f'{{"host": "a", "pid": 7, "since": {since}}}')
-        with pytest.raises(InUse, match="in use by"), only_writer(tmp_path, wait_s=0, say=print, give_up=never):
+        with (
+            pytest.raises(LockHeldError, match="in use by"),
+            exclusive_lock(tmp_path, wait_s=0, say=print, give_up=never),
+        ):
             pytest.fail("two writers")
 
 
 def test_an_earlier_longer_name_leaves_nothing_behind(tmp_path):
     (tmp_path / "lock").write_text(json.dumps({"host": "h" * 300, "pid": 7, "since": 1.5}) + "\n")
-    with only_writer(tmp_path, wait_s=0, say=pytest.fail, give_up=never):
+    with exclusive_lock(tmp_path, wait_s=0, say=pytest.fail, give_up=never):
         content = (tmp_path / "lock").read_text()
     assert content.endswith("}\n")
     assert {**json.loads(content), "since": None} == {"host": socket.gethostname(), "pid": os.getpid(), "since": None}
@@ -197,7 +203,7 @@ def test_a_lock_that_is_a_symbolic_link_is_refused_and_its_target_untouched(tmp_
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "lock").symlink_to(tmp_path / "outside" / "file")
     before = snapshot(tmp_path / "outside")
-    with pytest.raises(OSError, match="lock"), only_writer(tmp_path / "run", wait_s=0, say=print, give_up=never):
+    with pytest.raises(OSError, match="lock"), exclusive_lock(tmp_path / "run", wait_s=0, say=print, give_up=never):
         pytest.fail("the lock is elsewhere")
     with pytest.raises(OSError, match="lock"):
         holder(tmp_path / "run")
@@ -207,10 +213,10 @@ def test_a_lock_that_is_a_symbolic_link_is_refused_and_its_target_untouched(tmp_
 COUNT = """
 import sys
 from pathlib import Path
-from mnist_jax.lock import only_writer
+from mnist_jax.runtime.lock import exclusive_lock
 directory, counter = Path(sys.argv[1]), Path(sys.argv[1], "counter")
 for _ in range(10):
-    with only_writer(directory, wait_s=1000, say=lambda text: None, give_up=lambda: False):
+    with exclusive_lock(directory, wait_s=1000, say=lambda text: None, give_up=lambda: False):
         number = int(counter.read_text())
         counter.write_text("torn")
         counter.write_text(str(number + 1))

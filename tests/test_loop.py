@@ -13,15 +13,17 @@ import jax
 import numpy as np
 import pytest
 
-from mnist_jax import keeper, loop, training
+from mnist_jax import train
 from mnist_jax.checkpoint import integrity
 from mnist_jax.checkpoint.checkpointer import Checkpointer
+from mnist_jax.checkpoint.remote import RemoteError, RemoteStore
 from mnist_jax.config import Config
-from mnist_jax.journal import Journal, Terminal
-from mnist_jax.keeper import Copies, Keeper
-from mnist_jax.mirror import Mirror, MirrorFailed
-from mnist_jax.preemption import StopSignal
-from mnist_jax.training import Pace
+from mnist_jax.console import Terminal
+from mnist_jax.records.metrics import Journal
+from mnist_jax.runtime.preemption import StopSignal
+from mnist_jax.training import dispatch, loop, recorder, trainer
+from mnist_jax.training.dispatch import DispatchQueue
+from mnist_jax.training.recorder import Recorder, RemoteCopies
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -49,7 +51,7 @@ def fail_to_save(monkeypatch, *, steps) -> None:
 
     def write_or_fail(directory, step, *args):
         if step in steps:
-            raise OSError(28, "No space left on device")
+            raise OSError(28, "No squeue left on device")
         return write_manifest(directory, step, *args)
 
     monkeypatch.setattr(integrity, "write_manifest", write_or_fail)
@@ -57,11 +59,11 @@ def fail_to_save(monkeypatch, *, steps) -> None:
 
 def test_a_failed_background_save_is_told_and_training_goes_on_and_the_next_save_is_tried(tmp_path, monkeypatch, capfd):
     with StopSignal() as stop:
-        assert loop.run(config(), tmp_path / "undisturbed", stop) == 0
+        assert train.run(config(), tmp_path / "undisturbed", stop) == 0
         fail_to_save(monkeypatch, steps={10, 20})
-        assert loop.run(config(), tmp_path / "run", stop) == 0
+        assert train.run(config(), tmp_path / "run", stop) == 0
     assert [event["step"] for event in events(tmp_path / "run", "save_failed")] == [10, 20]
-    assert "No space left on device" in events(tmp_path / "run", "save_failed")[0]["error"]
+    assert "No squeue left on device" in events(tmp_path / "run", "save_failed")[0]["error"]
     assert {event["step"] for event in events(tmp_path / "run", "save")} >= {30, 40}
     assert "warning: the checkpoint of step 10 could not be saved" in capfd.readouterr().err
     ends = [events(tmp_path / name, "exit")[-1] for name in ("undisturbed", "run")]
@@ -72,36 +74,36 @@ def test_a_failed_background_save_is_told_and_training_goes_on_and_the_next_save
 
 def test_a_copy_that_failed_is_told_and_training_goes_on_and_only_the_last_one_decides(tmp_path, monkeypatch, capfd):
     settings = config(mirror=f"file://{tmp_path}/mirror")
-    push = Mirror.push
+    push = RemoteStore.upload
 
     def fail_but_at_the_end(self, run, step, **options):
         if step < 40:
-            raise MirrorFailed(f"{self.url}: the door is shut")
+            raise RemoteError(f"{self.url}: the door is shut")
         return push(self, run, step, **options)
 
     def fail(self, run, step, **options):
-        raise MirrorFailed(f"{self.url}: the door is shut")
+        raise RemoteError(f"{self.url}: the door is shut")
 
     with StopSignal() as stop:
-        monkeypatch.setattr(Mirror, "push", fail_but_at_the_end)
-        assert loop.run(settings, tmp_path / "run", stop) == 0
+        monkeypatch.setattr(RemoteStore, "upload", fail_but_at_the_end)
+        assert train.run(settings, tmp_path / "run", stop) == 0
         assert f"warning: {settings.mirror}: the door is shut. Training goes on" in capfd.readouterr().err
-        monkeypatch.setattr(Mirror, "push", fail)
-        assert loop.run(settings, tmp_path / "another", stop) == 74
+        monkeypatch.setattr(RemoteStore, "upload", fail)
+        assert train.run(settings, tmp_path / "another", stop) == 74
         assert (
             f"error: {settings.mirror}: the door is shut\nThe newest checkpoint is of step 40."
             in capfd.readouterr().err
         )
-        monkeypatch.setattr(Mirror, "push", push)
-        assert Mirror(settings.mirror).newest_step() == 40
+        monkeypatch.setattr(RemoteStore, "upload", push)
+        assert RemoteStore(settings.mirror).newest_step() == 40
         shutil.rmtree(tmp_path / "mirror")
-        assert loop.run(settings, tmp_path / "another", stop) == 0  # It is finished, and only its copy was missing.
+        assert train.run(settings, tmp_path / "another", stop) == 0  # It is finished, and only its copy was missing.
     assert events(tmp_path / "run", "copy_failed")
-    assert Mirror(settings.mirror).newest_step() == 40
+    assert RemoteStore(settings.mirror).newest_step() == 40
 
 
 def test_a_checkpoint_stays_while_it_is_copied_however_many_newer_ones_there_are(tmp_path, monkeypatch):
-    push, waited = Mirror.push, []
+    push, waited = RemoteStore.upload, []
 
     def push_when_others_are_saved(self, run, step, **options):
         deadline_s = time.monotonic() + 60
@@ -111,10 +113,10 @@ def test_a_checkpoint_stays_while_it_is_copied_however_many_newer_ones_there_are
         waited.append(step)
         return push(self, run, step, **options)
 
-    monkeypatch.setattr(Mirror, "push", push_when_others_are_saved)
-    settings = config(mirror=f"file://{tmp_path}/mirror", keep=1, checkpoint_every_steps=1)
+    monkeypatch.setattr(RemoteStore, "upload", push_when_others_are_saved)
+    settings = config(mirror=f"file://{tmp_path}/mirror", keep=1, checkpoint_every_steps=2)
     with StopSignal() as stop:
-        assert loop.run(settings, tmp_path / "run", stop) == 0
+        assert train.run(settings, tmp_path / "run", stop) == 0
     assert [event["step"] for event in events(tmp_path / "run", "copy")] == waited
     assert min(waited) < 30
     assert not events(tmp_path / "run", "copy_failed")
@@ -123,39 +125,39 @@ def test_a_checkpoint_stays_while_it_is_copied_however_many_newer_ones_there_are
 
 
 def test_a_last_copy_that_failed_before_the_end_is_tried_once_more(tmp_path, monkeypatch):
-    push, end, tried = Mirror.push, Keeper.end, []
+    push, end, tried = RemoteStore.upload, Recorder.end, []
 
     def fail_once(self, run, step, **options):
         tried.append(step)
         if tried.count(40) == 1:
-            raise MirrorFailed(f"{self.url}: the door is shut")
+            raise RemoteError(f"{self.url}: the door is shut")
         return push(self, run, step, **options)
 
     def end_later(self, stop):
-        self.store.wait()
+        self.checkpointer.wait()
         self.report_saves()
         assert self.copies._mirror.wait(60)
         return end(self, stop)
 
-    monkeypatch.setattr(Mirror, "push", fail_once)
-    monkeypatch.setattr(Keeper, "end", end_later)
+    monkeypatch.setattr(RemoteStore, "upload", fail_once)
+    monkeypatch.setattr(Recorder, "end", end_later)
     settings = config(mirror=f"file://{tmp_path}/mirror")
     with StopSignal() as stop:
-        assert loop.run(settings, tmp_path / "run", stop) == 0
+        assert train.run(settings, tmp_path / "run", stop) == 0
     assert tried[-2:] == [40, 40]
-    assert Mirror(settings.mirror).newest_step() == 40
+    assert RemoteStore(settings.mirror).newest_step() == 40
 
 
 def test_after_a_signal_the_last_copy_is_waited_for_no_longer_than_schedulers_have_patience(tmp_path, monkeypatch):
     go_on = threading.Event()
-    monkeypatch.setattr(Mirror, "push", lambda *_, **__: go_on.wait(60))
-    monkeypatch.setattr(keeper, "LAST_COPY_S", 0.1)
+    monkeypatch.setattr(RemoteStore, "upload", lambda *_, **__: go_on.wait(60))
+    monkeypatch.setattr(recorder, "LAST_COPY_S", 0.1)
     journal, store = Journal(tmp_path), Checkpointer(tmp_path / "checkpoints")
-    copies = Copies(f"file://{tmp_path}/mirror", tmp_path, store, journal)
+    copies = RemoteCopies(f"file://{tmp_path}/mirror", tmp_path, store, journal)
     stop = StopSignal()
     copies.begin(40)
-    stop.hear_of(signal.SIGTERM)
-    with pytest.raises(MirrorFailed, match=r"/mirror: the last copy was not made in 0\.1 s"):
+    stop.record_signal(signal.SIGTERM)
+    with pytest.raises(RemoteError, match=r"/mirror: the last copy was not made in 0\.1 s"):
         copies.finish(stop)
     go_on.set()
     store.close()
@@ -169,14 +171,14 @@ def test_a_save_that_time_asked_for_and_that_failed_is_tried_again_soon(tmp_path
     def fail_twice(directory, step, *args):
         if len(failed) < 2:
             failed.append(step)
-            raise OSError(28, "No space left on device")
+            raise OSError(28, "No squeue left on device")
         return write_manifest(directory, step, *args)
 
     monkeypatch.setattr(integrity, "write_manifest", fail_twice)
-    monkeypatch.setattr(keeper, "RETRY_SAVE_S", 0.01)
+    monkeypatch.setattr(recorder, "RETRY_SAVE_S", 0.01)
     settings = {"checkpoint_every_steps": None, "checkpoint_every_s": 0.05, "eval_every_steps": 400, "steps": 400}
     with StopSignal() as stop:
-        assert loop.run(config(**settings), tmp_path, stop) == 0
+        assert train.run(config(**settings), tmp_path, stop) == 0
     assert [event["step"] for event in events(tmp_path, "save_failed")] == failed
     first_saved = events(tmp_path, "save")[0]
     assert first_saved["reason"] == "time"
@@ -190,15 +192,15 @@ def test_a_save_that_time_asks_for_waits_for_no_interval_unless_each_call_ends_o
 ):
     saved = []
 
-    def note_and_be_due_again(training, store, keeper, reason):
-        saved.append((training.step, reason))
-        keeper._next_save_s = 0.0
+    def note_and_be_due_again(dispatcher, checkpointer, recorder, reason):
+        saved.append((dispatcher.step, reason))
+        recorder._next_save_s = 0.0
 
     monkeypatch.setattr(loop, "save", note_and_be_due_again)
-    monkeypatch.setattr(training, "CALL_S", 1e-9)  # Each call makes one step.
+    monkeypatch.setattr(dispatch, "CALL_S", 1e-9)  # Each call makes one step.
     settings = {"checkpoint_every_steps": None, "checkpoint_every_s": 1e-9, "log_every_steps": log_every_steps}
     with StopSignal() as stop:
-        assert loop.run(config(**settings, eval_every_steps=7, steps=6), tmp_path, stop) == 0
+        assert train.run(config(**settings, eval_every_steps=7, steps=6), tmp_path, stop) == 0
     assert [step for step, reason in saved if reason == "time"] == steps
 
 
@@ -210,7 +212,7 @@ def test_the_next_save_begins_as_much_earlier_as_a_save_takes(tmp_path, monkeypa
     )
     settings = {"checkpoint_every_steps": None, "checkpoint_every_s": 1000, "eval_every_steps": 10, "steps": 400}
     with StopSignal() as stop:
-        assert loop.run(config(**settings), tmp_path, stop) == 0
+        assert train.run(config(**settings), tmp_path, stop) == 0
     reasons = [event["reason"] for event in events(tmp_path, "save")]
     assert "time" in reasons
 
@@ -218,21 +220,21 @@ def test_the_next_save_begins_as_much_earlier_as_a_save_takes(tmp_path, monkeypa
 def test_a_final_save_that_fails_has_code_74_and_the_older_checkpoint_is_named_and_whole(tmp_path, monkeypatch, capfd):
     with StopSignal() as stop, monkeypatch.context() as patch:
         fail_to_save(patch, steps={40})
-        assert loop.run(config(), tmp_path, stop) == 74
+        assert train.run(config(), tmp_path, stop) == 74
         err = capfd.readouterr().err
         assert "the checkpoint of step 40 could not be saved" in err
         assert "The newest checkpoint is of step 30." in err
         assert events(tmp_path, "exit")[-1]["code"] == 74
         assert events(tmp_path, "exit")[-1]["step"] == 30
     with StopSignal() as stop:
-        assert loop.run(config(), tmp_path, stop) == 0
+        assert train.run(config(), tmp_path, stop) == 0
     assert events(tmp_path, "resume")[-1]["step"] == 30
 
 
 def test_a_config_that_was_changed_behind_the_checkpoints_is_refused(tmp_path, capfd):
     with StopSignal() as stop:
-        assert loop.run(config(steps=10), tmp_path, stop) == 0
-        assert loop.run(config(steps=10, seed=1, learning_rate=0.5), tmp_path, stop) == 2
+        assert train.run(config(steps=10), tmp_path, stop) == 0
+        assert train.run(config(steps=10, seed=1, learning_rate=0.5), tmp_path, stop) == 2
     err = capfd.readouterr().err
     assert "seed           0      1" in err
     assert "learning_rate  0.007  0.5" in err
@@ -240,11 +242,11 @@ def test_a_config_that_was_changed_behind_the_checkpoints_is_refused(tmp_path, c
 
 def test_a_refused_config_does_not_take_the_place_of_one_that_was_lost(tmp_path):
     with StopSignal() as stop:
-        assert loop.run(config(steps=10, seed=1), tmp_path, stop) == 0
+        assert train.run(config(steps=10, seed=1), tmp_path, stop) == 0
         (tmp_path / "config.json").unlink()
-        assert loop.run(config(steps=10, seed=2), tmp_path, stop) == 2
+        assert train.run(config(steps=10, seed=2), tmp_path, stop) == 2
         assert not (tmp_path / "config.json").exists()
-        assert loop.run(config(steps=10, seed=1), tmp_path, stop) == 0
+        assert train.run(config(steps=10, seed=1), tmp_path, stop) == 0
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
 
 
@@ -254,21 +256,21 @@ def test_data_that_the_caller_has_begun_to_load_is_waited_for_and_not_loaded_aga
     threading.Timer(0.5, loading.set_result, [dataset]).start()
     monkeypatch.setattr(loop.data, "load", pytest.fail)
     with StopSignal() as stop:
-        assert loop.run(config(steps=10), tmp_path, stop, loading) == 0
+        assert train.run(config(steps=10), tmp_path, stop, loading) == 0
     assert events(tmp_path, "save")[-1]["step"] == 10
 
 
 def test_data_that_cannot_be_loaded_by_the_caller_ends_the_run_with_2_and_the_reason(tmp_path, capfd):
     loading = Future()
-    loading.set_exception(loop.DataError("the file is damaged"))
+    loading.set_exception(loop.data.DataError("the file is damaged"))
     with StopSignal() as stop:
-        assert loop.run(config(steps=10), tmp_path, stop, loading) == 2
+        assert train.run(config(steps=10), tmp_path, stop, loading) == 2
     assert capfd.readouterr().err == "error: the file is damaged\n"
 
 
 def test_other_data_than_the_run_began_with_is_refused(tmp_path, monkeypatch, capfd):
     with StopSignal() as stop:
-        assert loop.run(config(steps=10), tmp_path, stop) == 0
+        assert train.run(config(steps=10), tmp_path, stop) == 0
         load = loop.data.load
 
         def load_with_a_changed_pixel(*args, **kwargs):
@@ -277,7 +279,7 @@ def test_other_data_than_the_run_began_with_is_refused(tmp_path, monkeypatch, ca
             return dataset
 
         monkeypatch.setattr(loop.data, "load", load_with_a_changed_pixel)
-        assert loop.run(config(steps=10), tmp_path, stop) == 2
+        assert train.run(config(steps=10), tmp_path, stop) == 2
     assert "other data" in capfd.readouterr().err
 
 
@@ -299,12 +301,12 @@ def test_the_order_of_what_happens_to_a_run_that_is_stopped_and_carried_on(tmp_p
             (tmp_path / "stopped").touch()
             os.kill(os.getpid(), signal.SIGTERM)
 
-    spy(monkeypatch, Keeper, "ask_to_save_if_due", stop_after_25, with_self=True)
+    spy(monkeypatch, Recorder, "ask_to_save_if_due", stop_after_25, with_self=True)
     # A call may not pass step 25.
     settings = {"steps": 40, "log_every_steps": 5, "eval_every_steps": 20, "checkpoint_every_steps": None}
     for _ in range(2):
         with StopSignal() as stop:
-            assert loop.run(config(**settings), tmp_path / "run", stop) == 0
+            assert train.run(config(**settings), tmp_path / "run", stop) == 0
     assert happened == [
         "line train 5",
         "line train 10",
@@ -340,38 +342,38 @@ def spy(monkeypatch, owner, name, look, *, with_self=False) -> None:
 def test_at_most_two_calls_are_in_flight_and_each_is_waited_for_once(monkeypatch):
     waited = []
     monkeypatch.setattr(jax, "block_until_ready", waited.append)
-    pace = Pace(call_s=0.04)
-    assert [pace.dispatched(1, name) for name in "abcd"] == [None, "a", "b", "c"]
+    queue = DispatchQueue(call_s=0.04)
+    assert [queue.put(1, name) for name in "abcd"] == [None, "a", "b", "c"]
     assert waited == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(("seconds_per_step", "steps_per_call"), [(0.5, 1), (0.01, 4), (1e-5, 4000)])
 def test_a_call_makes_as_many_steps_as_fit_into_its_time(monkeypatch, seconds_per_step, steps_per_call):
     now = 0.0
-    monkeypatch.setattr(training.time, "monotonic", lambda: now)
+    monkeypatch.setattr(dispatch.time, "monotonic", lambda: now)
     monkeypatch.setattr(jax, "block_until_ready", lambda result: None)
-    pace = Pace(call_s=0.04)
+    queue = DispatchQueue(call_s=0.04)
     for _ in range(60):
-        n = pace.steps_per_call
-        pace.dispatched(n, None)
+        n = queue.steps_per_call
+        queue.put(n, None)
         now += n * seconds_per_step
-    assert pace.steps_per_call == pytest.approx(steps_per_call, rel=0.05)
+    assert queue.steps_per_call == pytest.approx(steps_per_call, rel=0.05)
 
 
 def test_training_fetches_nothing_from_the_device_but_at_the_end_of_an_interval(tmp_path, monkeypatch):
     """Between two lines of the log no value comes back to the host: no step waits for it."""
     fetched = []
-    averages = training.averages
+    means = dispatch.means
 
     def count(sums):
         fetched.append(1)
         with jax.transfer_guard_device_to_host("allow"):
-            return averages(sums)
+            return means(sums)
 
-    monkeypatch.setattr(training, "averages", count)
+    monkeypatch.setattr(dispatch, "means", count)
     settings = {"steps": 60, "log_every_steps": 30, "eval_every_steps": 60, "checkpoint_every_steps": None}
     with StopSignal() as stop:
-        assert loop.run(config(**settings), tmp_path, stop) == 0
+        assert train.run(config(**settings), tmp_path, stop) == 0
     assert len(fetched) == 3  # two lines of training and one of the test
     assert np.isfinite(events(tmp_path, "evaluation")[0]["loss"])
 
@@ -380,20 +382,20 @@ def test_training_fetches_nothing_from_the_device_but_at_the_end_of_an_interval(
     ("seconds", "text"), [(0, "0s"), (12.4, "12s"), (59.6, "1m00s"), (185, "3m05s"), (7620, "2h07m"), (90000, "25h00m")]
 )
 def test_a_length_of_time_is_told_in_its_two_largest_units(seconds, text):
-    assert keeper._duration(seconds) == text
+    assert recorder._duration(seconds) == text
 
 
 def test_the_live_line_of_the_default_run_fits_a_terminal_of_80_columns(tmp_path, monkeypatch):
     lines = []
     monkeypatch.setattr(Terminal, "interval", lambda self, text: lines.append(text))
     with StopSignal() as stop:
-        loop.run(config(), tmp_path, stop)
+        train.run(config(), tmp_path, stop)
     assert len(lines) == 4
     assert max(map(len, lines)) < 80
 
 
 def test_no_call_goes_past_the_end_of_an_epoch(tmp_path, monkeypatch):
-    calls, advance = [], training.Training.advance
+    calls, advance = [], dispatch.Dispatcher.advance
 
     def watched(self):
         before = self.step
@@ -401,11 +403,11 @@ def test_no_call_goes_past_the_end_of_an_epoch(tmp_path, monkeypatch):
         calls.append((before, self.step))
         return ended
 
-    monkeypatch.setattr(training, "CALL_S", 1000.0)  # Calls grow as fast as they may.
-    monkeypatch.setattr(training.Training, "advance", watched)
+    monkeypatch.setattr(dispatch, "CALL_S", 1000.0)  # Calls grow as fast as they may.
+    monkeypatch.setattr(dispatch.Dispatcher, "advance", watched)
     settings = {"steps": 100, "log_every_steps": 100, "eval_every_steps": 100, "checkpoint_every_steps": None}
     with StopSignal() as stop:
-        assert loop.run(config(**settings), tmp_path, stop) == 0
+        assert train.run(config(**settings), tmp_path, stop) == 0
     assert {22, 44, 66, 88} <= {end for _, end in calls}
 
 
@@ -413,11 +415,11 @@ def test_a_run_that_lost_its_end_in_another_epoch_ends_like_an_undisturbed_one(t
     # 22 steps an epoch. It is carried on from step 30, in the second epoch, and evaluated at steps 15 and 30 before.
     settings = {"eval_every_steps": 15}
     with StopSignal() as stop:
-        assert loop.run(config(**settings), tmp_path / "undisturbed", stop) == 0
+        assert train.run(config(**settings), tmp_path / "undisturbed", stop) == 0
         with monkeypatch.context() as patch:
             fail_to_save(patch, steps={40})
-            assert loop.run(config(**settings), tmp_path / "run", stop) == 74
-        assert loop.run(config(**settings), tmp_path / "run", stop) == 0
+            assert train.run(config(**settings), tmp_path / "run", stop) == 74
+        assert train.run(config(**settings), tmp_path / "run", stop) == 0
     assert events(tmp_path / "run", "resume")[-1]["step"] == 30
     undisturbed, run = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("undisturbed", "run"))
     assert run == undisturbed
@@ -427,27 +429,28 @@ def test_a_run_that_lost_its_end_in_another_epoch_ends_like_an_undisturbed_one(t
 
 def test_each_epoch_has_its_own_order_and_each_interval_its_own_sums(tmp_path, monkeypatch):
     epochs, images = [], []
-    compile_ = loop.Blueprint.compile
+    compile_ = trainer.Trainer.compile
 
     def compile_and_watch(self):
-        programs = compile_(self)
+        compile_(self)
+        order = self.epoch_order
 
         def epoch_order(epoch):
             epochs.append(int(epoch))
-            return programs.epoch_order(epoch)
+            return order(epoch)
 
-        return programs._replace(epoch_order=epoch_order)
+        self.epoch_order = epoch_order
 
-    averages = training.averages
+    means = dispatch.means
 
     def count(sums):
         images.append(int(sums.images))
-        return averages(sums)
+        return means(sums)
 
-    monkeypatch.setattr(loop.Blueprint, "compile", compile_and_watch)
-    monkeypatch.setattr(training, "averages", count)
+    monkeypatch.setattr(trainer.Trainer, "compile", compile_and_watch)
+    monkeypatch.setattr(dispatch, "means", count)
     with StopSignal() as stop:
-        assert loop.run(config(steps=50, log_every_steps=25, eval_every_steps=50), tmp_path, stop) == 0
+        assert train.run(config(steps=50, log_every_steps=25, eval_every_steps=50), tmp_path, stop) == 0
     assert epochs == [0, 1, 2]
     assert images[:2] == [25 * 64, 25 * 64]
 
@@ -455,7 +458,7 @@ def test_each_epoch_has_its_own_order_and_each_interval_its_own_sums(tmp_path, m
 def test_an_average_is_evaluated_in_the_place_of_the_weights_and_changes_nothing_of_the_training(tmp_path):
     with StopSignal() as stop:
         for decay in (0.0, 0.9):
-            assert loop.run(config(average_decay=decay), tmp_path / str(decay), stop) == 0
+            assert train.run(config(average_decay=decay), tmp_path / str(decay), stop) == 0
     of_weights, of_average = (
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("0.0", "0.9")
@@ -466,8 +469,8 @@ def test_an_average_is_evaluated_in_the_place_of_the_weights_and_changes_nothing
 
 def test_a_checkpoint_of_another_tree_is_told_apart_and_nothing_is_begun_anew(tmp_path, capfd):
     with StopSignal() as stop:
-        assert loop.run(config(steps=10, average_decay=0.9), tmp_path, stop) == 0
-        assert loop.run(config(steps=10), tmp_path, stop) == 2
+        assert train.run(config(steps=10, average_decay=0.9), tmp_path, stop) == 0
+        assert train.run(config(steps=10), tmp_path, stop) == 2
     message = capfd.readouterr().err
     assert "the checkpoint of step 10 is of another tree: leaf average" in message
     assert "If another version of this program wrote it" in message
@@ -477,7 +480,7 @@ def test_a_checkpoint_of_another_tree_is_told_apart_and_nothing_is_begun_anew(tm
 def test_a_loss_that_is_not_finite_is_no_line_of_the_metrics(tmp_path, capfd):
     with StopSignal() as stop:
         settings = {"learning_rate": 1e30, "checkpoint_every_steps": None}
-        assert loop.run(config(**settings), tmp_path, stop) == 1
+        assert train.run(config(**settings), tmp_path, stop) == 1
     assert "the loss of the updates up to step" in capfd.readouterr().err
     assert b"NaN" not in (tmp_path / "metrics.jsonl").read_bytes()
     assert not list((tmp_path / "checkpoints").iterdir())
@@ -485,10 +488,10 @@ def test_a_loss_that_is_not_finite_is_no_line_of_the_metrics(tmp_path, capfd):
 
 def test_if_no_checkpoint_is_good_the_code_is_65_and_nothing_is_begun_anew(tmp_path, capfd):
     with StopSignal() as stop:
-        assert loop.run(config(steps=10), tmp_path, stop) == 0
+        assert train.run(config(steps=10), tmp_path, stop) == 0
         metrics = (tmp_path / "metrics.jsonl").read_bytes()
         (tmp_path / "checkpoints" / "10" / "manifest.json").write_text("{")
-        assert loop.run(config(steps=10), tmp_path, stop) == 65
+        assert train.run(config(steps=10), tmp_path, stop) == 65
     assert "none of the checkpoints" in capfd.readouterr().err
     assert events(tmp_path, "exit")[-1]["code"] == 65
     assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
@@ -496,10 +499,10 @@ def test_if_no_checkpoint_is_good_the_code_is_65_and_nothing_is_begun_anew(tmp_p
 
 def test_a_bad_checkpoint_is_told_and_the_run_carries_on_from_the_one_before(tmp_path, capfd):
     with StopSignal() as stop:
-        assert loop.run(config(steps=20), tmp_path, stop) == 0
+        assert train.run(config(steps=20), tmp_path, stop) == 0
         sha = events(tmp_path, "exit")[-1]["state_sha256"]
         (tmp_path / "checkpoints" / "20" / "manifest.json").write_text("{")
-        assert loop.run(config(steps=20), tmp_path, stop) == 0
+        assert train.run(config(steps=20), tmp_path, stop) == 0
     refuge = tmp_path / "checkpoints" / "quarantine" / "20-bad-manifest"
     assert "step 20: manifest.json cannot be understood" in (err := capfd.readouterr().err)
     assert f"It was moved to {refuge}" in err
@@ -511,10 +514,10 @@ def test_a_bad_checkpoint_is_told_and_the_run_carries_on_from_the_one_before(tmp
 
 def test_checkpoints_that_are_gone_are_an_error_and_no_reason_to_begin_anew(tmp_path, capfd):
     with StopSignal() as stop:
-        assert loop.run(config(steps=10), tmp_path, stop) == 0
+        assert train.run(config(steps=10), tmp_path, stop) == 0
         metrics = (tmp_path / "metrics.jsonl").read_bytes()
         shutil.rmtree(tmp_path / "checkpoints")
-        assert loop.run(config(steps=10), tmp_path, stop) == 65
+        assert train.run(config(steps=10), tmp_path, stop) == 65
     assert "are gone" in capfd.readouterr().err
     assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
 
@@ -524,7 +527,7 @@ def test_metrics_that_changed_since_the_checkpoint_are_told_of(tmp_path, capfd, 
     path = tmp_path / "metrics.jsonl"
     with StopSignal() as stop, pytest.MonkeyPatch.context() as patch:
         fail_to_save(patch, steps={40})
-        assert loop.run(config(), tmp_path, stop) == 74
+        assert train.run(config(), tmp_path, stop) == 74
         assert "metrics.jsonl" not in capfd.readouterr().err
         lines = path.read_bytes()
         if change == "deleted":
@@ -534,16 +537,16 @@ def test_metrics_that_changed_since_the_checkpoint_are_told_of(tmp_path, capfd, 
         else:
             path.write_bytes(b"?\n" + lines)
     with StopSignal() as stop:
-        assert loop.run(config(), tmp_path, stop) == 0
+        assert train.run(config(), tmp_path, stop) == 0
     assert "metrics.jsonl is not what it was" in capfd.readouterr().err
     assert [event["step"] for event in events(tmp_path, "metrics_changed")] == [30]
 
 
 def test_a_setting_of_jax_that_changes_the_bits_is_told_of(tmp_path):
     with StopSignal() as stop:
-        assert loop.run(config(steps=10), tmp_path, stop) == 0
+        assert train.run(config(steps=10), tmp_path, stop) == 0
         with jax.threefry_partitionable(False):
-            assert loop.run(config(steps=10), tmp_path, stop) == 0
+            assert train.run(config(steps=10), tmp_path, stop) == 0
     [resume] = events(tmp_path, "resume")
     assert resume["exact"] is False
     assert resume["changed"] == ["settings jax_threefry_partitionable True -> False"]
@@ -551,10 +554,10 @@ def test_a_setting_of_jax_that_changes_the_bits_is_told_of(tmp_path):
 
 def test_the_best_checkpoint_is_still_kept_after_a_resume(tmp_path, monkeypatch):
     accuracies = iter([0.5, 0.9, 0.1, 0.1, 0.1, 0.1])
-    monkeypatch.setattr(training, "averages", lambda sums: (1.0, next(accuracies)))
+    monkeypatch.setattr(dispatch, "means", lambda sums: (1.0, next(accuracies)))
     settings = {"keep": 1, "log_every_steps": 1000, "eval_every_steps": 10, "steps": 60, "checkpoint_every_steps": None}
 
-    original = Keeper.ask_to_save_if_due
+    original = Recorder.ask_to_save_if_due
 
     def save_and_stop(self):
         original(self)
@@ -562,10 +565,10 @@ def test_the_best_checkpoint_is_still_kept_after_a_resume(tmp_path, monkeypatch)
             (tmp_path / "cut").touch()
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Keeper, "ask_to_save_if_due", save_and_stop)
+    monkeypatch.setattr(Recorder, "ask_to_save_if_due", save_and_stop)
     for _ in range(2):
         with StopSignal() as stop:
-            assert loop.run(config(**settings), tmp_path, stop) == 0
+            assert train.run(config(**settings), tmp_path, stop) == 0
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [20, 60]
 
 
@@ -573,11 +576,11 @@ def test_how_many_steps_were_lost_is_told(tmp_path, monkeypatch, capfd):
     with StopSignal() as stop:
         with monkeypatch.context() as patch:
             fail_to_save(patch, steps={30, 40})
-            assert loop.run(config(eval_every_steps=40), tmp_path, stop) == 74
-        assert loop.run(config(eval_every_steps=40), tmp_path, stop) == 0
-        assert "20 steps or more after it are made again" in capfd.readouterr().out
-        assert loop.run(config(eval_every_steps=40), tmp_path, stop) == 0
-        assert "made again" not in capfd.readouterr().out
+            assert train.run(config(eval_every_steps=40), tmp_path, stop) == 74
+        assert train.run(config(eval_every_steps=40), tmp_path, stop) == 0
+        assert "20 steps or more after it are recomputed" in capfd.readouterr().out
+        assert train.run(config(eval_every_steps=40), tmp_path, stop) == 0
+        assert "recomputed" not in capfd.readouterr().out
     assert [(event["step"], event["lost_steps"]) for event in events(tmp_path, "resume")] == [(20, 20), (40, 0)]
 
 
@@ -585,18 +588,18 @@ def test_steps_lost_before_the_first_checkpoint_are_told_of(tmp_path, monkeypatc
     with StopSignal() as stop:
         with monkeypatch.context() as patch:
             fail_to_save(patch, steps=range(100))
-            assert loop.run(config(), tmp_path, stop) == 74
+            assert train.run(config(), tmp_path, stop) == 74
         assert "The newest checkpoint is none." in capfd.readouterr().err
-        assert loop.run(config(), tmp_path, stop) == 0
+        assert train.run(config(), tmp_path, stop) == 0
     assert [(event["step"], event["lost_steps"]) for event in events(tmp_path, "lost")] == [(0, 40)]
-    assert "nothing had been saved yet: 40 steps or more are made again" in capfd.readouterr().out
+    assert "nothing had been saved yet: 40 steps or more are recomputed" in capfd.readouterr().out
 
 
 def test_lines_that_the_disk_does_not_take_are_kept_and_no_checkpoint_gets_ahead_of_them(tmp_path, monkeypatch, capfd):
     settings = {"log_every_steps": 5, "eval_every_steps": 40}
     with StopSignal() as stop:
-        assert loop.run(config(**settings), tmp_path / "undisturbed", stop) == 0
-    ask_to_save_if_due = Keeper.ask_to_save_if_due
+        assert train.run(config(**settings), tmp_path / "undisturbed", stop) == 0
+    ask_to_save_if_due = Recorder.ask_to_save_if_due
 
     def fill_and_free(self):
         for file in (self.journal._metrics, self.journal._events, self.journal._scalars):
@@ -606,9 +609,9 @@ def test_lines_that_the_disk_does_not_take_are_kept_and_no_checkpoint_gets_ahead
                 file._file = file._file.file
         ask_to_save_if_due(self)
 
-    monkeypatch.setattr(Keeper, "ask_to_save_if_due", fill_and_free)
+    monkeypatch.setattr(Recorder, "ask_to_save_if_due", fill_and_free)
     with StopSignal() as stop:
-        assert loop.run(config(**settings), tmp_path / "run", stop) == 0
+        assert train.run(config(**settings), tmp_path / "run", stop) == 0
     err = capfd.readouterr().err
     assert err.count("lines of the journal cannot be written and are kept for later") == 1
     assert "could not be written are written now" in err
@@ -626,7 +629,7 @@ class DiskThatTakesLittle:
 
     def write(self, data):
         if not self.room and data:
-            raise OSError(28, "No space left on device")
+            raise OSError(28, "No squeue left on device")
         written = self.file.write(data[: self.room])
         self.room -= written
         return written
@@ -639,5 +642,5 @@ class DiskThatTakesLittle:
 def test_a_place_that_cannot_hold_a_run_is_refused(tmp_path, capfd, place):
     (tmp_path / "file").touch()
     with StopSignal() as stop:
-        assert loop.run(config(), tmp_path / ("file" if place == "a file" else "file/run"), stop) == 2
+        assert train.run(config(), tmp_path / ("file" if place == "a file" else "file/run"), stop) == 2
     assert "choose another --workdir" in capfd.readouterr().err

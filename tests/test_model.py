@@ -9,8 +9,9 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from runs import in_new_process
 
-from mnist_jax import data, distributed
-from mnist_jax.model import MODELS, conv, pool, pooled_conv_of_one_channel, power_of_relu, slide
+from mnist_jax.runtime import devices
+from mnist_jax.training import data
+from mnist_jax.training.model import MODELS, conv, pool, pooled_conv_of_one_channel, power_of_relu, slide
 
 ORIGINALS = [name for name in MODELS if name.startswith("original")]
 DROPPING = ["cnn-large", "original-dropout", "original-power"]
@@ -162,8 +163,8 @@ def test_the_gradients_of_a_pooled_conv_are_those_of_the_max_pooling_of_a_convol
 def gradients_of_a_split_batch() -> list[bool]:
     """Tell, on four devices: the gradients are those of one; dx is split over the devices; dk is whole on each."""
     x, kernel, g = whole_numbers((8, 14, 14, 6), (5, 5, 6, 10), (8, 14, 14, 10))
-    mesh = Mesh(np.asarray(jax.devices()), (distributed.BATCH_AXIS,))
-    split, everywhere = distributed.split_over_batch(mesh), distributed.replicated(mesh)
+    mesh = Mesh(np.asarray(jax.devices()), (devices.BATCH_AXIS,))
+    split, everywhere = devices.split_over_batch(mesh), devices.replicated(mesh)
     placed = jax.device_put(x, split), jax.device_put(kernel, everywhere), jax.device_put(g, split)
     _, *wanted = value_and_gradients(functools.partial(conv, margin=2), x, kernel, g)
     _, dx, dk = value_and_gradients(functools.partial(conv, margin=2), *placed)

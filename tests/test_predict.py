@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 from runs import snapshot
 
-from mnist_jax import data, loop, predict
+from mnist_jax import predict, train
 from mnist_jax.config import Config
-from mnist_jax.preemption import StopSignal
+from mnist_jax.runtime.preemption import StopSignal
+from mnist_jax.training import data
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -23,7 +24,7 @@ def finished(tmp_path_factory) -> Path:
     """A run on the built-in digits."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
     with StopSignal() as stop:
-        assert loop.run(Config(dataset="digits", steps=66, batch_size=64), workdir, stop) == 0
+        assert train.run(Config(dataset="digits", steps=66, batch_size=64), workdir, stop) == 0
     return workdir
 
 
@@ -90,7 +91,7 @@ def test_what_cannot_be_read_is_an_error_each_and_the_others_are_answered(finish
 def test_a_pipe_to_which_nobody_writes_is_left_at_a_signal(finished, tmp_path, capfd):
     os.mkfifo(tmp_path / "pipe.png")
     threading.Timer(1, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
-    assert told(finished, tmp_path / "pipe.png", capfd=capfd) == (143, "", "SIGTERM: left before the end\n")
+    assert told(finished, tmp_path / "pipe.png", capfd=capfd) == (143, "", "SIGTERM: stopped before the end\n")
     (tmp_path / "pipe.png").open("wb").close()  # So that the thread that waits there ends.
 
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from mnist_jax.preemption import SAVE_SIGNALS, STOP_SIGNALS, Stopped, StopSignal
+from mnist_jax.runtime.preemption import SAVE_SIGNALS, STOP_SIGNALS, StoppedError, StopSignal
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
@@ -16,7 +16,7 @@ def test_each_stop_signal_sets_the_flag_and_nothing_else(number):
         assert stop.received is None
         os.kill(os.getpid(), number)
         assert stop.received is number
-        assert not stop.take_save_request()
+        assert not stop.pop_save_request()
 
 
 @pytest.mark.parametrize("number", SAVE_SIGNALS)
@@ -25,21 +25,21 @@ def test_a_save_signal_is_a_request_that_is_taken_once_and_does_not_stop(number)
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)
         assert stop.received is None
-        assert stop.take_save_request()
-        assert not stop.take_save_request()
+        assert stop.pop_save_request()
+        assert not stop.pop_save_request()
 
 
 def test_a_look_at_the_flag_raises_what_leaves_the_work():
     with StopSignal() as stop:
         stop.check()
         os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(Stopped):
+        with pytest.raises(StoppedError):
             stop.check()
 
 
 def test_how_long_ago_the_signal_came_is_known_to_the_process_that_it_came_to():
     with StopSignal() as stop:
-        stop.hear_of(signal.SIGTERM)
+        stop.record_signal(signal.SIGTERM)
         assert stop.seconds_since is None
         before_s = time.monotonic()
         os.kill(os.getpid(), signal.SIGTERM)
@@ -74,7 +74,7 @@ def test_the_handlers_that_were_there_before_are_put_back():
 def test_the_second_stop_signal_ends_the_process_at_once_with_128_plus_its_number(first, second, after_s):
     program = """
 import sys, time
-from mnist_jax.preemption import StopSignal
+from mnist_jax.runtime.preemption import StopSignal
 with StopSignal() as stop:
     print("ready", flush=True)
     try:
@@ -115,7 +115,7 @@ def test_the_same_signal_of_a_scheduler_may_come_again_some_time_later():
 
 def test_a_signal_after_one_that_another_process_caught_is_the_first():
     with StopSignal() as stop:
-        stop.hear_of(signal.SIGTERM)
+        stop.record_signal(signal.SIGTERM)
         assert stop.received is signal.SIGTERM
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.received is signal.SIGTERM
@@ -159,7 +159,7 @@ def test_run_is_left_while_the_work_still_goes_on():
 
     with StopSignal() as stop:
         threading.Thread(target=send_signal).start()
-        with pytest.raises(Stopped):
+        with pytest.raises(StoppedError):
             stop.run(work)
         assert stop.received is signal.SIGUSR1
         assert not ended.is_set()
@@ -171,7 +171,7 @@ def test_run_does_not_begin_when_a_stop_signal_came_before():
     begun = []
     with StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(Stopped):
+        with pytest.raises(StoppedError):
             stop.run(lambda: begun.append(1))
     assert begun == []
 
@@ -180,12 +180,12 @@ def test_run_in_a_call_of_c_that_python_cannot_interrupt_is_left_as_well():
     # hashlib lets the GIL go and returns to no bytecode for a second or so, as a compilation does.
     program = """
 import hashlib, sys, time
-from mnist_jax.preemption import Stopped, StopSignal
+from mnist_jax.runtime.preemption import StoppedError, StopSignal
 with StopSignal() as stop:
     print("ready", flush=True)
     try:
         stop.run(lambda: hashlib.pbkdf2_hmac("sha256", b"", b"", 200_000_000))
-    except Stopped:
+    except StoppedError:
         print("left", flush=True)
         import os
         os._exit(3)

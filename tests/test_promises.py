@@ -1,6 +1,6 @@
-from mnist_jax import history, promises
 from mnist_jax.config import Config
-from mnist_jax.status import CheckpointStatus, NextStart, Status
+from mnist_jax.report import history, promises
+from mnist_jax.report.run_status import CheckpointStatus, NextStart, Status
 
 START = {"event": "start", "step": 0, "time": 1.0}
 TRAIN = {"event": "phase", "phase": "train", "step": 0, "time": 2.0}
@@ -77,7 +77,7 @@ def test_what_a_kill_cost_is_held_against_the_cadence():
 
     assert lost(50) == (
         "held",
-        "1 kill; 50 steps lost and made again, at most 50 at once: about 10.0 s of training at this run's pace. "
+        "1 kill; 50 steps lost and recomputed, at most 50 at once: about 10.0 s of training at this run's pace. "
         "A checkpoint was due every 10 s.",
     )
     assert lost(60)[0] == "not held"

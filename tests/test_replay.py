@@ -13,12 +13,13 @@ import pytest
 from runs import snapshot
 from tampering import write_format_3, write_manifest
 
-from mnist_jax import data, loop, replay
+from mnist_jax import replay, train
 from mnist_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
 from mnist_jax.checkpoint.integrity import digest_leaves
 from mnist_jax.config import Config
-from mnist_jax.preemption import StopSignal
-from mnist_jax.updates import Updates
+from mnist_jax.runtime.preemption import StopSignal
+from mnist_jax.training import data, loop
+from mnist_jax.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -35,27 +36,27 @@ def finished(tmp_path_factory) -> Path:
         with StopSignal() as stop, pytest.MonkeyPatch.context() as patch:
             if start == 0:
                 stop_at(patch, STOPPED_AT)
-            assert loop.run(CONFIG, workdir, stop) == 0
+            assert train.run(CONFIG, workdir, stop) == 0
     steps = [int(path.name) for path in (workdir / "checkpoints").iterdir()]
     assert sorted(steps) == [10, 20, 22, STOPPED_AT, 30, 40]
     return workdir
 
 
-def stop_at(patch: pytest.MonkeyPatch, step: int) -> None:
+def stop_at(patch: pytest.MonkeyPatch, end: int) -> None:
     """Have a call end at a step, and a signal come there."""
-    next_boundary, advance = Updates.next_boundary.fget, Updates.advance
+    next_boundary, advance = Trainer.next_boundary, Trainer.advance
 
-    def advance_and_signal(self, *call):
-        sums = advance(self, *call)
-        if self.step == step:
+    def advance_and_signal(self, state, data, *, step: int, n: int):
+        result = advance(self, state, data, step=step, n=n)
+        if step + n == end:
             os.kill(os.getpid(), signal.SIGTERM)
-        return sums
+        return result
 
-    def boundary(self):
-        return min(next_boundary(self), step if self.step < step else self.total_steps)
+    def boundary(self, step: int) -> int:
+        return min(next_boundary(self, step), end if step < end else self.total_steps)
 
-    patch.setattr(Updates, "next_boundary", property(boundary))
-    patch.setattr(Updates, "advance", advance_and_signal)
+    patch.setattr(Trainer, "next_boundary", boundary)
+    patch.setattr(Trainer, "advance", advance_and_signal)
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def replayed(workdir: Path, *args: object, capsys) -> tuple[int, str, str]:
 def change(workdir: Path, step: int, leaf: str, new) -> None:
     """Save another value of a leaf in a checkpoint of the same step, whose digests fit."""
     dataset = data.load("digits", say=print)
-    like = loop.make_blueprint(CONFIG, dataset).abstract_state
+    like = loop.make_trainer(CONFIG, dataset).abstract_state
     state, metadata = Checkpoint(workdir / "checkpoints" / str(step)).read(like)
     part, _, path = leaf.partition(".")
     assert part == "params"
@@ -204,47 +205,47 @@ def test_other_data_is_refused_with_2(run_in, monkeypatch, capsys):
 
 
 def test_what_changed_since_is_told_before_the_comparison(run_in, monkeypatch, capsys):
-    describe = replay.provenance.describe_environment
+    describe = replay.compatibility.describe_environment
 
     def describe_another():
         environment = describe()
         return {**environment, "software": {**environment["software"], "jax": "0.0.1"}}
 
-    monkeypatch.setattr(replay.provenance, "describe_environment", describe_another)
+    monkeypatch.setattr(replay.compatibility, "describe_environment", describe_another)
     code, out, err = replayed(run_in, "--from", 30, capsys=capsys)
     assert (code, out.splitlines()[-1]) == (0, "identical")
-    assert "warning: the bits may differ for this changed: software jax " in err
+    assert "warning: the bits may differ because this changed: software jax " in err
     assert err.endswith("-> 0.0.1\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_it_trains_ends_it_with_128_and_its_number(finished, monkeypatch, capsys, number):
-    advance, steps = Updates.advance, []
+    advance, steps = Trainer.advance, []
 
-    def advance_and_signal(self, *call):
-        steps.append(self.step)
-        sums = advance(self, *call)
+    def advance_and_signal(self, state, data, *, step: int, n: int):
+        steps.append(step)
+        result = advance(self, state, data, step=step, n=n)
         if len(steps) == 2:
             os.kill(os.getpid(), number)
-        return sums
+        return result
 
-    monkeypatch.setattr(Updates, "advance", advance_and_signal)
+    monkeypatch.setattr(Trainer, "advance", advance_and_signal)
     before = snapshot(finished)
     code, _, err = replayed(finished, "--from", 0, capsys=capsys)
     assert code == 128 + number
-    assert err == f"{number.name}: left before the end\n"
+    assert err == f"{number.name}: stopped before the end\n"
     assert steps == [0, 10]  # No call was made after it.
     assert snapshot(finished) == before
 
 
 IN_COMPILE = """
 import runpy, sys
-from mnist_jax.programs import Blueprint
-compile_ = Blueprint.compile
+from mnist_jax.training.trainer import Trainer
+compile_ = Trainer.compile
 def compile_and_tell(self):
     print("compiling", file=sys.stderr, flush=True)
     return compile_(self)
-Blueprint.compile = compile_and_tell
+Trainer.compile = compile_and_tell
 runpy.run_module("mnist_jax.replay", run_name="__main__")
 """
 
@@ -264,7 +265,7 @@ def test_a_signal_while_it_compiles_ends_the_process_with_143_and_without_a_cras
         pass
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
-    assert (process.returncode, out, err) == (143, "", "SIGTERM: left before the end\n")
+    assert (process.returncode, out, err) == (143, "", "SIGTERM: stopped before the end\n")
 
 
 def test_the_end_of_a_replay_is_the_very_state_that_the_run_ended_in(finished, monkeypatch, capsys):

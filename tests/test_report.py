@@ -19,12 +19,15 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from runs import Run, end, snapshot, stop
 
-from mnist_jax import evaluate, history, journal, promises, report
+from mnist_jax import evaluate
 from mnist_jax.checkpoint.checkpointer import list_checkpoints
-from mnist_jax.journal import Terminal
-from mnist_jax.preemption import Stopped, StopSignal
-from mnist_jax.report import Facts, Judgement, Progress
-from mnist_jax.status import CheckpointStatus, NextStart, Status
+from mnist_jax.console import Terminal
+from mnist_jax.records import metrics
+from mnist_jax.report import __main__ as report
+from mnist_jax.report import history, promises
+from mnist_jax.report.__main__ import Facts, Judgement, Progress
+from mnist_jax.report.run_status import CheckpointStatus, NextStart, Status
+from mnist_jax.runtime.preemption import StoppedError, StopSignal
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -191,7 +194,7 @@ def test_stops_and_kills_are_told_with_what_they_cost(eventful, capsys):
     assert labels == ["SIGTERM", f"killed, {second['lost_steps']:,} steps lost", "SIGINT"]
     assert "stopped by SIGTERM" in page.text
     assert "2 resumes, each from the very bits that were saved" in page.text
-    assert f"1 kill; {second['lost_steps']:,} steps lost and made again" in page.text
+    assert f"1 kill; {second['lost_steps']:,} steps lost and recomputed" in page.text
 
 
 def test_the_time_of_each_turn_is_spent_in_lanes_without_a_gap(eventful):
@@ -292,8 +295,8 @@ def test_where_there_is_no_run_there_is_no_report(tmp_path, capsys):
 
 def test_a_signal_ends_it(trained_run):
     with StopSignal() as signals:
-        signals.hear_of(signal.SIGTERM)
-        with pytest.raises(Stopped):
+        signals.record_signal(signal.SIGTERM)
+        with pytest.raises(StoppedError):
             report.report(report.Options(trained_run.workdir), signals, Terminal())
 
 
@@ -373,7 +376,7 @@ histories = st.builds(
 def read_back(events: list[dict], folder: Path) -> list[dict]:
     path = folder / "events.jsonl"
     path.write_text("".join(json.dumps(event) + "\n" for event in events))
-    return journal.read_events(path)
+    return metrics.read_events(path)
 
 
 @given(events=histories, text=texts, number=st.floats() | st.none())

@@ -17,10 +17,11 @@ from runs import Run, end, snapshot, stop
 from tampering import change_manifest, read_metadata, write_format_3, write_metadata
 
 from mnist_jax import config as configs
-from mnist_jax import loop, status, train
+from mnist_jax import status, train
 from mnist_jax.checkpoint import integrity
 from mnist_jax.config import Config
-from mnist_jax.preemption import StopSignal
+from mnist_jax.report import run_status
+from mnist_jax.runtime.preemption import StopSignal
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -33,7 +34,7 @@ def finished(tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("finished") / "run"
     settings = {"dataset": "digits", "steps": 40, "log_every_steps": 10, "checkpoint_every_steps": 10, "batch_size": 64}
     with StopSignal() as stop:
-        assert loop.run(Config(**settings), workdir, stop) == 0
+        assert train.run(Config(**settings), workdir, stop) == 0
     return workdir
 
 
@@ -145,7 +146,7 @@ def test_the_history_tells_starts_signals_kills_and_what_was_lost(eventful, tmp_
     _, text, _ = examine(workdir, capsys=capsys)
     assert re.search(rf"killed +step {killed_at}\b", text)
     if resume["lost_steps"]:
-        assert f"exact, {resume['lost_steps']} steps or more were lost and made again" in text
+        assert f"exact, {resume['lost_steps']} steps or more were lost and recomputed" in text
 
 
 def test_the_text_shows_what_the_json_tells(run_in, capsys):
@@ -307,7 +308,7 @@ def test_beside_a_run_at_work_it_never_fails_and_never_calls_a_good_checkpoint_b
     process = run.start(*DIGITS, "--checkpoint-every-steps", "5", "--keep", "2")
     assert run.wait_for(lambda: len(run.events("save")) > 0, process)
     while process.poll() is None:
-        looks.append(status.examine(run.workdir, verify=len(looks) % 4 == 0))
+        looks.append(run_status.examine(run.workdir, verify=len(looks) % 4 == 0))
         status.describe(looks[-1])
     assert end(process).code == 0
     assert len(looks) >= 10
@@ -329,7 +330,7 @@ def test_a_checkpoint_that_a_run_removes_while_it_is_looked_at_is_no_error(run_i
         return found
 
     monkeypatch.setattr(integrity.os, "walk", walk_and_remove)
-    assert [found.step for found in status.examine(run_in, verify=False).checkpoints] == [30, 40]
+    assert [found.step for found in run_status.examine(run_in, verify=False).checkpoints] == [30, 40]
 
 
 @pytest.mark.parametrize("args", [(), ("--json",)])
@@ -374,7 +375,9 @@ json_values = st.recursive(
 )
 event_lines = st.builds(
     lambda event, details: json.dumps({**details, **event}).encode(),
-    st.fixed_dictionaries({"event": st.sampled_from([*status.HISTORY, "save", "phase"]), "step": st.integers(0, 50)}),
+    st.fixed_dictionaries(
+        {"event": st.sampled_from([*run_status.HISTORY, "save", "phase"]), "step": st.integers(0, 50)}
+    ),
     st.dictionaries(
         st.sampled_from(["time", "exact", "changed", "lost_steps", "signal", "code", "error", "names", "text"]),
         json_values,

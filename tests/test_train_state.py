@@ -4,9 +4,9 @@ import numpy as np
 import optax
 import pytest
 
-from mnist_jax import train_state
 from mnist_jax.config import Config
-from mnist_jax.model import MODELS
+from mnist_jax.training import train_state
+from mnist_jax.training.model import MODELS
 
 CONFIG = Config()
 
@@ -60,20 +60,20 @@ def test_what_is_not_the_seed_or_the_model_does_not_change_the_beginning(state):
 
 
 def test_the_three_streams_of_a_seed_are_three_keys_and_the_state_holds_the_second(state):
-    weights, steps, order = map(tuple, np.asarray(jax.random.key_data(train_state.streams(CONFIG.seed))).tolist())
+    weights, steps, order = map(tuple, np.asarray(jax.random.key_data(train_state.split_keys(CONFIG.seed))).tolist())
     assert len({weights, steps, order}) == 3
     assert tuple(jax.random.key_data(state.rng).tolist()) == steps
 
 
 def test_each_seed_of_the_range_has_streams_of_its_own():
     seeds = (0, 1, 2**31 - 1, 2**31, 2**32 - 1)
-    keys = np.concatenate([jax.random.key_data(train_state.streams(seed)) for seed in seeds])
+    keys = np.concatenate([jax.random.key_data(train_state.split_keys(seed)) for seed in seeds])
     assert len(np.unique(keys, axis=0)) == 3 * len(seeds)
 
 
 def test_the_seed_may_be_a_traced_number():
-    traced = jax.jit(train_state.streams)(np.uint32(7))
-    np.testing.assert_array_equal(jax.random.key_data(traced), jax.random.key_data(train_state.streams(7)))
+    traced = jax.jit(train_state.split_keys)(np.uint32(7))
+    np.testing.assert_array_equal(jax.random.key_data(traced), jax.random.key_data(train_state.split_keys(7)))
 
 
 @pytest.mark.parametrize("model", [name for name in MODELS if name.startswith("original")])
@@ -111,11 +111,11 @@ def test_the_learning_rate_of_the_shortest_trainings_is_a_number_above_0(total_s
 
 def test_an_average_is_in_the_state_where_it_is_asked_for_and_begins_as_the_weights_do(state):
     assert state.average is None
-    assert state.variables_to_use["params"] is state.params
+    assert state.eval_variables["params"] is state.params
     averaged = create(Config(average_decay=0.9, model="cnn-large"))
     for one, other in zip(numbers(averaged.average), numbers(averaged.variables), strict=True):
         np.testing.assert_array_equal(one, other)
-    assert averaged.variables_to_use is averaged.average
+    assert averaged.eval_variables is averaged.average
 
 
 def test_the_decays_of_adam_are_those_of_the_config():

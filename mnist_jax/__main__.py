@@ -1,0 +1,45 @@
+"""The command `python -m mnist_jax`: list the commands, or run one by its name."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from mnist_jax.console import leave
+
+COMMANDS = {
+    "train": "Train a classifier, or resume a run.",
+    "status": "List a run's checkpoints and history, and what the next start would do.",
+    "evaluate": "Evaluate a run's classifier on all test images.",
+    "predict": "Predict the digits in PNG or JPEG pictures.",
+    "demo": "Serve a local page to draw digits on.",
+    "report": "Write a run's report as one HTML page.",
+    "export": "Write a run's weights as safetensors.",
+    "replay": "Train again between two checkpoints, and compare the states.",
+}
+
+
+def run(args: Sequence[str]) -> int:
+    """Run the command that the first argument names with the others, and return its exit code.
+
+    Without a name the commands are listed; an unknown name is a usage error, 2.
+    """
+    name, *rest = args or ["--help"]
+    if name in COMMANDS:
+        package = "" if name not in ("demo", "report") else ".__main__"
+        return int(importlib.import_module(f"mnist_jax.{name}{package}").main(rest))
+    lines = [f"  {command:9} {about}" for command, about in COMMANDS.items()]
+    listing = "\n".join(["usage: python -m mnist_jax COMMAND ...", "", *lines, "", "COMMAND --help lists its flags."])
+    if name in ("-h", "--help"):
+        print(listing)
+        return 0
+    print(f"error: there is no command {name}\n\n{listing}", file=sys.stderr)
+    return 2
+
+
+def console_script() -> None:
+    """Run as the installed command `mnist-jax`."""
+    leave(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    console_script()

@@ -1,0 +1,1 @@
+"""Trained classifiers, and the preparation of pictures for them."""

@@ -1,0 +1,1 @@
+"""The command `python -m mnist_jax.report`: a run as one HTML page."""

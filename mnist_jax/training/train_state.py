@@ -1,0 +1,77 @@
+"""The train state: all that the next update depends on, and so all that a checkpoint holds."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from mnist_jax.config import Config
+from mnist_jax.training.model import Network
+
+
+class MetricSums(struct.PyTreeNode):
+    """Running sums over the images since the last line of the log. Part of the state, so no stop can cut them."""
+
+    loss: jax.Array  # [] float32, sum of the images' cross-entropies, in nats
+    correct: jax.Array  # [] int32, images whose likeliest class is the right one
+    images: jax.Array  # [] int32
+
+    @classmethod
+    def zeros(cls) -> "MetricSums":
+        """Return the sums over no images."""
+        return cls(loss=jnp.float32(0), correct=jnp.int32(0), images=jnp.int32(0))
+
+
+class TrainState(struct.PyTreeNode):
+    """A point of the training. Equal states have equal futures."""
+
+    step: jax.Array  # [] int32, number of updates made
+    params: Any
+    batch_stats: Any  # running means and variances of batch normalization, {} where the model has none
+    average: Any  # of the variables over the latest updates, None where config.average_decay is 0
+    opt_state: optax.OptState
+    rng: jax.Array  # [] typed key; step s draws from fold_in(rng, s), so it never changes
+    metrics: MetricSums
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What `Network.apply` takes first."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+    @property
+    def eval_variables(self) -> dict[str, Any]:
+        """The variables that answers are to be given with: the average, where there is one."""
+        return self.variables if self.average is None else self.average
+
+
+def create(config: Config, model: Network, optimizer: optax.GradientTransformation) -> TrainState:
+    """Return the state before the first update, a pure function of the config."""
+    params_key, steps_key, _ = split_keys(config.seed)
+    variables = {"batch_stats": {}, **model.init(params_key, jnp.zeros((1, 28, 28, 1), jnp.uint8), train=False)}
+    return TrainState(
+        step=jnp.int32(0),
+        **variables,
+        average=variables if config.average_decay else None,
+        opt_state=optimizer.init(variables["params"]),
+        rng=steps_key,
+        metrics=MetricSums.zeros(),
+    )
+
+
+def split_keys(seed: int | jax.Array) -> jax.Array:
+    """Return three independent random keys: of the weights, of the steps, of the order of the images. [3] keys."""
+    return jax.random.split(jax.random.key(seed), 3)
+
+
+def make_schedule(config: Config, total_steps: int) -> optax.Schedule:
+    """Return the learning rate as a function of the number of updates made."""
+    if config.schedule == "constant":
+        return optax.constant_schedule(config.learning_rate)
+    return optax.cosine_onecycle_schedule(total_steps, config.learning_rate)
+
+
+def make_optimizer(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Return Adam (D. P. Kingma and J. Ba, 2015) at a scheduled learning rate."""
+    return optax.adam(schedule, b1=config.adam_b1, b2=config.adam_b2)
