@@ -26,6 +26,7 @@ def main(args: Sequence[str]) -> None:
     gc.freeze()  # as `train.py` does after its imports
     if args[0] == "silent":
         args = args[1:]
+        # There is no flag for it: a run without agreement could not stop.
         Agreement.send = lambda *_: None  # type: ignore[method-assign]
         Agreement.steps_per_call = lambda _, proposed: proposed  # type: ignore[method-assign]
     config = configs.parse(args)

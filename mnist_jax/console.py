@@ -49,7 +49,7 @@ def leave(code: int) -> NoReturn:
 class Terminal:
     """The lines that a person sees: one live line on a terminal, one plain line an interval elsewhere.
 
-    No cursor is hidden and no thread draws, for a second Ctrl-C may end the process anywhere. Where nobody reads any
+    No cursor is hidden and no thread draws, because a second Ctrl-C may end the process anywhere. If nothing reads any
     more (a pipe that was closed, a terminal that is gone) nothing is written, and the training goes on.
     """
 
@@ -93,14 +93,14 @@ class Terminal:
             _give_up(sys.stderr)
 
     def progress(self, text: str) -> None:
-        """Write the live line anew."""
+        """Rewrite the live line."""
         self._next_refresh_s = time.monotonic() + 0.1
         self._clear()
         self._live_line_shown = True
         self._write(text[: self._console.width - 1], end="")
 
     def interval(self, text: str) -> None:
-        """Write the line of an interval where nobody watches; the live line says it where somebody does."""
+        """Write the line of an interval, unless output is a terminal: there the live line has it."""
         if not self.is_live:
             self._write(text)
 

@@ -75,35 +75,38 @@ def run(
     """
     loop = _import_loop()
     group = group or ProcessGroup(stop)
+    opened, is_lost = None, False
     try:
-        opened = loop.open_run(config, workdir, enabled=True) if config and workdir else None
+        if config is not None and workdir is not None:
+            opened = loop.open_run(config, workdir, enabled=True)
         config, workdir = loop.share_run(config, workdir, stop=stop, group=group)
-        checkpointer, recorder = opened or loop.open_run(config, workdir, enabled=False)
-    except (ConfigError, OSError, ProcessLostError) as error:
-        return _fail(error, group)
-    is_lost = False
-    try:
-        try:
-            outcome = loop.train_and_evaluate(config, checkpointer, recorder, stop=stop, group=group, loading=loading)
-        except StoppedError as error:  # before the training began
-            group.report_failure(error, config.preempted_exit_code)
-            outcome = recorder.stopped(stop)
-            code = config.preempted_exit_code
-        else:
-            code = config.preempted_exit_code if outcome.is_stopped else ExitCode.OK
-            recorder.copies.finish(stop)
-            code = group.broadcast(code, ignore_signals=True)
+        opened = opened or loop.open_run(config, workdir, enabled=False)
+        checkpointer, recorder = opened
+        outcome = loop.train_and_evaluate(config, checkpointer, recorder, stop=stop, group=group, loading=loading)
+        recorder.copies.finish(stop)
+        code = config.preempted_exit_code if outcome.is_stopped else ExitCode.OK
+        code = group.broadcast(code, ignore_signals=True)
         recorder.exit(outcome, code)
+        return code
+    except StoppedError as error:  # before the training began
+        if config is None or opened is None:
+            raise  # Nothing is open yet, and the caller knows the exit code.
+        group.report_failure(error, config.preempted_exit_code)
+        opened[1].exit(opened[1].stopped(stop), config.preempted_exit_code)
+        return config.preempted_exit_code
     except Exception as error:
         if exit_code(error) == ExitCode.UNEXPECTED:
             raise
         code = _fail(error, group)
-        recorder.fail(error, code, stop)
+        if opened is not None:
+            opened[1].fail(error, code, stop)
         is_lost = isinstance(error, ProcessLostError)
+        return code
     finally:
-        checkpointer.close(wait=not is_lost)  # A save waits for a lost process in vain.
-        recorder.close()
-    return code
+        if opened is not None:
+            checkpointer, recorder = opened
+            checkpointer.close(wait=not is_lost)  # A save waits for a lost process in vain.
+            recorder.close()
 
 
 def _fail(error: Exception, group: ProcessGroup) -> int:
@@ -137,7 +140,7 @@ def find_run(args: Sequence[str], asked: Config, stop: StopSignal, locks: contex
     Raises:
         ConfigError: the arguments contradict the run in the directory, or its config cannot be read.
         LockHeldError: another process is at work in the directory.
-        RemoteUnavailableError: nobody knows whether the run is to be brought back.
+        RemoteUnavailableError: the object store does not answer, so it may hold a run to download.
         StoppedError: a signal came while the network was asked for the data, or while another process was waited for.
     """
 
@@ -188,7 +191,7 @@ def remote_config(url: str) -> Config | None:
     """Return the settings of the run that is copied under a URL, or None where none is.
 
     Raises:
-        ConfigError: the URL is no place for a copy, or nobody knows what the copy there is of.
+        ConfigError: the URL is no place for a copy, or the copy there does not say of which run it is.
         RemoteUnavailableError: the object store does not say.
     """
     with _mirror(url) as mirror:

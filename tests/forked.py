@@ -13,8 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from subprocess import TimeoutExpired
-from types import TracebackType
-from typing import Self
 
 # What may differ from the environment of the server: nothing reads these before `main`.
 READ_LATE = {"HOME", "XDG_CACHE_HOME", "http_proxy", "https_proxy", "XLA_FLAGS", "PJRT_NPROC", "NPROC", "TMPDIR"}
@@ -77,12 +75,12 @@ class ForkedProcess:
 
     def poll(self) -> int | None:
         """Return its exit code, None while it is at work."""
-        return self._process.exitcode
+        return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait for its end, and return its exit code."""
         self._process.join(timeout)
-        code = self._process.exitcode
+        code = self.returncode
         if code is None:
             raise TimeoutExpired(self.args, timeout or 0)
         return code
@@ -118,19 +116,6 @@ class ForkedProcess:
     def kill(self) -> None:
         """End it as the kernel does."""
         self.send_signal(signal.SIGKILL)
-
-    def terminate(self) -> None:
-        """Ask it to stop."""
-        self.send_signal(signal.SIGTERM)
-
-    def __enter__(self) -> Self:
-        """Return it."""
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Wait for its end."""
-        self._close()
-        self.wait()
 
 
 def _be_the_command(

@@ -231,6 +231,21 @@ def test_a_final_save_that_fails_has_code_74_and_the_older_checkpoint_is_named_a
     assert events(tmp_path, "resume")[-1]["step"] == 30
 
 
+def test_a_signal_before_the_processes_know_the_run_tells_of_its_newest_checkpoint(tmp_path, monkeypatch, capfd):
+    with StopSignal() as stop:
+        assert train.run(config(steps=10), tmp_path, stop) == 0
+
+    def be_stopped(*_, stop, **__):
+        stop.request()
+        stop.check()
+
+    monkeypatch.setattr(loop, "share_run", be_stopped)
+    with StopSignal() as stop:
+        assert train.run(config(steps=10, preempted_exit_code=75), tmp_path, stop) == 75
+    assert capfd.readouterr().out.splitlines()[-1].startswith("stopped step=10 signal=SIGTERM state_sha256=")
+    assert events(tmp_path, "exit")[-1]["outcome"] == "stopped"
+
+
 def test_a_config_that_was_changed_behind_the_checkpoints_is_refused(tmp_path, capfd):
     with StopSignal() as stop:
         assert train.run(config(steps=10), tmp_path, stop) == 0

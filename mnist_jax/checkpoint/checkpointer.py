@@ -593,7 +593,7 @@ class _Directory:
         return digest
 
     def check(self, step: int) -> None:
-        """Check that the directory is still that of this run; one that was removed is made again.
+        """Check that the directory is still that of this run; one that was removed is created again.
 
         Raises:
             SaveError: its parent was moved or removed. Nothing is written to what is there now.

@@ -88,7 +88,7 @@ def plot_run(
         test: what the evaluations came to.
         starts: the steps from which the run was begun or carried on.
         marks: how the work of the starts ended, oldest first.
-        lost: the first and the last of the steps that were made, lost and made again.
+        lost: the first and the last of the steps that were made, lost and recomputed.
         turns: when each start began and ended, in seconds since 1970, oldest first, none before the end of another.
         spans: what was done in this time.
         dark: for a dark page.

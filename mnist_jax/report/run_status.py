@@ -119,7 +119,7 @@ def examine_checkpoint(look: Look, *, verify: bool) -> CheckpointStatus:
 
 
 def summarize(events: Sequence[dict[str, Any]], *, is_running: bool) -> list[dict[str, Any]]:
-    """Return the starts, resumes, signals, faults and ends of a history, and the kills, which nobody could write."""
+    """Return the starts, resumes, signals, faults and ends of a history, and the kills, which left no event."""
     history: list[dict[str, Any]] = []
     at_work, last_step = False, 0
     for event in events:

@@ -58,7 +58,7 @@ def describe_devices() -> dict[str, Any]:
     """Return what decides, besides the software, which bits a computation ends in, as JSON values.
 
     `cpu_threads` and `cpu` are null on an accelerator, where they decide nothing. On a CPU, XLA may divide sums by
-    the size of its thread pool: the same 24 updates ended in other bits with 1 thread than with 2.
+    the size of its thread pool: the same 24 updates ended with different bits with 1 thread and with 2.
     """
     device = jax.devices()[0]
     on_cpu = device.platform == "cpu"

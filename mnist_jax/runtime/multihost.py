@@ -1,4 +1,4 @@
-"""The processes that train together: how they meet, what they tell each other before and after, and how they leave.
+"""The processes that train together: initialization, messages before and after the training, and shutdown.
 
 Whoever starts them, a scheduler as a rule, tells each how many they are and which of them it is. Process 0 does what
 one has to do for all, and gives its word to the others through the key-value store of JAX's coordination service, which
@@ -136,9 +136,10 @@ def _check_is_free(bound: str | None, coordinator: str) -> None:
 
 
 class ProcessGroup:
-    """The processes of a run, of which this is one. Alone, it speaks to nobody and waits for nobody.
+    """The processes of a run, of which this is one. A process that is alone sends and waits for nothing.
 
-    What process 0 tells, the others hear, in the same order. All of them `start` together and `leave` together.
+    All processes make the same calls of `broadcast` and `gather` in the same order, then `start_training`, and at the
+    end `shutdown`.
     """
 
     def __init__(self, stop: StopSignal, timeout_s: float | None = None) -> None:
@@ -155,7 +156,7 @@ class ProcessGroup:
 
             self.index, self.count = global_state.process_id, global_state.num_processes
             self._store = global_state.client
-            threading.Thread(target=self._pass_signals_on, daemon=True, name="signals of peers").start()
+            threading.Thread(target=self._pass_signals_on, daemon=True, name="signals of other processes").start()
 
     @property
     def is_primary(self) -> bool:
@@ -271,7 +272,7 @@ class ProcessGroup:
             return
         import jax
 
-        shutdown = threading.Thread(target=jax.distributed.shutdown, daemon=True, name="leaving peers")
+        shutdown = threading.Thread(target=jax.distributed.shutdown, daemon=True, name="shutdown")
         shutdown.start()
         shutdown.join(LEAVE_S)
 
@@ -300,7 +301,7 @@ class ProcessGroup:
                     raise self._lost(f"process 0 is gone: {_first_line(error)}") from error
 
     def _pass_signals_on(self) -> None:
-        """Tell the others of a signal to this process, and hear of one to another, until the training starts."""
+        """Pass a signal to this process on, and receive those to others, until the training starts."""
         with contextlib.suppress(Exception):  # Process 0 is gone: whoever waits for it says so.
             while not self._has_started:
                 if self._stop.received is None:

@@ -131,15 +131,21 @@ class StopSignal:
             StoppedError: a stop signal came before the work was done.
         """
         self.check()
-        future: Future[T] = Future()
-
-        def run_in_thread() -> None:
-            try:
-                future.set_result(work())
-            except BaseException as error:
-                future.set_exception(error)
-
-        threading.Thread(target=run_in_thread, daemon=True, name=f"interruptible {work}").start()
+        future = start_in_thread(work)
         while not wait([future], timeout=look_every_s).done:
             self.check()
         return future.result()
+
+
+def start_in_thread(work: Callable[[], T]) -> "Future[T]":
+    """Start work in a thread that does not keep the process alive, and return its future."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name=f"interruptible {work}").start()
+    return future

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import distribution
 from pathlib import Path
-from threading import Thread
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
 from mnist_jax.config import DatasetName
+from mnist_jax.runtime.preemption import start_in_thread
 
 FILES = {
     "train_images": "train-images-idx3-ubyte.gz",
@@ -34,8 +34,6 @@ FILES = {
 DIGITS = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
 PROBE_TIMEOUT_S = 3.0
 STALL_TIMEOUT_S = 20.0
-
-T = TypeVar("T")
 
 
 class DataError(Exception):
@@ -136,7 +134,7 @@ def begin_to_load(name: str, data_dir: Path | None) -> "Future[Dataset] | None":
         _ = dataset.fingerprint  # It is taken here, and kept.
         return dataset
 
-    return _in_thread(work)
+    return start_in_thread(work)
 
 
 def _unpack(name: str, paths: Mapping[str, Path], data_dir: Path | None) -> Dataset:
@@ -278,7 +276,7 @@ def _download(name: str, sources: Mapping[str, Source], downloads: Path) -> dict
             dir=downloads, prefix=f"{name}.partial.", ignore_cleanup_errors=True
         ) as partial:
             manager = tfds.download.DownloadManager(download_dir=partial, dataset_name=name, url_infos=infos)
-            arrived = _in_thread(lambda: manager.download(list(infos)))
+            arrived = start_in_thread(lambda: manager.download(list(infos)))
             before = -1
             while not wait([arrived], timeout=STALL_TIMEOUT_S).done:
                 now = sum(file.stat().st_size for file in Path(partial).rglob("*") if file.is_file())
@@ -312,26 +310,12 @@ def _probe(url: str) -> None:
             raise
 
     # In a thread, because looking up a name has no time limit of its own.
-    answer = _in_thread(ask)
+    answer = start_in_thread(ask)
     if not wait([answer], timeout=PROBE_TIMEOUT_S).done:
         raise UnreachableError(f"{url} does not answer within {PROBE_TIMEOUT_S:.0f} s")
     error = answer.exception()
     if error is not None:
         raise UnreachableError(f"{url} cannot be reached ({error})") from error
-
-
-def _in_thread(work: Callable[[], T]) -> "Future[T]":
-    """Start work in a thread that does not keep the process alive, and return its future."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    Thread(target=run, daemon=True).start()
-    return future
 
 
 def _read_verified(path: Path, source: Source, way_out: str) -> bytes:

@@ -143,13 +143,10 @@ def share_run(
         ProcessLostError: one of them is gone, or does not see the directory.
         StoppedError: a signal came.
     """
-    cpu_threads = None
     if config is not None and workdir is not None:
-        cpu_threads = compatibility.cpu_threads_of(list_checkpoints(workdir / "checkpoints"))
+        compatibility.prepare_jax(compatibility.cpu_threads_of(list_checkpoints(workdir / "checkpoints")))
         if group.is_alone:
-            compatibility.prepare_jax(cpu_threads)
             return config, workdir
-        compatibility.prepare_jax(cpu_threads)
         cpu_threads = devices.cpu_threads()  # as many on all, whatever the cores of each
         group.broadcast([config.to_json(), str(workdir.absolute()), (workdir / "lock").read_text(), cpu_threads])
     else:
