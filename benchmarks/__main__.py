@@ -59,10 +59,10 @@ def main(options: Options) -> int:
         for folder in folders:
             folder.mkdir()
         try:
-            found = images.prepare(options.data_dir, folders[0], say=say, digits_may_do=options.quick)
+            found = images.prepare(options.data_dir, folders[0], notify=notify, digits_may_do=options.quick)
         except DataError as error:
             way_out = "" if options.data_dir else ". --data-dir DIR takes MNIST from a folder."
-            say(f"error: {error}{way_out}")
+            notify(f"error: {error}{way_out}")
             return 2
         bench = Bench(QUICK if options.quick else Plan(), found, folders[1], report.cores())
         rows, failures = measure(bench, options.only or tuple(ROWS))
@@ -80,19 +80,19 @@ def measure(bench: Bench, names: tuple[str, ...]) -> tuple[list[Row], dict[str, 
     failures = {}
     for name in names:
         if name == "gpu" and not gpu.is_there():
-            say("gpu: there is none")
+            notify("gpu: there is none")
             continue
         start_s = time.monotonic()
         try:
             rows += ROWS[name](bench)
-            say(f"{name}: measured in {time.monotonic() - start_s:.0f} s")
+            notify(f"{name}: measured in {time.monotonic() - start_s:.0f} s")
         except Exception as error:
             failures[name] = f"{type(error).__name__}: {error}"
-            say(f"{name}: {failures[name]}")
+            notify(f"{name}: {failures[name]}")
     return rows, failures
 
 
-def say(text: str) -> None:
+def notify(text: str) -> None:
     """Tell how it goes, not amid the table."""
     print(text, file=sys.stderr, flush=True)
 

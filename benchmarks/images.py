@@ -20,29 +20,29 @@ class Images(NamedTuple):
     folder: Path  # for the others
 
 
-def prepare(data_dir: Path | None, folder: Path, *, say: Callable[[str], None], digits_may_do: bool) -> Images:
+def prepare(data_dir: Path | None, folder: Path, *, notify: Callable[[str], None], digits_may_do: bool) -> Images:
     """Find MNIST, and lay it out in `folder` for the others unless `data_dir` is such a folder.
 
     Args:
         data_dir: the folder of the four official files, if the user named one.
         folder: an empty one.
-        say: takes the notice of a download.
+        notify: takes the notice of a download.
         digits_may_do: whether the built-in digits may stand in for MNIST where that cannot be had.
 
     Raises:
         DataError: MNIST cannot be had.
     """
     if data_dir is not None:
-        data.load("mnist", data_dir, say=say)  # It checks the files.
+        data.load("mnist", data_dir, notify=notify)  # It checks the files.
         return Images(("--dataset", "mnist", "--data-dir", str(data_dir.absolute())), data_dir.absolute())
     name = "mnist"
     try:
-        dataset = data.load(name, say=say)
+        dataset = data.load(name, notify=notify)
     except data.UnreachableError:
         if not digits_may_do:
             raise
         name = "digits"
-        dataset = data.load(name, say=say)
+        dataset = data.load(name, notify=notify)
     for part, file in FILES.items():
         write(folder / file, getattr(dataset, part).astype(np.uint8).squeeze())
     return Images(("--dataset", name), folder)

@@ -26,7 +26,7 @@ def main(args: Sequence[str]) -> None:
     gc.freeze()  # as `train.py` does after its imports
     compatibility.prepare_jax(None)
     config = configs.parse(args)
-    dataset = data.load(config.dataset, config.data_dir, say=print)
+    dataset = data.load(config.dataset, config.data_dir, notify=print)
     trainer = loop.make_trainer(config, dataset)
     trainer.compile()
     with tempfile.TemporaryDirectory() as folder:

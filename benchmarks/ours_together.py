@@ -33,7 +33,7 @@ def main(args: Sequence[str]) -> None:
     stop = StopSignal()
     group = initialize(stop, config.coordinator, config.num_processes, config.process_id, config.peer_timeout_s)
     compatibility.prepare_jax(None)
-    dataset = data.load(config.dataset, config.data_dir, say=print)
+    dataset = data.load(config.dataset, config.data_dir, notify=print)
     trainer = loop.make_trainer(config, dataset)
     trainer.compile()
     dispatcher = Dispatcher(trainer, dataset, trainer.init_state(), stop=stop, group=group, is_evaluated=True)

@@ -4,7 +4,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from mnist_jax.console import leave
+from mnist_jax.console import exit_process
 
 COMMANDS = {
     "train": "Train a classifier, or resume a run.",
@@ -38,7 +38,7 @@ def run(args: Sequence[str]) -> int:
 
 def console_script() -> None:
     """Run as the installed command `mnist-jax`."""
-    leave(run(sys.argv[1:]))
+    exit_process(run(sys.argv[1:]))
 
 
 if __name__ == "__main__":

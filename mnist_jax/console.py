@@ -20,13 +20,13 @@ def repair_standard_streams() -> None:
         getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
-def notice(text: str) -> None:
+def print_stderr(text: str) -> None:
     """Write a line on standard error, if anybody reads it."""
     with contextlib.suppress(OSError):
-        print(visible(text), file=sys.stderr, flush=True)
+        print(escape_control(text), file=sys.stderr, flush=True)
 
 
-def visible(text: str) -> str:
+def escape_control(text: str) -> str:
     """Return a text in which control characters are spelled out: what a file says may not command a terminal."""
     return text.translate(_SPELLED_OUT)
 
@@ -34,7 +34,7 @@ def visible(text: str) -> str:
 _SPELLED_OUT = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """End the process with everything written, and without waiting for the interpreter to be taken down.
 
     A download or a compilation that a signal made us leave still runs in its thread; it would hold up the orderly end,
@@ -77,7 +77,7 @@ class Terminal:
         """Whether somebody watches, and the live line is a tenth of a second old."""
         return self.is_live and time.monotonic() >= self._next_refresh_s
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """Write a line that stays."""
         self._clear()
         self._write(text)
@@ -88,7 +88,7 @@ class Terminal:
             return
         self._clear()
         try:
-            print(visible(text), file=sys.stderr, flush=True)
+            print(escape_control(text), file=sys.stderr, flush=True)
         except OSError:
             _give_up(sys.stderr)
 
@@ -112,7 +112,7 @@ class Terminal:
 
     def _write(self, text: str, end: str = "\n") -> None:
         with self._gone_is_well():
-            self._console.print(visible(text), end=end)
+            self._console.print(escape_control(text), end=end)
 
     @contextlib.contextmanager
     def _gone_is_well(self) -> Iterator[None]:

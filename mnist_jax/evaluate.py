@@ -15,7 +15,7 @@ import tyro
 
 from mnist_jax import cli
 from mnist_jax import config as configs
-from mnist_jax.console import Terminal, leave
+from mnist_jax.console import Terminal, exit_process
 from mnist_jax.records.metrics import accuracy_at, read_metrics
 from mnist_jax.runtime.preemption import StopSignal
 from mnist_jax.training import data
@@ -55,7 +55,7 @@ def main(args: Sequence[str]) -> int:
 
     def work(stop: StopSignal, terminal: Terminal) -> int:
         result = evaluate(options, stop, terminal)
-        terminal.say(json.dumps(asdict(result), indent=2) if options.json else describe(result))
+        terminal.info(json.dumps(asdict(result), indent=2) if options.json else describe(result))
         return 0
 
     return cli.run(work)
@@ -72,7 +72,7 @@ def evaluate(options: Options, stop: StopSignal, terminal: Terminal) -> Result:
 
     model = stop.run(lambda: classifier.load(options.workdir, options.step, on_cpu=False))
     name, folder = model.data.name, options.data_dir or model.config.data_dir
-    dataset = stop.run(lambda: data.load(name, folder, say=terminal.warn))
+    dataset = stop.run(lambda: data.load(name, folder, notify=terminal.warn))
     found = model.evaluate(dataset, stop)
     confusion = classifier.confusion_matrix(dataset.test_labels, found.logits.argmax(axis=1))
     totals = confusion.sum(axis=1)
@@ -118,4 +118,4 @@ def _cut(name: str, width: int) -> str:
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))

@@ -17,7 +17,7 @@ import mnist_jax
 from mnist_jax import cli
 from mnist_jax import config as configs
 from mnist_jax.config import ConfigError
-from mnist_jax.console import Terminal, leave
+from mnist_jax.console import Terminal, exit_process
 from mnist_jax.runtime.preemption import StopSignal
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def export(options: Options, stop: StopSignal, terminal: Terminal) -> None:
     content = pack(model.variables, model.config.model, where_from(model))
     stop.check()
     configs.write_whole(options.out, content)
-    terminal.say(
+    terminal.info(
         f"wrote the weights of step {model.step} to {options.out}, {len(content) / 1e6:.2f} MB; "
         "its metadata say how to compute with them"
     )
@@ -97,4 +97,4 @@ def pack(variables: dict[str, Any], name: str, metadata: dict[str, str]) -> byte
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))

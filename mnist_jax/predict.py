@@ -17,7 +17,7 @@ import tyro
 from mnist_jax import cli
 from mnist_jax import config as configs
 from mnist_jax.config import ConfigError
-from mnist_jax.console import Terminal, leave
+from mnist_jax.console import Terminal, exit_process
 from mnist_jax.runtime.preemption import StopSignal
 
 
@@ -64,9 +64,9 @@ def main(args: Sequence[str]) -> int:
             if prediction.error:
                 terminal.warn(f"error: {prediction.image}: {prediction.error}")
             elif not options.json:
-                terminal.say(describe(prediction))
+                terminal.info(describe(prediction))
         if options.json:
-            terminal.say(json.dumps([asdict(prediction) for prediction in predictions], indent=2))
+            terminal.info(json.dumps([asdict(prediction) for prediction in predictions], indent=2))
         return 1 if any(prediction.error for prediction in predictions) else 0
 
     return cli.run(work)
@@ -123,4 +123,4 @@ def _percent(share: float | None) -> str:
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))

@@ -17,7 +17,7 @@ from mnist_jax import config as configs
 from mnist_jax.checkpoint.checkpointer import Checkpoint, list_checkpoints
 from mnist_jax.checkpoint.integrity import digest_leaves, host_leaves
 from mnist_jax.config import ConfigError
-from mnist_jax.console import Terminal, leave
+from mnist_jax.console import Terminal, exit_process
 from mnist_jax.runtime.preemption import StopSignal
 from mnist_jax.training import compatibility, data, loop
 
@@ -47,7 +47,7 @@ def main(args: Sequence[str]) -> int:
     def work(stop: StopSignal, terminal: Terminal) -> int:
         differences = replay(options, stop, terminal)
         lines = ["not identical:", *(f"  {line}" for line in differences)] if differences else ["identical"]
-        terminal.say("\n".join(lines))
+        terminal.info("\n".join(lines))
         return 1 if differences else 0
 
     return cli.run(work)
@@ -65,10 +65,10 @@ def replay(options: Options, stop: StopSignal, terminal: Terminal) -> list[str]:
     configs.check_directory(options.workdir)
     first, last = choose(options)
     compatibility.prepare_jax(compatibility.cpu_threads_of([last]))
-    about = compatibility.check_metadata(last.metadata(), last.step)
-    config = configs.from_json(about["config"], last.path)
-    dataset = stop.run(lambda: data.load(config.dataset, config.data_dir, say=terminal.say))
-    compatibility.check_same_run(about, config, dataset, where=last.path)
+    metadata = compatibility.check_metadata(last.metadata(), last.step)
+    config = configs.from_json(metadata["config"], last.path)
+    dataset = stop.run(lambda: data.load(config.dataset, config.data_dir, notify=terminal.info))
+    compatibility.check_same_run(metadata, config, dataset, where=last.path)
     trainer = loop.make_trainer(config, dataset)
     like = trainer.abstract_state
     wanted = last.read(like)[0]
@@ -79,8 +79,8 @@ def replay(options: Options, stop: StopSignal, terminal: Terminal) -> list[str]:
     state = first.read(like)[0] if first else stop.run(trainer.init_state)
     compatibility.check_step(first.step if first else 0, state)
     step, device_data = first.step if first else 0, trainer.put(dataset)
-    terminal.say(f"training from step {step} to step {last.step} again")
-    for change in compatibility.diff_environment(about, compatibility.describe_environment()):
+    terminal.info(f"training from step {step} to step {last.step} again")
+    for change in compatibility.diff_environment(metadata, compatibility.describe_environment()):
         terminal.warn(f"warning: the bits may differ because this changed: {change}")
     while step < last.step:
         n = min(MAX_STEPS_PER_CALL, trainer.next_boundary(step) - step, last.step - step)
@@ -128,4 +128,4 @@ def _difference(wanted: np.ndarray[Any, Any], found: np.ndarray[Any, Any]) -> st
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))

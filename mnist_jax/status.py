@@ -15,7 +15,7 @@ import tyro
 
 from mnist_jax import config as configs
 from mnist_jax.config import ConfigError
-from mnist_jax.console import Terminal, leave, repair_standard_streams
+from mnist_jax.console import Terminal, exit_process, repair_standard_streams
 from mnist_jax.report.history import as_number
 from mnist_jax.report.run_status import Status, examine
 from mnist_jax.runtime import lock
@@ -47,7 +47,7 @@ def main(args: Sequence[str]) -> int:
     except RecursionError:
         terminal.warn(f"error: {options.workdir} holds JSON that is nested too deep; no run of ours wrote it")
         return 2
-    terminal.say(text)
+    terminal.info(text)
     return 65 if status.next_start.exit_code == 65 else 0
 
 
@@ -92,4 +92,4 @@ def _clock(seconds: float | None) -> str:
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))

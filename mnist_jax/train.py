@@ -16,7 +16,7 @@ from typing import Any
 from mnist_jax import config as configs
 from mnist_jax.cli import ExitCode, exit_code, report
 from mnist_jax.config import Config, ConfigError
-from mnist_jax.console import leave, notice, repair_standard_streams
+from mnist_jax.console import exit_process, print_stderr, repair_standard_streams
 from mnist_jax.runtime.lock import LockHeldError, exclusive_lock
 from mnist_jax.runtime.multihost import ProcessGroup, ProcessLostError, initialize
 from mnist_jax.runtime.preemption import StoppedError, StopSignal
@@ -55,7 +55,7 @@ def main(args: Sequence[str]) -> int:
         except Exception as error:  # Whatever it is, the other processes do not wait for this one.
             code = ExitCode.USAGE if isinstance(error, OSError) else exit_code(error)
             group.report_failure(error, code)
-            report(error, notice, is_training=True)
+            report(error, print_stderr, is_training=True)
             return code
         finally:
             group.shutdown()
@@ -114,7 +114,7 @@ def _fail(error: Exception, group: ProcessGroup) -> int:
     code = exit_code(error)
     group.report_failure(error, code)
     who = "" if group.is_primary else f"process {group.index} of {group.count}: "
-    report(error, notice, who=who, is_training=True)
+    report(error, print_stderr, who=who, is_training=True)
     return code
 
 
@@ -147,7 +147,7 @@ def find_run(args: Sequence[str], asked: Config, stop: StopSignal, locks: contex
     def lock(directory: Path) -> None:
         configs.check_directory(directory)
         waiting = exclusive_lock(
-            directory, wait_s=asked.lock_wait_s, say=notice, give_up=lambda: stop.received is not None
+            directory, wait_s=asked.lock_wait_s, notify=print_stderr, should_stop=lambda: stop.received is not None
         )
         try:
             locks.enter_context(waiting)
@@ -159,7 +159,7 @@ def find_run(args: Sequence[str], asked: Config, stop: StopSignal, locks: contex
             raise ConfigError(f"{directory} cannot hold a run ({error}); choose another --workdir") from error
 
     def resolve() -> configs.DatasetName:
-        return stop.run(lambda: data.resolve(asked.dataset, asked.data_dir, say=notice))
+        return stop.run(lambda: data.resolve(asked.dataset, asked.data_dir, notify=print_stderr))
 
     name = None
     workdir = None if asked.fresh else _directory_of_old_run(asked)
@@ -212,9 +212,9 @@ def download_run(url: str, workdir: Path) -> None:
     with _mirror(url) as mirror:
         fetched = mirror.download(workdir, files=configs.RECORDS)
     for step, reason in fetched.refused.items():
-        notice(f"warning: the copy of step {step} in {url} was not taken: {reason}")
+        print_stderr(f"warning: the copy of step {step} in {url} was not taken: {reason}")
     if fetched.steps:
-        notice(f"brought back from {url}: the checkpoints of steps {', '.join(map(str, fetched.steps))}")
+        print_stderr(f"brought back from {url}: the checkpoints of steps {', '.join(map(str, fetched.steps))}")
 
 
 @contextlib.contextmanager
@@ -283,4 +283,4 @@ def _directory_of_old_run(asked: Config) -> Path | None:
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))

@@ -244,7 +244,7 @@ def read_pristine(whole: Run) -> Pristine:
     from mnist_jax.training import data, loop
 
     config = configs.load(whole.workdir / "config.json")
-    blueprint = loop.make_trainer(config, data.load(config.dataset, config.data_dir, say=print))
+    blueprint = loop.make_trainer(config, data.load(config.dataset, config.data_dir, notify=print))
     like, saved = blueprint.abstract_state, {}
     told = {record["step"]: record["sha256"] for record in whole.events("save")}
     for checkpoint in list_checkpoints(whole.workdir / "checkpoints"):
@@ -565,7 +565,7 @@ def endure(campaign: Campaign, run: FaultyRun, *told: str) -> list[Result]:
     return [Result(DETECTED if told else HARMLESS)]
 
 
-def give_up(campaign: Campaign, run: FaultyRun, cure: Callable[[], object] = lambda: None) -> list[Result]:
+def end_of_fault(campaign: Campaign, run: FaultyRun, cure: Callable[[], object] = lambda: None) -> list[Result]:
     """Have a run end with 74 and name its newest checkpoint, from which it is carried on when the fault is gone."""
     ended = run.finish(*campaign.args)
     assert ended.code == 74, ended
@@ -584,7 +584,7 @@ def fill_disk(campaign: Campaign, *, is_freed: bool) -> list[Result]:
     with small_disk(campaign.root) as disk:
         ballast = disk / "ballast"
         run = campaign.new_run((full_disk, str(ballast), 60, 100 if is_freed else None), within=disk)
-        return endure(campaign, run, "save_failed") if is_freed else give_up(campaign, run, cure=ballast.unlink)
+        return endure(campaign, run, "save_failed") if is_freed else end_of_fault(campaign, run, cure=ballast.unlink)
 
 
 class CannotMount(Exception):
@@ -804,7 +804,7 @@ def faults(campaign: Campaign, n: int) -> dict[str, list[Job]]:
         return lambda: endure(campaign, campaign.new_run(fault), *told)
 
     def final(*fault: Any) -> Job:
-        return lambda: give_up(campaign, campaign.new_run(fault))
+        return lambda: end_of_fault(campaign, campaign.new_run(fault))
 
     return {
         **{harm: [partial(damage, campaign, harm, n) for n in range(counts.get(harm, tenth))] for harm in DAMAGE},
@@ -895,7 +895,7 @@ def main(args: list[str]) -> int:
     if args[:1] == ["drive"]:
         from mnist_jax import train
 
-        train.leave(drive(args[1], args[2:]))
+        train.exit_process(drive(args[1], args[2:]))
     # Under a shell's `&` and `nohup` these are ignored, also in the processes that are started here.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)

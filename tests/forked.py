@@ -141,5 +141,5 @@ def _be_the_command(
     if faults is not None:
         from faults import drive
 
-        train.leave(drive(faults, arguments))
-    train.leave(train.main(arguments))
+        train.exit_process(drive(faults, arguments))
+    train.exit_process(train.main(arguments))

@@ -11,7 +11,7 @@ STILL = {"shift_px": 0.0, "rotation_deg": 0.0, "zoom": 0.0}
 
 @pytest.fixture(scope="module")
 def images() -> np.ndarray:
-    return data.load("digits", say=print).train_images[:64]
+    return data.load("digits", notify=print).train_images[:64]
 
 
 def distort(images, seed: int = 0, **amounts) -> np.ndarray:

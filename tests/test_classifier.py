@@ -20,7 +20,7 @@ from mnist_jax.training import data
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
-DIGITS = data.load("digits", say=print)
+DIGITS = data.load("digits", notify=print)
 # 22 steps an epoch. The average of the weights is what is evaluated, and not the weights.
 CONFIG = Config(dataset="digits", steps=44, batch_size=64, eval_every_steps=11, keep=9, average_decay=0.9)
 
@@ -40,7 +40,7 @@ def run_in(finished, tmp_path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-def say(workdir: Path, step: int, **about: object) -> None:
+def write_metadata(workdir: Path, step: int, **about: object) -> None:
     """Have the checkpoint of a step say something else of its run."""
     change_metadata(workdir / "checkpoints" / str(step), **about)
 
@@ -67,7 +67,7 @@ def test_a_single_answer_is_that_of_the_evaluation(finished):
 
 def test_the_checkpoint_that_is_asked_for_is_read(run_in):
     for step, accuracy in ((11, 0.5), (22, 0.8), (33, 0.8), (44, 0.7)):
-        say(run_in, step, test_accuracy=accuracy)
+        write_metadata(run_in, step, test_accuracy=accuracy)
     chosen = {which: classifier.load(run_in, which) for which in ("latest", "best", 11)}
     assert {which: model.step for which, model in chosen.items()} == {"latest": 44, "best": 22, 11: 11}
     assert chosen["best"].sha256 == Checkpoint(run_in / "checkpoints" / "22").manifest()["state_sha256"]
@@ -75,9 +75,9 @@ def test_the_checkpoint_that_is_asked_for_is_read(run_in):
 
 def test_a_checkpoint_that_was_not_evaluated_is_never_the_best(run_in):
     for step, accuracy in ((11, float("nan")), (22, 7.0), (33, "all"), (44, 0.1)):
-        say(run_in, step, test_accuracy=accuracy)
+        write_metadata(run_in, step, test_accuracy=accuracy)
     assert classifier.load(run_in, "best").step == 44
-    say(run_in, 44, test_accuracy=None)
+    write_metadata(run_in, 44, test_accuracy=None)
     with pytest.raises(NoCheckpointYetError, match="was evaluated yet; use --step latest"):
         classifier.load(run_in, "best")
 
@@ -110,7 +110,7 @@ def test_a_damaged_checkpoint_is_an_error_and_not_passed_over(run_in):
 )
 def test_a_checkpoint_that_says_nothing_usable_of_the_data_is_refused(run_in, about):
     known = {"name": "digits", "train_images": 1438, "test_images": 359}
-    say(run_in, 44, data={**known, **about})
+    write_metadata(run_in, 44, data={**known, **about})
     with pytest.raises(IncompatibleCheckpointError, match="step 44 says nothing usable of the run's data"):
         classifier.load(run_in, "latest")
 
@@ -124,7 +124,7 @@ def test_where_nothing_is_saved_yet_it_is_said(tmp_path):
 
 
 def test_other_data_than_the_run_has_seen_are_refused(finished):
-    other = data.Dataset(**{**vars(data.load("digits", say=print)), "test_labels": DIGITS.test_labels[::-1]})
+    other = data.Dataset(**{**vars(data.load("digits", notify=print)), "test_labels": DIGITS.test_labels[::-1]})
     with StopSignal() as stop, pytest.raises(ConfigError, match="the run began with other data"):
         classifier.load(finished, "latest").evaluate(other, stop)
 

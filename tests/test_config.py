@@ -550,7 +550,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory, in which the network is not asked for anything."""
     monkeypatch.chdir(tmp_path)
 
-    def resolve(name: str, data_dir: Path | None, *, say: object) -> str:
+    def resolve(name: str, data_dir: Path | None, *, notify: object) -> str:
         assert name != "auto", "asked the network which data set there is"
         return name
 
@@ -566,7 +566,7 @@ def test_a_new_run_has_the_recipe_of_its_data_and_a_directory_of_its_name(here: 
 
 
 def test_auto_becomes_the_data_that_there_is_and_its_recipe(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "resolve", lambda name, data_dir, *, say: "digits")
+    monkeypatch.setattr(data, "resolve", lambda name, data_dir, *, notify: "digits")
     config, workdir = find_run()
     assert (config.dataset, workdir) == ("digits", Path("runs/digits"))
     assert config.epochs == 10 * configs.PRESETS["fast"].epochs
@@ -645,7 +645,7 @@ def test_without_flags_the_run_last_at_work_is_carried_on(last: str, here: Path)
 
 def test_a_folder_of_mnist_files_is_no_matter_of_the_run_on_digits(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_run("runs/digits", Config(dataset="digits"))
-    monkeypatch.setattr(data, "resolve", lambda name, data_dir, *, say: "mnist")
+    monkeypatch.setattr(data, "resolve", lambda name, data_dir, *, notify: "mnist")
     config, workdir = find_run("--data-dir", "files")
     assert (workdir, config.dataset) == (Path("runs/mnist"), "mnist")
 

@@ -27,7 +27,7 @@ SHA256 = r"[0-9a-f]{64}"
 
 @pytest.fixture(scope="module")
 def mnist(mnist_dir: Path) -> Dataset:
-    return data.load("mnist", mnist_dir, say=pytest.fail)
+    return data.load("mnist", mnist_dir, notify=pytest.fail)
 
 
 # MNIST
@@ -106,7 +106,7 @@ def folder(tmp_path: Path, mnist_dir: Path) -> Path:
 
 
 def test_a_folder_is_used_without_the_network(folder: Path, no_network: None, mnist: Dataset) -> None:
-    assert data.load("mnist", folder, say=pytest.fail).fingerprint == mnist.fingerprint
+    assert data.load("mnist", folder, notify=pytest.fail).fingerprint == mnist.fingerprint
 
 
 def test_loading_leaves_nothing_among_the_temporary_files(
@@ -114,7 +114,7 @@ def test_loading_leaves_nothing_among_the_temporary_files(
 ) -> None:
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    data.load("mnist", folder, say=print)
+    data.load("mnist", folder, notify=print)
     assert list((tmp_path / "temporary").iterdir()) == []
     assert tempfile.tempdir == str(tmp_path / "temporary")
 
@@ -122,7 +122,7 @@ def test_loading_leaves_nothing_among_the_temporary_files(
 def test_files_that_are_there_are_loaded_without_the_half_second_of_tensorflow_datasets(folder: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from mnist_jax.training import data;"
-        "data.load('mnist', Path(sys.argv[1]), say=print); print('tensorflow_datasets' in sys.modules)"
+        "data.load('mnist', Path(sys.argv[1]), notify=print); print('tensorflow_datasets' in sys.modules)"
     )
     ended = subprocess.run([sys.executable, "-c", program, folder], capture_output=True, text=True, check=True)
     assert ended.stdout == "False\n"
@@ -202,7 +202,7 @@ def test_a_file_that_cannot_be_opened_is_named(folder: Path) -> None:
 
 def test_the_files_of_another_data_set_are_refused(folder: Path) -> None:
     with pytest.raises(DataError, match=rf"{FILES['train_images']} has 9,912,422 bytes instead of 26,421,880"):
-        data.load("fashion_mnist", folder, say=pytest.fail)
+        data.load("fashion_mnist", folder, notify=pytest.fail)
 
 
 # The built-in digits
@@ -210,7 +210,7 @@ def test_the_files_of_another_data_set_are_refused(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
-    return data.load("digits", say=pytest.fail)
+    return data.load("digits", notify=pytest.fail)
 
 
 def test_digits_come_without_the_network_and_are_the_same_in_every_process(digits: Dataset) -> None:
@@ -220,7 +220,7 @@ def test_digits_come_without_the_network_and_are_the_same_in_every_process(digit
         "    def __init__(self, *args, **kwargs): raise SystemExit('the network was asked')\n"
         "socket.socket = socket.create_connection = socket.getaddrinfo = Broken\n"
         "from mnist_jax.training import data\n"
-        "print(data.load('digits', say=print).fingerprint)"
+        "print(data.load('digits', notify=print).fingerprint)"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == digits.fingerprint
@@ -262,7 +262,7 @@ def test_digits_that_are_not_where_they_should_be_are_an_error(monkeypatch, tmp_
 
     monkeypatch.setattr(data, "distribution", lambda _: Empty())
     with pytest.raises(DataError, match=r"scikit-learn's digits cannot be read .*name another --dataset"):
-        data.load("digits", say=print)
+        data.load("digits", notify=print)
 
 
 # What "auto" is
@@ -270,26 +270,26 @@ def test_digits_that_are_not_where_they_should_be_are_an_error(monkeypatch, tmp_
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "kmnist", "digits"])
 def test_a_data_set_asked_for_by_name_is_that_one(name: str, no_network: None) -> None:
-    assert data.resolve(name, None, say=pytest.fail) == name
+    assert data.resolve(name, None, notify=pytest.fail) == name
 
 
 def test_auto_is_mnist_where_a_folder_is_named(folder: Path, no_network: None) -> None:
-    assert data.resolve("auto", folder, say=pytest.fail) == "mnist"
+    assert data.resolve("auto", folder, notify=pytest.fail) == "mnist"
 
 
 def test_auto_is_mnist_where_it_is_on_disk(cache: Path, mnist_dir: Path, no_network: None, mnist: Dataset) -> None:
     fill(cache, mnist_dir)
-    assert data.resolve("auto", None, say=pytest.fail) == "mnist"
-    assert data.load("mnist", say=pytest.fail).fingerprint == mnist.fingerprint
+    assert data.resolve("auto", None, notify=pytest.fail) == "mnist"
+    assert data.load("mnist", notify=pytest.fail).fingerprint == mnist.fingerprint
 
 
 def test_auto_is_mnist_where_it_can_be_downloaded(cache: Path, server: "Server", mnist: Dataset) -> None:
     said: list[str] = []
-    assert data.resolve("auto", None, say=said.append) == "mnist"
+    assert data.resolve("auto", None, notify=said.append) == "mnist"
     assert len(said) == 1
     assert re.fullmatch(rf"downloading mnist: 4 files, 11\.6 MB, into {cache}", said[0])
     server.stop()
-    assert data.load("mnist", say=pytest.fail).fingerprint == mnist.fingerprint
+    assert data.load("mnist", notify=pytest.fail).fingerprint == mnist.fingerprint
 
 
 NO_NETWORKS = ("refused", "silent", "nameless")
@@ -302,7 +302,7 @@ def test_auto_is_the_digits_and_says_so_once_where_mnist_is_not_to_be_had(
     said: list[str] = []
     with without_network(kind, monkeypatch) as url:
         started = time.monotonic()
-        assert data.resolve("auto", None, say=said.append) == "digits"
+        assert data.resolve("auto", None, notify=said.append) == "digits"
         assert time.monotonic() - started < 5
     assert len(said) == 1
     for word in ("notice: training on the built-in digits", "instead of MNIST", url, "--data-dir"):
@@ -317,7 +317,7 @@ def test_mnist_asked_for_by_name_is_an_error_at_once_where_it_is_not_to_be_had(
     with without_network("silent", monkeypatch) as url:
         started = time.monotonic()
         with pytest.raises(UnreachableError, match=re.escape(url)):
-            data.load("mnist", say=pytest.fail)
+            data.load("mnist", notify=pytest.fail)
         assert time.monotonic() - started < 2
 
 
@@ -325,7 +325,7 @@ def test_mnist_asked_for_by_name_is_an_error_at_once_where_it_is_not_to_be_had(
 def test_a_server_that_answers_with_an_error_is_asked_once(status: int, cache: Path, server: "Server") -> None:
     server.status = status
     with pytest.raises(UnreachableError, match=f"{server.url}.*{status}"):
-        data.load("mnist", say=pytest.fail)
+        data.load("mnist", notify=pytest.fail)
     assert len(server.requests) == 1
 
 
@@ -334,19 +334,19 @@ def test_a_server_that_answers_with_an_error_is_asked_once(status: int, cache: P
 
 def test_a_download_is_kept_and_the_network_not_asked_again(cache: Path, server: "Server", mnist: Dataset) -> None:
     said: list[str] = []
-    assert data.load("mnist", say=said.append).fingerprint == mnist.fingerprint
+    assert data.load("mnist", notify=said.append).fingerprint == mnist.fingerprint
     assert len(said) == 1
     assert sorted(file for method, file in server.requests if method == "GET") == sorted(FILES.values())
     server.stop()
-    assert data.load("mnist", say=pytest.fail).fingerprint == mnist.fingerprint
+    assert data.load("mnist", notify=pytest.fail).fingerprint == mnist.fingerprint
 
 
 def test_only_what_is_missing_is_downloaded(cache: Path, server: "Server", mnist: Dataset) -> None:
-    data.load("mnist", say=[].append)
+    data.load("mnist", notify=[].append)
     server.requests.clear()
     next(cache.rglob("*t10k-labels*.gz")).unlink()
     said: list[str] = []
-    assert data.load("mnist", say=said.append).fingerprint == mnist.fingerprint
+    assert data.load("mnist", notify=said.append).fingerprint == mnist.fingerprint
     assert said == [f"downloading mnist: 1 files, 0.0 MB, into {cache}"]
     assert [file for method, file in server.requests if method == "GET"] == [FILES["test_labels"]]
 
@@ -366,9 +366,9 @@ def test_a_server_that_sends_other_bytes_is_not_believed(
     server.damage = damage
     for _ in range(2):  # The second start does not find the bad file and take it for whole.
         with pytest.raises(DataError, match=f"(?s)mnist.*{server.url}"):
-            data.load("mnist", say=[].append)
+            data.load("mnist", notify=[].append)
     server.damage = None
-    assert data.load("mnist", say=[].append).fingerprint == mnist.fingerprint
+    assert data.load("mnist", notify=[].append).fingerprint == mnist.fingerprint
 
 
 def test_a_download_that_breaks_off_is_an_error_at_once_and_is_made_good_by_the_next(
@@ -377,10 +377,10 @@ def test_a_download_that_breaks_off_is_an_error_at_once_and_is_made_good_by_the_
     server.breaks_off = True
     started = time.monotonic()
     with pytest.raises(UnreachableError, match="mnist broke off"):
-        data.load("mnist", say=[].append)
+        data.load("mnist", notify=[].append)
     assert time.monotonic() - started < 5
     server.breaks_off = False
-    assert data.load("mnist", say=[].append).fingerprint == mnist.fingerprint
+    assert data.load("mnist", notify=[].append).fingerprint == mnist.fingerprint
 
 
 def test_a_download_that_stalls_is_an_error_after_a_while(
@@ -392,7 +392,7 @@ def test_a_download_that_stalls_is_an_error_after_a_while(
 
     def load() -> None:
         try:
-            data.load("mnist", say=[].append)
+            data.load("mnist", notify=[].append)
         except Exception as error:
             errors.append(error)
 
@@ -405,7 +405,7 @@ def test_a_download_that_stalls_is_an_error_after_a_while(
 def test_a_download_that_fails_leaves_nothing_behind(cache: Path, server: "Server") -> None:
     server.damage = corrupt
     with pytest.raises(DataError):
-        data.load("mnist", say=[].append)
+        data.load("mnist", notify=[].append)
     assert [path for path in cache.rglob("*") if path.is_file()] == []
 
 
@@ -417,7 +417,7 @@ def test_a_file_that_went_bad_on_disk_is_named_and_to_be_deleted(
     path = fill(cache, mnist_dir)[part]
     replace(path, damage(path.read_bytes()))
     with pytest.raises(DataError) as refusal:
-        data.load("mnist", say=pytest.fail)
+        data.load("mnist", notify=pytest.fail)
     assert str(path) in str(refusal.value)
     assert "delete it, and the next start downloads it again" in str(refusal.value)
 
@@ -425,13 +425,13 @@ def test_a_file_that_went_bad_on_disk_is_named_and_to_be_deleted(
 def test_a_file_that_went_bad_on_disk_is_whole_again_after_it_was_deleted(
     cache: Path, server: "Server", mnist: Dataset
 ) -> None:
-    data.load("mnist", say=[].append)
+    data.load("mnist", notify=[].append)
     path = next(cache.rglob("*t10k-labels*.gz"))
     replace(path, corrupt(path.read_bytes()))
     with pytest.raises(DataError, match=re.escape(str(path))):
-        data.load("mnist", say=pytest.fail)
+        data.load("mnist", notify=pytest.fail)
     path.unlink()
-    assert data.load("mnist", say=[].append).fingerprint == mnist.fingerprint
+    assert data.load("mnist", notify=[].append).fingerprint == mnist.fingerprint
 
 
 def test_data_that_is_on_disk_is_only_read_and_in_silence(
@@ -439,7 +439,7 @@ def test_data_that_is_on_disk_is_only_read_and_in_silence(
 ) -> None:
     fill(cache, mnist_dir)
     before = sorted(cache.rglob("*"))
-    data.load("mnist", say=pytest.fail)
+    data.load("mnist", notify=pytest.fail)
     assert sorted(cache.rglob("*")) == before  # It may be a folder that many share and nobody may write to.
     assert capfd.readouterr() == ("", "")
 
@@ -447,7 +447,7 @@ def test_data_that_is_on_disk_is_only_read_and_in_silence(
 def test_a_download_draws_no_bars_where_nobody_watches(
     cache: Path, server: "Server", capfd: pytest.CaptureFixture[str]
 ) -> None:
-    data.load("mnist", say=[].append)
+    data.load("mnist", notify=[].append)
     assert capfd.readouterr() == ("", "")
 
 
@@ -592,7 +592,7 @@ def replace(path: Path, content: bytes) -> None:
 def refused(folder: Path, part: str, *named: str) -> None:
     """Check that the folder is refused with a message that names a file, the other words and the way out."""
     with pytest.raises(DataError) as refusal:
-        data.load("mnist", folder, say=pytest.fail)
+        data.load("mnist", folder, notify=pytest.fail)
     begun = data.begin_to_load("mnist", folder)
     assert begun
     assert str(begun.exception()) == str(refusal.value)

@@ -75,7 +75,7 @@ def logits_of(content: bytes, images: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ["cnn", "cnn-large", "original-power"])  # of each kind one
 def test_numpy_alone_gets_the_logits_of_each_model_from_its_file(name):
-    model, images = MODELS[name].clone(for_cpu=True), data.load("digits", say=print).test_images[:12]
+    model, images = MODELS[name].clone(for_cpu=True), data.load("digits", notify=print).test_images[:12]
     initialize, apply = (jax.jit(partial(function, train=False)) for function in (model.init, model.apply))
     variables = {"batch_stats": {}, **initialize(jax.random.key(0), images)}
     # No bias is zero, no running mean 0 and no variance 1, so that each array has its part in the result.
@@ -99,7 +99,7 @@ def test_the_file_holds_the_classifier_of_the_run_and_says_where_it_comes_from(t
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "the weights of step 702" in ended.stdout
     content = (tmp_path / "weights.safetensors").read_bytes()
-    dataset = data.load("mnist", mnist_dir, say=print)
+    dataset = data.load("mnist", mnist_dir, notify=print)
     answers = logits_of(content, dataset.test_images[:500]).argmax(axis=1)
     assert np.mean(answers == dataset.test_labels[:500]) > 0.98
     arrays, metadata = read(content)

@@ -13,11 +13,11 @@ from faults import (
     damage,
     failing,
     fill_disk,
-    give_up,
     kill_again_and_again,
     kill_one_of_two,
     lose_run_directory,
     prepare,
+    should_stop,
     stop_in,
 )
 
@@ -69,7 +69,7 @@ def test_a_full_disk_that_is_freed_in_time_is_told_of_and_changes_no_bit(campaig
 
 
 def test_a_disk_that_fails_to_the_end_is_told_of_with_74_and_the_rerun_ends_alike(campaign):
-    assert_survived(give_up(campaign, campaign.new_run((failing, "fsync", errno.EIO, [80, 100, 120]))))
+    assert_survived(should_stop(campaign, campaign.new_run((failing, "fsync", errno.EIO, [80, 100, 120]))))
 
 
 def test_a_run_whose_directory_is_removed_ends_with_74_and_leaves_alone_what_is_put_there(campaign):

@@ -69,7 +69,7 @@ def test_fit_refuses_another_config(whole, tmp_path):
 def test_load_predicts(whole, tmp_path):
     mnist_jax.fit(CONFIG, workdir=tmp_path)
     classifier = mnist_jax.load(tmp_path)
-    digits = data.load("digits", say=print)
+    digits = data.load("digits", notify=print)
     predictions = [int(np.argmax(classifier.predict(image))) for image in digits.test_images[:20]]
     assert np.mean(predictions == digits.test_labels[:20]) > 0.8
 

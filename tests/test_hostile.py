@@ -61,13 +61,13 @@ START = ("--dataset", "digits", "--lock-wait-s", "0")
 
 @pytest.fixture(scope="module", autouse=True)
 def digits_are_loaded_once():
-    load, digits = data.load, data.load("digits", say=print)
+    load, digits = data.load, data.load("digits", notify=print)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             data,
             "load",
-            lambda name, data_dir=None, *, say: (
-                digits if (name, data_dir) == ("digits", None) else load(name, data_dir, say=say)
+            lambda name, data_dir=None, *, notify: (
+                digits if (name, data_dir) == ("digits", None) else load(name, data_dir, notify=notify)
             ),
         )
         yield

@@ -24,15 +24,12 @@ HOLD = """
 import sys
 from pathlib import Path
 from mnist_jax.runtime.lock import exclusive_lock
-with exclusive_lock(Path(sys.argv[1]), wait_s=60, say=print, give_up=lambda: False):
+with exclusive_lock(Path(sys.argv[1]), wait_s=60, notify=print):
     print("has it", flush=True)
     sys.stdin.read()
 """
 DIGITS = ("--dataset", "digits", "--steps", "40", "--log-every-steps", "10", "--eval-every-steps", "40")
 
-
-def never() -> bool:
-    return False
 
 
 @contextlib.contextmanager
@@ -67,7 +64,7 @@ def test_a_second_process_is_refused_and_told_host_process_and_time_of_the_first
         said = []
         with (
             pytest.raises(LockHeldError) as refusal,
-            exclusive_lock(tmp_path, wait_s=0, say=said.append, give_up=never),
+            exclusive_lock(tmp_path, wait_s=0, notify=said.append),
         ):
             pytest.fail("two writers")
         written = json.loads((tmp_path / "lock").read_text())
@@ -85,7 +82,7 @@ def test_the_wait_ends_when_the_first_ends(tmp_path):
             said.append(text)
             first.stdin.close()
 
-        with exclusive_lock(tmp_path, wait_s=1000, say=end_the_first, give_up=never):
+        with exclusive_lock(tmp_path, wait_s=1000, notify=end_the_first):
             assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
     [text] = said
     assert text.startswith(f"{tmp_path} is in use by process {first.pid} on host ")
@@ -98,28 +95,28 @@ def test_the_lock_of_a_holder_that_was_killed_is_free_at_once(tmp_path):
         first.wait(60)
         assert json.loads((tmp_path / "lock").read_text())["pid"] == first.pid
         assert holder(tmp_path) is None
-        with exclusive_lock(tmp_path, wait_s=0, say=pytest.fail, give_up=never):
+        with exclusive_lock(tmp_path, wait_s=0, notify=pytest.fail):
             pass
 
 
 def test_the_lock_is_free_again_after_an_error_in_the_block(tmp_path):
-    with pytest.raises(KeyError), exclusive_lock(tmp_path, wait_s=0, say=pytest.fail, give_up=never):
+    with pytest.raises(KeyError), exclusive_lock(tmp_path, wait_s=0, notify=pytest.fail):
         raise KeyError
-    with exclusive_lock(tmp_path, wait_s=0, say=pytest.fail, give_up=never):
+    with exclusive_lock(tmp_path, wait_s=0, notify=pytest.fail):
         pass
 
 
 def test_who_waits_can_be_told_to_give_up(tmp_path):
     asked = []
 
-    def give_up() -> bool:
+    def should_stop() -> bool:
         asked.append(1)
         return len(asked) == 3
 
     with (
         held_by_another(tmp_path) as first,
         pytest.raises(LockHeldError, match=f"process {first.pid} "),
-        exclusive_lock(tmp_path, wait_s=10_000, say=lambda text: None, give_up=give_up),
+        exclusive_lock(tmp_path, wait_s=10_000, notify=lambda text: None, should_stop=should_stop),
     ):
         pytest.fail("two writers")
     assert len(asked) == 3
@@ -141,7 +138,7 @@ def test_one_who_does_not_want_to_wait_is_not_refused_for_a_look(tmp_path, monke
     looker = threading.Thread(target=holder, args=(tmp_path,))
     looker.start()
     assert look_began.wait(60)
-    with exclusive_lock(tmp_path, wait_s=0, say=pytest.fail, give_up=never):
+    with exclusive_lock(tmp_path, wait_s=0, notify=pytest.fail):
         pass
     looker.join()
 
@@ -159,7 +156,7 @@ def test_a_look_tells_the_holder_and_writes_nothing(tmp_path):
             found = holder(tmp_path)
             assert (found.host, found.pid) == (socket.gethostname(), first.pid)
         assert snapshot(tmp_path) == before
-        with pytest.raises(LockHeldError), exclusive_lock(tmp_path, wait_s=0, say=pytest.fail, give_up=never):
+        with pytest.raises(LockHeldError), exclusive_lock(tmp_path, wait_s=0, notify=pytest.fail):
             pytest.fail("the looks let another in")
     assert holder(tmp_path) is None  # Its name still stands in the file.
     assert snapshot(tmp_path) == before
@@ -182,14 +179,14 @@ def test_a_time_that_no_clock_shows_does_not_hinder_the_message(tmp_path, since)
         path.write_text(f'{{"host": "a", "pid": 7, "since": {since}}}')
         with (
             pytest.raises(LockHeldError, match="in use by"),
-            exclusive_lock(tmp_path, wait_s=0, say=print, give_up=never),
+            exclusive_lock(tmp_path, wait_s=0, notify=print),
         ):
             pytest.fail("two writers")
 
 
 def test_an_earlier_longer_name_leaves_nothing_behind(tmp_path):
     (tmp_path / "lock").write_text(json.dumps({"host": "h" * 300, "pid": 7, "since": 1.5}) + "\n")
-    with exclusive_lock(tmp_path, wait_s=0, say=pytest.fail, give_up=never):
+    with exclusive_lock(tmp_path, wait_s=0, notify=pytest.fail):
         content = (tmp_path / "lock").read_text()
     assert content.endswith("}\n")
     assert {**json.loads(content), "since": None} == {"host": socket.gethostname(), "pid": os.getpid(), "since": None}
@@ -203,7 +200,10 @@ def test_a_lock_that_is_a_symbolic_link_is_refused_and_its_target_untouched(tmp_
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "lock").symlink_to(tmp_path / "outside" / "file")
     before = snapshot(tmp_path / "outside")
-    with pytest.raises(OSError, match="lock"), exclusive_lock(tmp_path / "run", wait_s=0, say=print, give_up=never):
+    with (
+        pytest.raises(OSError, match="lock"),
+        exclusive_lock(tmp_path / "run", wait_s=0, notify=print),
+    ):
         pytest.fail("the lock is elsewhere")
     with pytest.raises(OSError, match="lock"):
         holder(tmp_path / "run")
@@ -216,7 +216,7 @@ from pathlib import Path
 from mnist_jax.runtime.lock import exclusive_lock
 directory, counter = Path(sys.argv[1]), Path(sys.argv[1], "counter")
 for _ in range(10):
-    with exclusive_lock(directory, wait_s=1000, say=lambda text: None, give_up=lambda: False):
+    with exclusive_lock(directory, wait_s=1000, notify=lambda text: None):
         number = int(counter.read_text())
         counter.write_text("torn")
         counter.write_text(str(number + 1))

@@ -266,7 +266,7 @@ def test_a_refused_config_does_not_take_the_place_of_one_that_was_lost(tmp_path)
 
 
 def test_data_that_the_caller_has_begun_to_load_is_waited_for_and_not_loaded_again(tmp_path, monkeypatch):
-    dataset = loop.data.load("digits", say=pytest.fail)
+    dataset = loop.data.load("digits", notify=pytest.fail)
     loading = Future()
     threading.Timer(0.5, loading.set_result, [dataset]).start()
     monkeypatch.setattr(loop.data, "load", pytest.fail)

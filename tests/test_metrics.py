@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
-from mnist_jax.console import Terminal, notice
+from mnist_jax.console import Terminal, print_stderr
 from mnist_jax.records.metrics import Journal
 
 Record = tuple[int, str, float, float]  # step, split, loss, accuracy
@@ -303,14 +303,14 @@ terminal = Terminal()
 def progress(text):
     if terminal.is_refresh_due:
         terminal.progress(text)
-terminal.say("say")
+terminal.info("say")
 progress("progress 1 " + "x" * 300)
 progress("progress 2: too soon")
 terminal.interval("interval")
 time.sleep(0.2)
 progress("progress 3")
-terminal.say("say more")
-terminal.say("y" * 300)
+terminal.info("say more")
+terminal.info("y" * 300)
 """
 
 
@@ -324,14 +324,14 @@ def test_a_pipe_gets_plain_lines_and_no_progress(force: dict[str, str]) -> None:
 
 def test_a_line_is_written_as_it_is() -> None:
     text = "runs/:fire:/mnist [bold]step[/bold] 'a' 1.5 " + "é" * 300
-    program = f"from mnist_jax.console import Terminal; Terminal().say({text!r}); Terminal().interval({text!r})"
+    program = f"from mnist_jax.console import Terminal; Terminal().notify({text!r}); Terminal().interval({text!r})"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, env=environment())
     assert ended.stdout.decode().splitlines() == [text, text]
 
 
 def test_what_a_file_says_does_not_command_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     terminal = Terminal()
-    for write in (terminal.say, terminal.warn, notice):
+    for write in (terminal.info, terminal.warn, print_stderr):
         write("a\x1b[2Jb\x07c\x9bd\nf\x7f")
     shown = "a\\x1b[2Jb\\x07c\\x9bd\nf\\x7f\n"
     assert capsys.readouterr() == (shown, 2 * shown)
@@ -381,10 +381,10 @@ os.write(outcome, b"went on")
 """
 
 
-@pytest.mark.parametrize("speak", ["say", "interval", "progress", "warn"])
+@pytest.mark.parametrize("speak", ["info", "interval", "progress", "warn"])
 def test_a_reader_that_goes_away_does_not_end_the_training(speak: str, tmp_path: Path) -> None:
     out_read, out_write = os.pipe()
-    command = [sys.executable, "-c", GO_ON, str(tmp_path / "outcome"), speak, "say", "warn"]
+    command = [sys.executable, "-c", GO_ON, str(tmp_path / "outcome"), speak, "info", "warn"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out_write, stderr=out_write)
     os.close(out_write)
     os.close(out_read)
@@ -393,10 +393,10 @@ def test_a_reader_that_goes_away_does_not_end_the_training(speak: str, tmp_path:
     assert process.returncode == 0
 
 
-@pytest.mark.parametrize("speak", ["say", "interval", "progress", "warn"])
+@pytest.mark.parametrize("speak", ["info", "interval", "progress", "warn"])
 def test_a_terminal_that_is_closed_does_not_end_the_training(speak: str, tmp_path: Path) -> None:
     controller, terminal = pty.openpty()
-    command = [sys.executable, "-c", GO_ON, str(tmp_path / "outcome"), speak, "say", "warn"]
+    command = [sys.executable, "-c", GO_ON, str(tmp_path / "outcome"), speak, "info", "warn"]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=terminal, stderr=terminal, env=environment(TERM="xterm")
     )

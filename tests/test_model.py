@@ -19,7 +19,7 @@ DROPPING = ["cnn-large", "original-dropout", "original-power"]
 
 @pytest.fixture(scope="module")
 def digits() -> data.Dataset:
-    return data.load("digits", say=print)
+    return data.load("digits", notify=print)
 
 
 EMPTY_IMAGE = np.zeros((1, 28, 28, 1), np.uint8)

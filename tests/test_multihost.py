@@ -285,7 +285,7 @@ def test_processes_meet_at_an_address_of_the_newer_kind_too(environment):
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 MEET = """
 import sys
-from mnist_jax.console import leave
+from mnist_jax.console import exit_process
 from mnist_jax.runtime.multihost import initialize
 from mnist_jax.runtime.preemption import StopSignal
 
@@ -295,7 +295,7 @@ with StopSignal() as stop:
 
     print(jax.device_count())
     group.shutdown()
-leave(0)  # as the command does: threads of JAX may still be at work
+exit_process(0)  # as the command does: threads of JAX may still be at work
 """
 
 

@@ -31,7 +31,7 @@ def finished(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> list[Path]:
     """Built-in digits as a person might have them: large, dark on light."""
-    folder, dataset = tmp_path_factory.mktemp("pictures"), data.load("digits", say=print)
+    folder, dataset = tmp_path_factory.mktemp("pictures"), data.load("digits", notify=print)
     paths = [folder / f"{number}-is-{dataset.test_labels[number]}.png" for number in range(20)]
     for path, image in zip(paths, dataset.test_images[:20], strict=True):
         Image.fromarray(255 - image[..., 0]).resize((160, 160), Image.Resampling.BICUBIC).save(path)

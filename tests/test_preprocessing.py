@@ -13,7 +13,7 @@ from mnist_jax.inference import classifier, preprocessing
 from mnist_jax.inference.preprocessing import UnreadableImageError, prepare
 from mnist_jax.training import data
 
-DIGITS = data.load("digits", say=print)
+DIGITS = data.load("digits", notify=print)
 ALL = 255 * np.ones((40, 60, 3), np.uint8)
 
 
@@ -43,7 +43,7 @@ def with_alpha(colour: int, *, stencil: bool = False) -> Image.Image:
 
 
 def test_a_thousand_digits_of_other_sizes_places_and_polarities_are_as_well_recognized(trained_run, mnist_dir):
-    model, dataset = classifier.load(trained_run.workdir, "latest"), data.load("mnist", mnist_dir, say=print)
+    model, dataset = classifier.load(trained_run.workdir, "latest"), data.load("mnist", mnist_dir, notify=print)
     images, labels, chance = dataset.test_images[:1000], dataset.test_labels[:1000], np.random.default_rng(0)
 
     def disguise(image: np.ndarray) -> bytes:
@@ -110,7 +110,7 @@ def test_any_drawing_fills_twenty_pixels_and_lies_with_its_centre_of_mass_in_the
 
 
 def test_an_image_of_mnist_comes_out_nearly_as_it_is(mnist_dir):
-    images = data.load("mnist", mnist_dir, say=print).test_images[:200]
+    images = data.load("mnist", mnist_dir, notify=print).test_images[:200]
     again = np.stack([prepare(file(Image.fromarray(image[..., 0]))) for image in images])
     assert np.abs(again.astype(int) - images).mean() < 5
 

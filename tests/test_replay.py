@@ -73,7 +73,7 @@ def replayed(workdir: Path, *args: object, capsys) -> tuple[int, str, str]:
 
 def change(workdir: Path, step: int, leaf: str, new) -> None:
     """Save another value of a leaf in a checkpoint of the same step, whose digests fit."""
-    dataset = data.load("digits", say=print)
+    dataset = data.load("digits", notify=print)
     like = loop.make_trainer(CONFIG, dataset).abstract_state
     state, metadata = Checkpoint(workdir / "checkpoints" / str(step)).read(like)
     part, _, path = leaf.partition(".")

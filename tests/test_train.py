@@ -325,7 +325,7 @@ class Interrupt:
             os.kill(os.getpid(), signal.SIGTERM)
 sys.meta_path.insert(0, Interrupt())
 from mnist_jax import train
-train.leave(train.main(sys.argv[1:]))
+train.exit_process(train.main(sys.argv[1:]))
 """
 
 
@@ -341,7 +341,7 @@ import sys, time
 from mnist_jax import train
 from mnist_jax.training import data
 data.resolve = lambda *args, **kwargs: (print("asking", file=sys.stderr, flush=True), time.sleep(60))  # It is left.
-train.leave(train.main(sys.argv[1:]))
+train.exit_process(train.main(sys.argv[1:]))
 """
 
 

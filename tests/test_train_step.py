@@ -20,7 +20,7 @@ from mnist_jax.training.train_step import TrainData
 ONE_DEVICE = Mesh(np.asarray(jax.devices()[:1]), (devices.BATCH_AXIS,))
 BATCH_SHARDING = devices.split_over_batch(ONE_DEVICE)
 EVERYWHERE = devices.replicated(ONE_DEVICE)
-DIGITS = data.load("digits", say=print)
+DIGITS = data.load("digits", notify=print)
 DROPPING_CNN = MODELS["cnn"].clone(dropout=0.5)
 NORMALIZING_CNN = MODELS["cnn"].clone(dropout=0.5, batch_norm=True)
 

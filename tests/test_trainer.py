@@ -21,7 +21,7 @@ STEPS = 20
 
 
 def trainer_on(count: int, *, model: str = "cnn", batch_size: int = 32) -> Trainer:
-    dataset = data.load("digits", say=print)
+    dataset = data.load("digits", notify=print)
     mesh = Mesh(np.asarray(jax.devices()[:count]), (devices.BATCH_AXIS,))
     config = Config(model=model, dataset="digits", batch_size=batch_size, steps=100)
     return Trainer(config, mesh, train_size=len(dataset.train_labels), test_size=len(dataset.test_labels))
@@ -32,14 +32,14 @@ def place(trainer: Trainer, *arrays: np.ndarray) -> Any:
 
 
 def epoch_data(trainer: Trainer) -> TrainData:
-    dataset = data.load("digits", say=print)
+    dataset = data.load("digits", notify=print)
     images, labels = place(trainer, dataset.train_images, dataset.train_labels)
     return TrainData(images, labels, trainer.epoch_order(np.int32(0)))
 
 
 def evaluate(trainer: Trainer, variables: Any) -> list[float]:
     """Return loss, right answers and images over the whole test set."""
-    dataset = data.load("digits", say=print)
+    dataset = data.load("digits", notify=print)
     images, labels = place(trainer, dataset.test_images, dataset.test_labels)
     firsts = range(0, len(dataset.test_labels), trainer.eval_call_images)
     parts = [trainer.evaluate(variables, images, labels, np.int32(first))[0] for first in firsts]
@@ -86,7 +86,7 @@ def test_the_jitted_functions_compute_what_the_pure_functions_do(trainer):
     assert_equal(trainer.train_steps(trainer.init_state(), training, np.int32(3)), trained)
 
     variables = trained[0].variables
-    dataset = data.load("digits", say=print)
+    dataset = data.load("digits", notify=print)
     images, labels = place(trainer, dataset.test_images, dataset.test_labels)
     plainly = compiled(partial(train_step.evaluate, size=trainer.eval_call_images, **on_batch))
     on_devices = jax.device_put(variables, devices.replicated(trainer.mesh))

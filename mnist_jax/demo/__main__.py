@@ -28,7 +28,7 @@ import tyro
 from mnist_jax import cli
 from mnist_jax import config as configs
 from mnist_jax.config import ConfigError
-from mnist_jax.console import Terminal, leave
+from mnist_jax.console import Terminal, exit_process
 from mnist_jax.runtime.preemption import StoppedError, StopSignal
 
 if TYPE_CHECKING:
@@ -93,14 +93,14 @@ def serve(options: Options, stop: StopSignal, terminal: Terminal) -> int:
         )
         if options.step in ("latest", "best"):
             threading.Thread(target=reader.follow, daemon=True, name="look for checkpoints").start()
-        terminal.say(
+        terminal.info(
             f"draw at http://{place}:{port} and step {reader.model.step} of {options.workdir} reads it; Ctrl-C ends it"
         )
         try:
             stop.run(server.run)
         except StoppedError:
             assert stop.received is not None
-            terminal.say(f"{stop.received.name}: the page is closed")
+            terminal.info(f"{stop.received.name}: the page is closed")
     return 0
 
 
@@ -138,7 +138,7 @@ def find_reader(options: Options, stop: StopSignal, terminal: Terminal) -> "Read
         except classifier.NoCheckpointYetError as error:
             if str(error) != waits_for:
                 waits_for = str(error)
-                terminal.say(f"{waits_for}; the page comes then")
+                terminal.info(f"{waits_for}; the page comes then")
             time.sleep(0.2)  # A training saves seldom; of a signal meanwhile `stop.run` tells.
     if caution := preprocessing.caution(reader.model.data.name):
         terminal.warn(f"warning: {caution}")
@@ -295,4 +295,4 @@ def describe(model: "Classifier") -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))

@@ -19,7 +19,7 @@ import tyro
 from mnist_jax import cli
 from mnist_jax import config as configs
 from mnist_jax.config import Config, ConfigError
-from mnist_jax.console import Terminal, leave, visible
+from mnist_jax.console import Terminal, escape_control, exit_process
 from mnist_jax.records.metrics import read_events
 from mnist_jax.report import promises
 from mnist_jax.report.history import Curve, Turn, as_number, as_text, count, describe_end, read_curve, read_turns
@@ -57,7 +57,7 @@ def main(args: Sequence[str]) -> int:
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"{folder} is no directory; remove it, or give --out DIR")
         write(report(options, stop, terminal), folder)
-        terminal.say(str(folder / "report.html"))
+        terminal.info(str(folder / "report.html"))
         return 0
 
     return cli.run(work)
@@ -195,7 +195,7 @@ def judge(options: Options, stop: StopSignal, terminal: Terminal) -> Judgement:
     try:
         model = stop.run(lambda: classifier.load(options.workdir, "latest"))
         folder = options.data_dir or model.config.data_dir
-        dataset = stop.run(lambda: data.load(model.data.name, folder, say=terminal.warn))
+        dataset = stop.run(lambda: data.load(model.data.name, folder, notify=terminal.warn))
         logits = model.evaluate(dataset, stop).logits
     except (CheckpointError, ConfigError, DataError, OSError) as error:
         return Judgement(missing=as_text(str(error)))
@@ -292,7 +292,7 @@ def render(*, pictures: dict[str, bytes], **values: Any) -> bytes:
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        finalize=lambda value: visible(value) if type(value) is str else value,
+        finalize=lambda value: escape_control(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -313,4 +313,4 @@ def _clock(seconds: float | None) -> str:
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))

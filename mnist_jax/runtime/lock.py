@@ -42,8 +42,8 @@ def exclusive_lock(
     directory: Path,
     *,
     wait_s: float,
-    say: Callable[[str], None],
-    give_up: Callable[[], bool],
+    notify: Callable[[str], None],
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[None]:
     """Be the only writer in a directory while the `with` block runs, among all who ask here.
 
@@ -53,8 +53,8 @@ def exclusive_lock(
     Args:
         directory: is made if it is not there.
         wait_s: how long to wait for another holder to end.
-        say: is told whom we wait for.
-        give_up: is asked now and then whether to wait no longer.
+        notify: is told whom we wait for.
+        should_stop: is asked now and then whether to wait no longer.
 
     Raises:
         LockHeldError: another process still has the lock.
@@ -69,9 +69,9 @@ def exclusive_lock(
         lock.acquire(timeout=INSTANT_S)
     if not lock.is_locked:
         if wait_s > INSTANT_S:
-            say(f"{directory} is in use by {_read_holder(path)}; waiting up to {wait_s:g} s for its end")
+            notify(f"{directory} is in use by {_read_holder(path)}; waiting up to {wait_s:g} s for its end")
         try:
-            lock.acquire(timeout=max(0.0, wait_s - INSTANT_S), cancel_check=give_up)
+            lock.acquire(timeout=max(0.0, wait_s - INSTANT_S), cancel_check=should_stop)
         except Timeout:
             raise LockHeldError(
                 f"{directory} is in use by {_read_holder(path)}. Stop that process, wait for its end, or use another "

@@ -43,8 +43,8 @@ def cpu_threads_of(checkpoints: Sequence[Checkpoint]) -> int | None:
     """
     for checkpoint in reversed(checkpoints):
         with contextlib.suppress(CheckpointError, OSError):  # Who restores it tells of that.
-            about = checkpoint.metadata()
-            devices = about.get("devices") if isinstance(about, dict) else None
+            metadata = checkpoint.metadata()
+            devices = metadata.get("devices") if isinstance(metadata, dict) else None
             threads = devices.get("cpu_threads") if isinstance(devices, dict) else None
             return threads if type(threads) is int and 0 < threads <= MAX_CPU_THREADS else None
     return None
@@ -93,24 +93,24 @@ def check_step(step: int, state: TrainState) -> None:
         raise IncompatibleCheckpointError(f"the checkpoint of step {step} holds a state of step {int(state.step)}")
 
 
-def check_metadata(about: Any, step: int) -> dict[str, Any]:
+def check_metadata(metadata: Any, step: int) -> dict[str, Any]:
     """Return what a run wrote of itself into the checkpoint of a step, if it is that.
 
     Raises:
         IncompatibleCheckpointError: it is not what a run of ours writes.
     """
-    if not isinstance(about, dict):
+    if not isinstance(metadata, dict):
         raise IncompatibleCheckpointError(f"the checkpoint of step {step} says nothing usable of its run")
     parts = ("config", "data", "software", "settings", "devices", "metrics")
     for name, kind in {"reason": str, **dict.fromkeys(parts, dict)}.items():
-        if not isinstance(about.get(name), kind):
+        if not isinstance(metadata.get(name), kind):
             raise IncompatibleCheckpointError(f"the checkpoint of step {step} says nothing usable of the run's {name}")
-    size, sha256 = about["metrics"].get("bytes"), about["metrics"].get("sha256")
+    size, sha256 = metadata["metrics"].get("bytes"), metadata["metrics"].get("sha256")
     if type(size) is not int or size < 0 or not isinstance(sha256, str):
         raise IncompatibleCheckpointError(
             f"the checkpoint of step {step} says nothing usable of the run's metrics.jsonl"
         )
-    return about
+    return metadata
 
 
 class Data(NamedTuple):
@@ -121,35 +121,35 @@ class Data(NamedTuple):
     test_images: int
 
 
-def data_of(about: Any, step: int) -> Data:
+def data_of(metadata: Any, step: int) -> Data:
     """Return what the checkpoint of a step says of the data.
 
     Raises:
         IncompatibleCheckpointError: it is not what a run of ours writes.
     """
-    found = Data(*(check_metadata(about, step)["data"].get(name) for name in Data._fields))
+    found = Data(*(check_metadata(metadata, step)["data"].get(name) for name in Data._fields))
     is_size = (type(size) is int and 0 < size < 2**31 for size in found[1:])
     if found.name not in (*REGISTRY, "digits") or not all(is_size):
         raise IncompatibleCheckpointError(f"the checkpoint of step {step} says nothing usable of the run's data")
     return found
 
 
-def check_same_run(about: Mapping[str, Any], config: Config, dataset: Dataset, *, where: Path) -> None:
-    """Check that a config and a data set are those with which the run that wrote `about` can be carried on.
+def check_same_run(metadata: Mapping[str, Any], config: Config, dataset: Dataset, *, where: Path) -> None:
+    """Check that a config and a data set are those with which the run that wrote `metadata` can be carried on.
 
     Raises:
         ConfigError: the run began with other data, or its mathematics would change.
     """
-    configs.check_same_mathematics(configs.from_json(about["config"], where), config, where=where)
-    if about["data"] != describe_data(dataset):
-        raise ConfigError(f"the run began with other data: {about['data']}, and this is {describe_data(dataset)}")
+    configs.check_same_mathematics(configs.from_json(metadata["config"], where), config, where=where)
+    if metadata["data"] != describe_data(dataset):
+        raise ConfigError(f"the run began with other data: {metadata['data']}, and this is {describe_data(dataset)}")
 
 
-def diff_environment(about: Mapping[str, Any], environment: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return what is not as it was when `about` was written; where it is nothing, a run is carried on bit for bit."""
+def diff_environment(metadata: Mapping[str, Any], environment: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return what is not as it was when `metadata` was written; where it is nothing, a run is carried on bit for bit."""
     return [
-        f"{part} {name} {about[part].get(name)} -> {environment[part].get(name)}"
+        f"{part} {name} {metadata[part].get(name)} -> {environment[part].get(name)}"
         for part in environment
-        for name in sorted(about[part].keys() | environment[part].keys())
-        if about[part].get(name) != environment[part].get(name)
+        for name in sorted(metadata[part].keys() | environment[part].keys())
+        if metadata[part].get(name) != environment[part].get(name)
     ]

@@ -68,22 +68,22 @@ class Dataset:
         return digest.hexdigest()
 
 
-def resolve(name: DatasetName, data_dir: Path | None, *, say: Callable[[str], None]) -> DatasetName:
+def resolve(name: DatasetName, data_dir: Path | None, *, notify: Callable[[str], None]) -> DatasetName:
     """Return the name of the data set that "auto" stands for on this machine; any other name as it is.
 
     Args:
         name: the data set's name, or "auto".
         data_dir: the folder of the four files, if the user named one; then "auto" is MNIST.
-        say: takes the notice that the built-in digits stand in for MNIST, and why.
+        notify: takes the notice that the built-in digits stand in for MNIST, and why.
     """
     if name != "auto":
         return name
     if data_dir is not None:
         return "mnist"
     try:
-        _locate("mnist", say=say)
+        _locate("mnist", notify=notify)
     except UnreachableError as error:
-        say(
+        notify(
             f"notice: training on the built-in digits (1,797 images) instead of MNIST (70,000): {error}. "
             "To train on MNIST, come back with a network, or give --data-dir the folder that holds its four files."
         )
@@ -91,14 +91,14 @@ def resolve(name: DatasetName, data_dir: Path | None, *, say: Callable[[str], No
     return "mnist"
 
 
-def load(name: str, data_dir: Path | None = None, *, say: Callable[[str], None]) -> Dataset:
+def load(name: str, data_dir: Path | None = None, *, notify: Callable[[str], None]) -> Dataset:
     """Return a data set, each of its files checked against its registered SHA-256.
 
     Args:
         name: "mnist", "fashion_mnist", "kmnist" or "digits".
         data_dir: a folder that holds the four files; by default they are where TensorFlow Datasets keeps its
             downloads, and are downloaded if they are not there.
-        say: takes a line when a download begins.
+        notify: takes a line when a download begins.
 
     Raises:
         DataError: a file is missing, truncated, damaged, another one, or cannot be downloaded.
@@ -109,7 +109,7 @@ def load(name: str, data_dir: Path | None = None, *, say: Callable[[str], None])
         return _digits()
     if name == "auto":
         raise DataError("dataset=auto says not which; name one, or start anew with --fresh")
-    return _unpack(name, _in_folder(data_dir) if data_dir is not None else _locate(name, say=say), data_dir)
+    return _unpack(name, _in_folder(data_dir) if data_dir is not None else _locate(name, notify=notify), data_dir)
 
 
 def class_names(name: str) -> tuple[str, ...]:
@@ -218,7 +218,7 @@ def _downloads() -> Path:
     return Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser() / "downloads"
 
 
-def _locate(name: str, *, say: Callable[[str], None]) -> dict[str, Path]:
+def _locate(name: str, *, notify: Callable[[str], None]) -> dict[str, Path]:
     """Return the paths of the four files in TensorFlow Datasets' folder, downloaded first where they are not there.
 
     Raises:
@@ -231,7 +231,7 @@ def _locate(name: str, *, say: Callable[[str], None]) -> dict[str, Path]:
         # With no network the downloader itself tries again for more than three minutes.
         _probe(next(iter(missing.values())).url)
         megabytes = sum(source.size for source in missing.values()) / 1e6
-        say(f"downloading {name}: {len(missing)} files, {megabytes:.1f} MB, into {_downloads()}")
+        notify(f"downloading {name}: {len(missing)} files, {megabytes:.1f} MB, into {_downloads()}")
         paths |= _download(name, missing, _downloads())
     return paths
 

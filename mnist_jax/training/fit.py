@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mnist_jax.config import Config
-from mnist_jax.console import notice
+from mnist_jax.console import print_stderr
 from mnist_jax.records.metrics import read_metrics
 from mnist_jax.runtime.lock import exclusive_lock
 from mnist_jax.runtime.multihost import ProcessGroup
@@ -54,8 +54,8 @@ def fit(config: Config, *, workdir: Path | str, stop: StopSignal | None = None) 
             stop = StopSignal(exit_at_second=False)
             if threading.current_thread() is threading.main_thread():
                 stack.enter_context(stop)
-        stack.enter_context(exclusive_lock(workdir, wait_s=config.lock_wait_s, say=notice, give_up=lambda: False))
-        name = data.resolve(config.dataset, config.data_dir, say=notice)
+        stack.enter_context(exclusive_lock(workdir, wait_s=config.lock_wait_s, notify=print_stderr))
+        name = data.resolve(config.dataset, config.data_dir, notify=print_stderr)
         config = dataclasses.replace(config, dataset=name)
         outcome = _train(config, workdir, stop)
     records = [record for record, _ in read_metrics(workdir / "metrics.jsonl")]

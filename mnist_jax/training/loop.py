@@ -114,7 +114,7 @@ def evaluate_if_due(dispatcher: Dispatcher, checkpointer: Checkpointer, recorder
 
 def load_data(config: Config, recorder: Recorder) -> Dataset:
     """Return the data set of a run."""
-    return data.load(config.dataset, config.data_dir, say=recorder.terminal.say)
+    return data.load(config.dataset, config.data_dir, notify=recorder.terminal.info)
 
 
 def check_same_data(dataset: Dataset, group: ProcessGroup) -> None:
@@ -260,8 +260,8 @@ def restore(
             )
         if lost_steps := journal.rewind(0):
             journal.event("lost", step=0, lost_steps=lost_steps)
-            terminal.say(f"nothing had been saved yet: {lost_steps} steps or more are recomputed")
-        terminal.say(
+            terminal.info(f"nothing had been saved yet: {lost_steps} steps or more are recomputed")
+        terminal.info(
             f"training {trainer.config.model} on {dataset.name}: {trainer.total_steps} steps in {recorder.workdir}\n"
             "Ctrl-C saves and exits; the same command resumes."
         )
@@ -290,11 +290,11 @@ def restore(
         saved_because=metadata["reason"],
     )
     if is_finished(restored.step, trainer, journal):
-        terminal.say(f"{recorder.workdir} is finished: --fresh starts it anew, --workdir DIR begins another run")
+        terminal.info(f"{recorder.workdir} is finished: --fresh starts it anew, --workdir DIR begins another run")
         return restored
     lost = f"; {lost_steps} steps or more after it are recomputed" if lost_steps else ""
     manner = f"numerically equivalent, not bit for bit, for this changed: {'; '.join(changed)}" if changed else "exact"
-    terminal.say(
+    terminal.info(
         f"resumed {trainer.config.model} on {dataset.name} from step {restored.step} of {trainer.total_steps} "
         f"(saved because: {metadata['reason']}{lost}): {manner}"
     )

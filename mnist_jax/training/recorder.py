@@ -166,7 +166,7 @@ class Recorder:
         step, loss, accuracy = metrics
         self._record("test", metrics)
         self.journal.event("evaluation", step=step, loss=loss, accuracy=accuracy)
-        self.terminal.say(f"step {step}: test loss {loss:.4f}, test accuracy {accuracy:.4f}")
+        self.terminal.info(f"step {step}: test loss {loss:.4f}, test accuracy {accuracy:.4f}")
         self._pin_best()
 
     def _record(self, split: str, metrics: Metrics) -> None:
@@ -249,7 +249,7 @@ class Recorder:
         if not dispatcher.is_finished:
             assert stop.received is not None
             reason = f"signal {stop.received.name}"
-            self.terminal.say(f"{stop.received.name}: saving step {self.step} and exiting; the same command resumes")
+            self.terminal.info(f"{stop.received.name}: saving step {self.step} and exiting; the same command resumes")
         request = self.prepare_save(reason)
         try:
             with contextlib.suppress(InvalidStateError):
@@ -269,7 +269,7 @@ class Recorder:
     def exit(self, outcome: Outcome, code: int) -> None:
         """Write how the run ended."""
         self.journal.event("exit", outcome=outcome.word, code=code, **outcome.fields)
-        self.terminal.say(str(outcome))
+        self.terminal.info(str(outcome))
 
     def fail(self, error: Exception, code: int | None, stop: StopSignal) -> None:
         """Write that the run failed, and which checkpoint is left."""
