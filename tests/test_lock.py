@@ -31,7 +31,6 @@ with exclusive_lock(Path(sys.argv[1]), wait_s=60, notify=print):
 DIGITS = ("--dataset", "digits", "--steps", "40", "--log-every-steps", "10", "--eval-every-steps", "40")
 
 
-
 @contextlib.contextmanager
 def held_by_another(directory: Path):
     """Have another process hold the lock of a directory; it ends when its input does."""

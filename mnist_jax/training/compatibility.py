@@ -146,7 +146,7 @@ def check_same_run(metadata: Mapping[str, Any], config: Config, dataset: Dataset
 
 
 def diff_environment(metadata: Mapping[str, Any], environment: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return what is not as it was when `metadata` was written; where it is nothing, a run is carried on bit for bit."""
+    """Return what differs from the environment in `metadata`; where nothing does, a run resumes bit for bit."""
     return [
         f"{part} {name} {metadata[part].get(name)} -> {environment[part].get(name)}"
         for part in environment
