@@ -71,7 +71,8 @@ def report(error: Exception, warn: Callable[[str], None], *, who: str = "", is_t
     if exit_code(error) == ExitCode.UNEXPECTED:
         traceback.print_exception(error)
     else:
-        warn(f"error: {who}{_find(PREFIXES, error) or ''}{error}{hint or ''}")
+        notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
+        warn(f"error: {who}{_find(PREFIXES, error) or ''}{error}{hint or ''}{notes}")
 
 
 def _find(table: Mapping[str, T], error: Exception) -> T | None:
