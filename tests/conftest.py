@@ -1,6 +1,5 @@
 """What the tests share: the real data they run on, a folder of compiled programs, and an uninterrupted run."""
 
-import dataclasses
 import os
 import shutil
 import signal
@@ -13,6 +12,8 @@ import pytest
 from filelock import FileLock
 from hypothesis import settings
 from runs import Run
+
+from mnist_jax.config import Preset
 
 settings.register_profile("suite", deadline=None)  # Other tests are at work beside an example.
 settings.load_profile("suite")
@@ -148,16 +149,20 @@ def in_this_process(environment) -> Iterator[None]:
         yield
 
 
+_compiled: dict[Any, Any] = {}  # what the programs depend on -> a trainer that compiled them
+
+
 def _compile_once(compile_: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Have equal trainers share what the first of them compiled."""
-    known: dict[Any, Any] = {}
+    """Let trainers with equal programs share what the first of them compiled."""
 
     def compile_once(self: Any) -> None:
-        key = dataclasses.replace(self.config, workdir=None), self.mesh, self.train_size, self.test_size
-        if key not in known:
+        names = {field for field in Preset._fields if field != "epochs"} | {"preset", "seed"}
+        settings = tuple(getattr(self.config, name) for name in sorted(names))
+        key = settings, self.total_steps, self.mesh, self.train_size, self.test_size
+        if key not in _compiled:
             compile_(self)
-            known[key] = self
-        compiled = ("train_steps", "epoch_order", "evaluate", "learning_rate", "is_finite")
-        vars(self).update({name: vars(known[key])[name] for name in compiled})
+            _compiled[key] = self
+        programs = ("train_steps", "epoch_order", "evaluate", "learning_rate", "is_finite")
+        vars(self).update({name: vars(_compiled[key])[name] for name in programs})
 
     return compile_once
