@@ -29,7 +29,7 @@ def write(workdir: Path, records: list[Record], *, after: int | None = None) -> 
     """Write records, in a new attempt that resumes after a step if one is given."""
     with closing(MetricWriter(workdir)) as writer:
         if after is not None:
-            writer.truncate(after)
+            writer.restore(None, after)
         for step, split, loss, accuracy in records:
             writer.write(step, split, loss=loss, accuracy=accuracy, learning_rate=0.1)
 
@@ -79,23 +79,64 @@ def test_torn_line_is_truncated(torn, tmp_path):
     assert steps(tmp_path) == [0, 1]
 
 
-def test_truncate_keeps_no_line_after_a_removed_one_and_returns_the_highest_step(tmp_path):
+def test_restore_without_lines_keeps_no_line_after_a_removed_one(tmp_path):
     write(tmp_path, [(step, "train", 1.0, 0.5) for step in (10, 50, 20)])
     with closing(MetricWriter(tmp_path)) as writer:
-        assert writer.truncate(30) == 50
+        assert writer.restore(None, 30).furthest_step == 50
         assert steps(tmp_path) == [10]
-        assert writer.fingerprint()["bytes"] == len(metrics(tmp_path))
-        assert writer.truncate(30) == 30
+        assert writer.restore(None, 30).furthest_step == 30
 
 
-def test_fingerprint_detects_changed_lines_and_ignores_later_ones(tmp_path):
+@pytest.mark.parametrize("damage", [b"", None, b"\0", b"1.5"])
+def test_restore_rebuilds_changed_lines_and_keeps_the_changed_file(tmp_path, damage):
+    """Of damage, b"" leaves the file as it is, and None removes it."""
+    write(tmp_path, [(step, "train", 1.0, 0.5) for step in (10, 20, 30)])
+    whole = metrics(tmp_path)
+    lines = b"".join(whole.splitlines(keepends=True)[:2])
+    if damage is None:
+        (tmp_path / "metrics.jsonl").unlink()
+    elif damage:
+        (tmp_path / "metrics.jsonl").write_bytes(damaged := whole.replace(b"1.0", damage, 1))
+    with closing(MetricWriter(tmp_path)) as writer:
+        restored = writer.restore(lines, 20)
+        writer.write(30, "train", loss=1.0, accuracy=0.5, learning_rate=0.1)
+        assert writer.snapshot()["lines"].encode() == whole
+    assert metrics(tmp_path) == whole
+    assert restored.is_rebuilt == (damage != b"")
+    if damage:
+        assert restored.moved_to.read_bytes() == damaged
+    else:
+        assert restored.moved_to is None
+
+
+@pytest.mark.parametrize("replacement", [None, b"another file"])
+def test_file_that_is_removed_or_replaced_is_written_again(tmp_path, replacement):
+    with closing(MetricWriter(tmp_path)) as writer:
+        for step in range(1, 4):
+            writer.write(step, "train", loss=1.0, accuracy=0.5, learning_rate=0.1)
+            if step == 2:
+                (tmp_path / "metrics.jsonl").unlink()
+                if replacement:
+                    (tmp_path / "metrics.jsonl").write_bytes(replacement)
+        writer.sync()
+        [moved_to] = writer.pop_replaced()
+    assert steps(tmp_path) == [1, 2, 3]
+    assert (moved_to and moved_to.read_bytes()) == replacement
+
+
+def test_after_a_failed_fsync_the_file_is_replaced(tmp_path, monkeypatch):
+    """A later fsync of the same file would succeed on Linux, although the bytes are lost."""
     with closing(MetricWriter(tmp_path)) as writer:
         writer.write(1, "train", loss=1.0, accuracy=0.5, learning_rate=0.1)
-        fingerprint = writer.fingerprint()
-        writer.write(2, "train", loss=1.0, accuracy=0.5, learning_rate=0.1)
-        assert writer.starts_with(fingerprint)
-        (tmp_path / "metrics.jsonl").write_bytes(metrics(tmp_path).replace(b"1.0", b"1.5", 1))
-        assert not writer.starts_with(fingerprint)
+        first = (tmp_path / "metrics.jsonl").stat().st_ino
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+            with pytest.raises(OSError, match="Input/output"):
+                writer.sync()
+        writer.sync()
+        assert writer.write_error is None
+    assert (tmp_path / "metrics.jsonl").stat().st_ino != first
+    assert steps(tmp_path) == [1]
 
 
 def test_best_is_the_first_of_the_highest_test_accuracies(tmp_path):
@@ -103,9 +144,9 @@ def test_best_is_the_first_of_the_highest_test_accuracies(tmp_path):
     write(tmp_path, records)
     with closing(MetricWriter(tmp_path)) as writer:
         assert (writer.best(), writer.accuracy_at(2)) == (None, None)
-        writer.truncate(3)
+        writer.restore(None, 3)
         assert (writer.best()["step"], writer.accuracy_at(2), writer.accuracy_at(1)) == (2, 0.5, 0.0)
-        writer.truncate(1)
+        writer.restore(None, 1)
         assert (writer.best()["step"], writer.accuracy_at(2)) == (1, None)
 
 

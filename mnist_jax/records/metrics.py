@@ -5,73 +5,161 @@
 """
 
 import contextlib
+import errno
 import hashlib
+import itertools
 import json
 import os
 import re
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Restoration(NamedTuple):
+    """What `MetricWriter.restore` found."""
+
+    furthest_step: int  # the highest step that the file had, at least that of the checkpoint
+    is_rebuilt: bool  # whether lines up to the checkpoint were missing or changed
+    moved_to: Path | None  # where the changed file is
 
 
 class MetricWriter:
-    """Write `metrics.jsonl` and the same numbers as TensorBoard scalars."""
+    """Write `metrics.jsonl` and the same numbers as TensorBoard scalars.
+
+    The file always equals the lines in memory, or is replaced as a whole: after a write or an fsync that failed, a
+    later success says nothing about the bytes that failed (Linux marks their pages clean), and another process may
+    have moved the file.
+    """
 
     def __init__(self, workdir: Path, *, enabled: bool = True) -> None:
-        """Open the files. A run that resumes calls `truncate` before it writes.
+        """Open the files. A run calls `restore` before it writes.
 
         Args:
             workdir: the run directory, which exists.
-            enabled: whether this process writes; otherwise the records are only kept in memory.
+            enabled: whether this process writes; otherwise the lines are only kept in memory.
         """
         self._path, self._enabled = workdir / "metrics.jsonl", enabled
-        self._file = _AppendFile(self._path) if enabled else _NullFile()
         self._scalars = _AppendFile(_next_scalars_path(workdir / "tensorboard")) if enabled else _NullFile()
         self._pending_scalars: list[dict[str, Any]] = [{"file_version": "brain.Event:2"}]
-        self._reset()
-
-    def _reset(self) -> None:
-        self._records: list[dict[str, Any]] = []
-        self._size, self._digest = 0, hashlib.sha256()
+        self._file = self._path.open("ab", buffering=0) if enabled else None
+        self._content, self._records = bytearray(), list[dict[str, Any]]()
+        self._write_error: OSError | None = None
+        self._replaced: list[Path | None] = []
 
     @property
     def write_error(self) -> OSError | None:
-        """The error of the last write, None if everything is written. The bytes are written with the next write."""
-        return self._file.write_error or self._scalars.write_error
+        """The error of the last write, None if everything is written. The next write tries again."""
+        return self._write_error or self._scalars.write_error
 
-    def truncate(self, step: int) -> int:
-        """Remove all lines after a step, and whatever follows the first torn line.
+    def pop_replaced(self) -> list[Path | None]:
+        """Return where foreign files were moved that took the place of `metrics.jsonl`; None for a removed file."""
+        replaced, self._replaced = self._replaced, []
+        return replaced
 
-        Returns the highest step that a line had, `step` if there is none after it.
+    def restore(self, lines: bytes | None, step: int) -> Restoration:
+        """Make `metrics.jsonl` hold the lines of a checkpoint, and no others.
+
+        Args:
+            lines: the lines up to the checkpoint; None to keep the valid lines of the file up to `step`.
+            step: the step of the checkpoint, 0 if there is none.
+
+        Raises:
+            OSError: the file cannot be read or written.
         """
-        self._reset()
-        furthest, is_kept = step, True
-        for record, line in read_metrics(self._path):
-            furthest, is_kept = max(furthest, record["step"]), is_kept and record["step"] <= step
-            if is_kept:
-                self._append(record, line)
-        self._file.truncate(self._size)
+        assert self._file is not None
+        found = self._path.read_bytes() if self._path.exists() else b""
+        records = list(parse_metrics(found.splitlines(keepends=True)))
+        furthest = max([step, *(record["step"] for record, _ in records)])
+        if lines is None:
+            lines = b"".join(line for _, line in itertools.takewhile(lambda row: row[0]["step"] <= step, records))
+        self._content = bytearray(lines)
+        self._records = [record for record, _ in parse_metrics(lines.splitlines(keepends=True))]
         # TensorBoard drops the scalars from this step on when it reads this record.
         self._pending_scalars.append({"step": step + 1, "session_log": {"status": "START"}})
-        return furthest
+        if found.startswith(lines):
+            self._file.truncate(len(lines))
+            return Restoration(furthest, is_rebuilt=False, moved_to=None)
+        moved_to = self._set_aside() if found else None
+        self._replace_file()
+        return Restoration(furthest, is_rebuilt=True, moved_to=moved_to)
 
     def write(self, step: int, split: str, *, loss: float, accuracy: float, learning_rate: float) -> None:
         """Write one line, and its scalars."""
         values = {"loss": loss, "accuracy": accuracy, "learning_rate": learning_rate}
         record = {"step": step, "split": split, **values}
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
-        self._file.write(line)
-        self._append(record, line)
+        self._records.append(record)
+        self._content += line
         if self._enabled:
+            self._append(line)
             scalars = [{"tag": f"{name}/{split}", "simple_value": value} for name, value in values.items()]
             self._pending_scalars.append({"step": step, "summary": {"value": scalars}})
             self._write_scalars()
 
-    def _append(self, record: dict[str, Any], line: bytes) -> None:
-        self._records.append(record)
-        self._size += len(line)
-        self._digest.update(line)
+    def sync(self) -> None:
+        """Fsync `metrics.jsonl`. A checkpoint is committed only after the lines that lead to it.
+
+        Raises:
+            OSError: the lines cannot be written.
+        """
+        if self._file is None:
+            return
+        self._append(b"")
+        if self._write_error is None:
+            try:
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                self._write_error = error
+        if self._write_error is not None:
+            raise self._write_error
+
+    def _append(self, line: bytes) -> None:
+        """Append to the file, or replace it by one with all lines if it is not known to hold the others."""
+        assert self._file is not None
+        try:
+            if self._write_error is not None or not self._is_in_place():
+                self._replace_file()
+            elif self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._write_error = None
+        except OSError as error:
+            self._write_error = error
+
+    def _is_in_place(self) -> bool:
+        assert self._file is not None
+        try:
+            if os.path.samestat(os.fstat(self._file.fileno()), self._path.lstat()):
+                return True
+            self._replaced.append(self._set_aside())
+        except FileNotFoundError:
+            self._replaced.append(None)
+        return False
+
+    def _set_aside(self) -> Path:
+        """Rename the file, and return its new path."""
+        paths = (self._path.with_name(f"{self._path.name}.old-{number}") for number in itertools.count(1))
+        path = next(path for path in paths if not os.path.lexists(path))
+        self._path.rename(path)
+        return path
+
+    def _replace_file(self) -> None:
+        """Write all lines to a new file, fsync it, and rename it to `metrics.jsonl`."""
+        partial = self._path.with_name(f"{self._path.name}.partial")
+        partial.unlink(missing_ok=True)
+        file = partial.open("xb", buffering=0)
+        try:
+            if file.write(self._content) != len(self._content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())
+            partial.replace(self._path)
+        except OSError:
+            file.close()
+            raise
+        if self._file is not None:
+            self._file.close()
+        self._file = file
 
     def _write_scalars(self) -> None:
         # These imports take 0.1 s. The first step does not wait for them.
@@ -91,26 +179,17 @@ class MetricWriter:
         """Return the record with the highest test accuracy, the first of equal ones; None if there is none."""
         return max((r for r in self._records if r["split"] == "test"), key=lambda r: r["accuracy"], default=None)
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Return size and SHA-256 of `metrics.jsonl`, which each checkpoint stores."""
-        return {"bytes": self._size, "sha256": self._digest.hexdigest()}
-
-    def starts_with(self, fingerprint: dict[str, Any]) -> bool:
-        """Return whether `metrics.jsonl` still starts with the bytes of a fingerprint."""
-        known = self._path.read_bytes()[: fingerprint["bytes"]]
-        return hashlib.sha256(known).hexdigest() == fingerprint["sha256"]
-
-    def sync(self) -> None:
-        """Fsync `metrics.jsonl`. A checkpoint is committed only after the lines that lead to it.
-
-        Raises:
-            OSError: the lines cannot be written.
-        """
-        self._file.sync()
+    def snapshot(self) -> dict[str, Any]:
+        """Return all lines, their size and SHA-256, as JSON values: each checkpoint stores them."""
+        digest = hashlib.sha256(self._content).hexdigest()
+        return {"bytes": len(self._content), "sha256": digest, "lines": self._content.decode()}
 
     def close(self) -> None:
         """Close the files."""
-        self._file.close()
+        if self._file is not None:
+            if self._write_error is not None:
+                self._append(b"")
+            self._file.close()
         self._scalars.close()
 
 
@@ -202,23 +281,27 @@ def _next_scalars_path(directory: Path) -> Path:
 
 def read_metrics(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
     """Yield each record of a metrics file with its line, up to the first torn or invalid line."""
-    if not path.exists():
-        return
-    with path.open("rb") as lines:
-        for line in lines:
-            try:
-                record = json.loads(line)
-                is_valid = (
-                    line.endswith(b"\n")
-                    and _is_step(record["step"])
-                    and record["split"] in ("train", "test")
-                    and isinstance(record["accuracy"], float)
-                )
-            except (ValueError, TypeError, KeyError, RecursionError):
-                return
-            if not is_valid:
-                return
-            yield record, line
+    if path.exists():
+        with path.open("rb") as lines:
+            yield from parse_metrics(lines)
+
+
+def parse_metrics(lines: Iterable[bytes]) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """Yield the record of each line with the line, up to the first torn or invalid one."""
+    for line in lines:
+        try:
+            record = json.loads(line)
+            is_valid = (
+                line.endswith(b"\n")
+                and _is_step(record["step"])
+                and record["split"] in ("train", "test")
+                and isinstance(record["accuracy"], float)
+            )
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return
+        if not is_valid:
+            return
+        yield record, line
 
 
 def accuracy_at(step: int, records: Iterable[dict[str, Any]]) -> float | None:

@@ -16,6 +16,7 @@ from mnist_jax import config as configs
 from mnist_jax.checkpoint.checkpointer import Checkpoint
 from mnist_jax.checkpoint.integrity import CheckpointError, IncompatibleCheckpointError
 from mnist_jax.config import Config, ConfigError
+from mnist_jax.records.metrics import parse_metrics
 from mnist_jax.runtime import devices
 from mnist_jax.training.data import REGISTRY, Dataset
 from mnist_jax.training.train_state import TrainState
@@ -105,12 +106,17 @@ def check_metadata(metadata: Any, step: int) -> dict[str, Any]:
     for name, kind in {"reason": str, **dict.fromkeys(parts, dict)}.items():
         if not isinstance(metadata.get(name), kind):
             raise IncompatibleCheckpointError(f"the checkpoint of step {step} says nothing usable of the run's {name}")
-    size, sha256 = metadata["metrics"].get("bytes"), metadata["metrics"].get("sha256")
-    if type(size) is not int or size < 0 or not isinstance(sha256, str):
+    sha256, lines = metadata["metrics"].get("sha256"), metadata["metrics"].get("lines", "")
+    if not isinstance(sha256, str) or not isinstance(lines, str) or not _are_metrics(lines):
         raise IncompatibleCheckpointError(
             f"the checkpoint of step {step} says nothing usable of the run's metrics.jsonl"
         )
     return metadata
+
+
+def _are_metrics(lines: str) -> bool:
+    content = lines.encode(errors="replace")
+    return b"".join(line for _, line in parse_metrics(content.splitlines(keepends=True))) == content
 
 
 class Data(NamedTuple):

@@ -129,6 +129,11 @@ class Recorder:
             f"saved {self.checkpointer.newest_step if self.checkpointer.steps else 'none'}"
         )
 
+    def metrics_changed(self, step: int, what: str) -> None:
+        """Report that metrics.jsonl is not what this run wrote."""
+        self.events.write("metrics_changed", step=step, text=what)
+        self.terminal.warn(f"warning: {what}")
+
     # ---- Saves
 
     def request_save_if_due(self) -> None:
@@ -149,8 +154,8 @@ class Recorder:
             self.metrics.sync()
         except OSError as error:
             return {"refuse": f"metrics.jsonl cannot be written: {error}"}
-        accuracy, fingerprint = self.metrics.accuracy_at(self.dispatcher.step), self.metrics.fingerprint()
-        saved = {"reason": reason, "time": time.time(), "test_accuracy": accuracy, "metrics": fingerprint}
+        accuracy, snapshot = self.metrics.accuracy_at(self.dispatcher.step), self.metrics.snapshot()
+        saved = {"reason": reason, "time": time.time(), "test_accuracy": accuracy, "metrics": snapshot}
         return {"metadata": {**self.metadata, **saved}}
 
     def report_saves(self, *, is_last: bool = False) -> None:
@@ -192,6 +197,10 @@ class Recorder:
             raise DivergedError("the state has values that are not finite")
 
     def _report_write_errors(self) -> None:
+        for moved_to in self.metrics.pop_replaced():
+            what = f"replaced by another file, which is moved to {moved_to}" if moved_to else "removed"
+            text = f"metrics.jsonl was {what}; it is written again with all lines"
+            self.metrics_changed(self.dispatcher.step, text)
         error = self.metrics.write_error or self.events.write_error
         if error and not self._has_warned_of_writes:
             self.terminal.warn(f"warning: metrics and events cannot be written and are kept in memory: {error}")

@@ -143,14 +143,14 @@ def restore(
     checkpointer: Checkpointer,
     recorder: Recorder,
 ) -> Restored | None:
-    """Restore the newest good checkpoint, None if there is no checkpoint, and truncate the metrics to its step.
+    """Restore the newest good checkpoint, None if there is no checkpoint, and the metrics up to its step.
 
     It reports the step and whether the run resumes bit for bit. Process 0 only.
 
     Raises:
         CheckpointError: there are checkpoints, and none can be used.
         ConfigError: the config or the dataset differs from that of the checkpoint.
-        OSError: the metrics cannot be truncated.
+        OSError: the metrics cannot be restored.
     """
     events, terminal = recorder.events, recorder.terminal
     restored = checkpointer.restore(like=trainer.abstract_state)
@@ -168,10 +168,7 @@ def restore(
     recorder.save_config()  # Not before these checks: a config that contradicts the checkpoint is not written.
     recorder.copies.begin(restored.step)  # The previous attempt may have ended before this upload.
     changed = compatibility.diff_environment(metadata, environment)
-    lost_steps = truncate_metrics(restored.step, recorder)
-    if not recorder.metrics.starts_with(metadata["metrics"]):
-        events.write("metrics_changed", step=restored.step)
-        terminal.warn("warning: lines of metrics.jsonl before this step are missing or changed since the checkpoint")
+    lost_steps = restore_metrics(metadata["metrics"], restored.step, recorder)
     reason = metadata["reason"]
     events.write(
         "resume", step=restored.step, exact=not changed, changed=changed, lost_steps=lost_steps, saved_because=reason
@@ -193,14 +190,14 @@ def start_from_step_0(trainer: Trainer, dataset: Dataset, checkpointer: Checkpoi
 
     Raises:
         NoGoodCheckpointError: there were checkpoints before.
-        OSError: the metrics cannot be truncated.
+        OSError: the metrics cannot be restored.
     """
     if recorder.events.has_saves:
         raise NoGoodCheckpointError(
             f"the checkpoints of this run are gone from {checkpointer.directory}; "
             "copy them back, or start over with --fresh"
         )
-    if lost_steps := truncate_metrics(0, recorder):
+    if lost_steps := restore_metrics({}, 0, recorder):
         recorder.events.write("lost", step=0, lost_steps=lost_steps)
         recorder.terminal.info(f"no checkpoint was saved yet: {lost_steps} steps or more are recomputed")
     recorder.terminal.info(
@@ -209,6 +206,18 @@ def start_from_step_0(trainer: Trainer, dataset: Dataset, checkpointer: Checkpoi
     )
 
 
-def truncate_metrics(step: int, recorder: Recorder) -> int:
-    """Remove the metrics after a step, and return how many steps after it are known to be lost."""
-    return max(recorder.metrics.truncate(step), recorder.events.last_step) - step
+def restore_metrics(snapshot: dict[str, Any], step: int, recorder: Recorder) -> int:
+    """Make metrics.jsonl hold the lines of a checkpoint, and return how many steps after it are known to be lost.
+
+    Checkpoints of older versions have no lines: then those of the file are kept.
+    """
+    lines = snapshot.get("lines")
+    restored = recorder.metrics.restore(None if lines is None else lines.encode(), step)
+    if restored.is_rebuilt:
+        moved = f" The file that was there is {restored.moved_to}." if restored.moved_to else ""
+        recorder.metrics_changed(
+            step, f"lines of metrics.jsonl were missing or changed; it is rebuilt from the checkpoint.{moved}"
+        )
+    elif snapshot and recorder.metrics.snapshot()["sha256"] != snapshot["sha256"]:
+        recorder.metrics_changed(step, "lines of metrics.jsonl are missing or changed since the checkpoint")
+    return max(restored.furthest_step, recorder.events.last_step) - step
