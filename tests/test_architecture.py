@@ -37,7 +37,6 @@ OWNERS = {
     "matplotlib": {"report.figures"},
     "orbax": {"checkpoint.orbax_io"},
     "PIL": {"inference.preprocessing"},
-    "rich": {"console"},
     "safetensors": {"export"},
     "scipy": {"inference.preprocessing"},
     "signal": {"runtime.preemption"},

@@ -1,15 +1,10 @@
 """What a run leaves for people: the same metrics however often it was cut, a history that only grows, and lines."""
 
-import fcntl
 import json
 import os
-import pty
-import re
 import signal
-import struct
 import subprocess
 import sys
-import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
-from mnist_jax.console import Terminal, print_stderr
 from mnist_jax.records.metrics import Journal
 
 Record = tuple[int, str, float, float]  # step, split, loss, accuracy
@@ -294,120 +288,6 @@ def check_scalars(workdir: Path) -> None:
     assert found == expected
 
 
-# The terminal
-
-SHOW = """
-import time
-from mnist_jax.console import Terminal
-terminal = Terminal()
-def progress(text):
-    if terminal.is_refresh_due:
-        terminal.progress(text)
-terminal.info("say")
-progress("progress 1 " + "x" * 300)
-progress("progress 2: too soon")
-terminal.interval("interval")
-time.sleep(0.2)
-progress("progress 3")
-terminal.info("say more")
-terminal.info("y" * 300)
-"""
-
-
-@pytest.mark.parametrize("force", [{}, {"FORCE_COLOR": "1"}, {"TTY_COMPATIBLE": "1"}])
-def test_a_pipe_gets_plain_lines_and_no_progress(force: dict[str, str]) -> None:
-    ended = subprocess.run([sys.executable, "-c", SHOW], capture_output=True, check=True, env=environment(**force))
-    expected = ["say", "interval", "say more", "y" * 300]
-    assert ended.stdout.decode() == "".join(line + "\n" for line in expected)
-    assert ended.stderr == b""
-
-
-def test_a_line_is_written_as_it_is() -> None:
-    text = "runs/:fire:/mnist [bold]step[/bold] 'a' 1.5 " + "é" * 300
-    program = f"from mnist_jax.console import Terminal; Terminal().notify({text!r}); Terminal().interval({text!r})"
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, env=environment())
-    assert ended.stdout.decode().splitlines() == [text, text]
-
-
-def test_what_a_file_says_does_not_command_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    terminal = Terminal()
-    for write in (terminal.info, terminal.warn, print_stderr):
-        write("a\x1b[2Jb\x07c\x9bd\nf\x7f")
-    shown = "a\\x1b[2Jb\\x07c\\x9bd\nf\\x7f\n"
-    assert capsys.readouterr() == (shown, 2 * shown)
-
-
-def test_each_plain_line_comes_at_once() -> None:
-    program = "import time; from mnist_jax.console import Terminal; Terminal().interval('step 1'); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"step 1\n"
-        process.kill()
-
-
-def test_a_terminal_gets_one_live_line_that_fits_and_no_hidden_cursor() -> None:
-    shown = on_terminal(SHOW, columns=40)
-    assert "\x1b[?25l" not in shown
-    assert displayed(shown) == ["say", "say more", "y" * 300, ""]
-    live = re.findall(r"progress[^\x1b\r]*", shown)
-    assert live == ["progress 1 " + "x" * 28, "progress 3"]  # 39 characters: in the last column a terminal breaks
-
-
-def test_a_warning_does_not_share_the_live_line() -> None:
-    program = (
-        "from mnist_jax.console import Terminal; terminal = Terminal()\n"
-        "terminal.progress('progress'); terminal.warn('warning: a checkpoint is not good')"
-    )
-    assert displayed(on_terminal(program)) == ["warning: a checkpoint is not good", ""]
-
-
-def test_a_terminal_that_cannot_erase_gets_plain_lines() -> None:
-    shown = on_terminal(SHOW, kind="dumb")
-    expected = ["say", "interval", "say more", "y" * 300]
-    assert shown.replace("\r\n", "\n") == "".join(line + "\n" for line in expected)
-
-
-GO_ON = """
-import os, sys
-from mnist_jax.console import Terminal
-terminal, outcome = Terminal(), os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
-sys.stdin.readline()  # until nobody reads what comes now
-for speak in sys.argv[2:]:
-    for text in ("x", "x" * 100_000, "x"):  # less than the buffers hold, and more
-        getattr(terminal, speak)(text)
-sys.stdout.flush()
-sys.stderr.flush()
-os.write(outcome, b"went on")
-"""
-
-
-@pytest.mark.parametrize("speak", ["info", "interval", "progress", "warn"])
-def test_a_reader_that_goes_away_does_not_end_the_training(speak: str, tmp_path: Path) -> None:
-    out_read, out_write = os.pipe()
-    command = [sys.executable, "-c", GO_ON, str(tmp_path / "outcome"), speak, "info", "warn"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out_write, stderr=out_write)
-    os.close(out_write)
-    os.close(out_read)
-    process.communicate(b"go\n")
-    assert (tmp_path / "outcome").read_bytes() == b"went on"
-    assert process.returncode == 0
-
-
-@pytest.mark.parametrize("speak", ["info", "interval", "progress", "warn"])
-def test_a_terminal_that_is_closed_does_not_end_the_training(speak: str, tmp_path: Path) -> None:
-    controller, terminal = pty.openpty()
-    command = [sys.executable, "-c", GO_ON, str(tmp_path / "outcome"), speak, "info", "warn"]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=terminal, stderr=terminal, env=environment(TERM="xterm")
-    )
-    os.close(terminal)
-    time.sleep(0.3)  # The live line is for the terminal that was there at the beginning.
-    os.close(controller)
-    process.communicate(b"go\n")
-    assert (tmp_path / "outcome").read_bytes() == b"went on"
-    assert process.returncode == 0
-
-
 # The tools of these tests
 
 
@@ -431,32 +311,3 @@ def metrics(workdir: Path) -> bytes:
 
 def lines(content: bytes) -> list[bytes]:
     return content.splitlines(keepends=True)
-
-
-def environment(**changes: str) -> dict[str, str]:
-    """Return the environment of a program, without what may say how its terminal is."""
-    of_terminals = ("COLUMNS", "LINES", "TERM", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
-    return {**{name: value for name, value in os.environ.items() if name not in of_terminals}, **changes}
-
-
-def on_terminal(program: str, *, columns: int = 80, kind: str = "xterm") -> str:
-    """Return what a program writes to a terminal of this width."""
-    controller, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    command = [sys.executable, "-c", program]
-    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=environment(TERM=kind))
-    os.close(terminal)
-    shown = b""
-    try:
-        while chunk := os.read(controller, 65536):
-            shown += chunk
-    except OSError:
-        pass  # So Linux says that the other end is closed.
-    os.close(controller)
-    assert process.wait() == 0
-    return shown.decode()
-
-
-def displayed(shown: str) -> list[str]:
-    """Return the lines that are on the screen in the end, each as long as it is."""
-    return [re.split(r"\x1b\[2K\r", line)[-1] for line in shown.replace("\r\n", "\n").split("\n")]
