@@ -173,7 +173,7 @@ def test_a_damaged_checkpoint_is_told_with_65(run_in, capsys, step, damage):
     before = snapshot(run_in)
     code, _, err = replayed(run_in, "--from", 30, capsys=capsys)
     assert code == 65
-    assert f"error: a checkpoint is damaged, step {step}: " in err
+    assert f"error: a checkpoint is corrupt, step {step}: " in err
     assert path.name in err
     assert snapshot(run_in) == before  # It is not for the replay to set it aside.
 
