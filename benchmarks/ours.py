@@ -16,7 +16,7 @@ from mnist_jax import config as configs
 from mnist_jax.checkpoint.checkpointer import Checkpointer
 from mnist_jax.runtime.multihost import ProcessGroup
 from mnist_jax.runtime.preemption import StopSignal
-from mnist_jax.training import compatibility, data, loop
+from mnist_jax.training import compatibility, data, loop, setup
 from mnist_jax.training.dispatch import Dispatcher
 from mnist_jax.training.recorder import Recorder
 
@@ -27,7 +27,7 @@ def main(args: Sequence[str]) -> None:
     compatibility.prepare_jax(None)
     config = configs.parse(args)
     dataset = data.load(config.dataset, config.data_dir, notify=print)
-    trainer = loop.make_trainer(config, dataset)
+    trainer = setup.make_trainer(config, dataset)
     trainer.compile()
     with tempfile.TemporaryDirectory() as folder:
         workdir, stop = Path(folder), StopSignal()
@@ -37,7 +37,7 @@ def main(args: Sequence[str]) -> None:
         checkpointer.prepare(state)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         dispatcher = Dispatcher(trainer, dataset, state, stop=stop, group=ProcessGroup(stop), is_evaluated=True)
-        recorder.begin_training(dispatcher, compatibility.describe_environment())
+        recorder.start_training(dispatcher, compatibility.describe_environment())
         commands = {"train": train, "train_and_save": train_and_save, "save": save}
         serve({"parameters": parameters}, {name: partial(command, recorder) for name, command in commands.items()})
         checkpointer.close()
@@ -46,15 +46,15 @@ def main(args: Sequence[str]) -> None:
 
 def train(recorder: Recorder, seconds: float, *, saves: bool = False) -> dict[str, Any]:
     """Train for a while, and return how many updates that were, and how long they took."""
-    first, start_s = recorder.step, time.monotonic()
+    first, start_s = recorder.dispatcher.step, time.monotonic()
     if saves:
         loop.save(recorder.dispatcher, recorder.checkpointer, recorder, "benchmark")
     while time.monotonic() - start_s < seconds:
-        recorder.interval(recorder.dispatcher.advance())
+        recorder.write_train_metrics(recorder.dispatcher.advance())
         recorder.report_saves()
     # Otherwise the pause that follows would count as the time of the calls in flight.
     recorder.dispatcher.queue.drain()
-    return {"steps": recorder.step - first, "seconds": time.monotonic() - start_s}
+    return {"steps": recorder.dispatcher.step - first, "seconds": time.monotonic() - start_s}
 
 
 def train_and_save(recorder: Recorder, seconds: float) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def save(recorder: Recorder, count: float) -> dict[str, Any]:
     """Save some times amid the training, and return how long it had to wait for each."""
     waits_s = []
     while len(waits_s) < count:
-        recorder.interval(recorder.dispatcher.advance())
+        recorder.write_train_metrics(recorder.dispatcher.advance())
         if not recorder.checkpointer.is_saving:
             recorder.report_saves()
             if recorder.dispatcher.has_sums_in_flight:

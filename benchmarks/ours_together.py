@@ -15,7 +15,7 @@ from mnist_jax import config as configs
 from mnist_jax.runtime.agreement import Agreement
 from mnist_jax.runtime.multihost import initialize
 from mnist_jax.runtime.preemption import StopSignal
-from mnist_jax.training import compatibility, data, loop
+from mnist_jax.training import compatibility, data, setup
 from mnist_jax.training.dispatch import Dispatcher
 
 STEPS_PER_CALL = 4  # About as many as fit into the time of a call; without agreement no two could choose alike.
@@ -34,7 +34,7 @@ def main(args: Sequence[str]) -> None:
     group = initialize(stop, config.coordinator, config.num_processes, config.process_id, config.peer_timeout_s)
     compatibility.prepare_jax(None)
     dataset = data.load(config.dataset, config.data_dir, notify=print)
-    trainer = loop.make_trainer(config, dataset)
+    trainer = setup.make_trainer(config, dataset)
     trainer.compile()
     dispatcher = Dispatcher(trainer, dataset, trainer.init_state(), stop=stop, group=group, is_evaluated=True)
     serve({}, {"train": partial(train, dispatcher)})

@@ -84,7 +84,8 @@ def report(error: Exception, warn: Callable[[str], None], *, who: str = "", is_t
         traceback.print_exception(error)
     else:
         hint = _find(TRAINING_HINTS, error) if is_training else None
-        warn(f"error: {who}{_find(PREFIXES, error) or ''}{error}{hint or ''}")
+        notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
+        warn(f"error: {who}{_find(PREFIXES, error) or ''}{error}{hint or ''}{notes}")
 
 
 def exit_code(error: Exception) -> int:

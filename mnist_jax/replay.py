@@ -19,7 +19,7 @@ from mnist_jax.checkpoint.integrity import digest_leaves, host_leaves
 from mnist_jax.config import ConfigError
 from mnist_jax.console import Terminal, exit_process
 from mnist_jax.runtime.preemption import StopSignal
-from mnist_jax.training import compatibility, data, loop
+from mnist_jax.training import compatibility, data, setup
 
 MAX_STEPS_PER_CALL = 16  # A signal is looked at between calls.
 
@@ -69,7 +69,7 @@ def replay(options: Options, stop: StopSignal, terminal: Terminal) -> list[str]:
     config = configs.from_json(metadata["config"], last.path)
     dataset = stop.run(lambda: data.load(config.dataset, config.data_dir, notify=terminal.info))
     compatibility.check_same_run(metadata, config, dataset, where=last.path)
-    trainer = loop.make_trainer(config, dataset)
+    trainer = setup.make_trainer(config, dataset)
     like = trainer.abstract_state
     wanted = last.read(like)[0]
     compatibility.check_step(last.step, wanted)

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from mnist_jax import config as configs
-from mnist_jax.cli import ExitCode, exit_code, report
+from mnist_jax.cli import exit_code, report
 from mnist_jax.config import Config, ConfigError
 from mnist_jax.console import exit_process, print_stderr, repair_standard_streams
 from mnist_jax.runtime.lock import LockHeldError, exclusive_lock
-from mnist_jax.runtime.multihost import ProcessGroup, ProcessLostError, initialize
+from mnist_jax.runtime.multihost import ProcessGroup, initialize
 from mnist_jax.runtime.preemption import StoppedError, StopSignal
 from mnist_jax.training import data
 
@@ -38,10 +38,13 @@ def main(args: Sequence[str]) -> int:
         group = ProcessGroup(stop)
         try:
             group = initialize(stop, asked.coordinator, asked.num_processes, asked.process_id, asked.peer_timeout_s)
-            if not group.is_primary:
-                return run(None, None, stop, group=group)
-            config, workdir = find_run(args, asked, stop, locks)
-            loading = data.begin_to_load(config.dataset, config.data_dir)
+            config = workdir = loading = None
+            if group.is_primary:
+                try:
+                    config, workdir = find_run(args, asked, stop, locks)
+                except OSError as error:
+                    raise ConfigError(str(error)) from error
+                loading = data.begin_to_load(config.dataset, config.data_dir)
             return run(config, workdir, stop, loading, group)
         except StoppedError as error:
             assert stop.received is not None
@@ -49,11 +52,8 @@ def main(args: Sequence[str]) -> int:
             if group.is_primary:
                 print(f"stopped step=0 signal={stop.received.name} state_sha256=none")
             return asked.preempted_exit_code
-        except Exception as error:  # The other processes must not wait for this one.
-            code = ExitCode.USAGE if isinstance(error, OSError) else exit_code(error)
-            group.report_failure(error, code)
-            report(error, print_stderr, is_training=True)
-            return code
+        except Exception as error:
+            return _fail(error, group)
         finally:
             group.shutdown()
 
@@ -65,49 +65,24 @@ def run(
     loading: "Future[data.Dataset] | None" = None,
     group: ProcessGroup | None = None,
 ) -> int:
-    """Train in `workdir` to the end or to a signal, report how it went, and return the exit code.
+    """Train as `loop.run` does, report an error, and return the exit code.
 
-    All processes call it alike. Process 0 holds the lock of the directory, and may have begun to load the data; on the
-    others config and workdir are None.
+    Raises:
+        StoppedError: a signal came before the run directory is open.
     """
     loop = _import_loop()
     group = group or ProcessGroup(stop)
-    opened, is_lost = None, False
     try:
-        if config is not None and workdir is not None:
-            opened = loop.open_run(config, workdir, enabled=True)
-        config, workdir = loop.share_run(config, workdir, stop=stop, group=group)
-        opened = opened or loop.open_run(config, workdir, enabled=False)
-        checkpointer, recorder = opened
-        outcome = loop.train_and_evaluate(config, checkpointer, recorder, stop=stop, group=group, loading=loading)
-        recorder.copies.finish(stop)
-        code = config.preempted_exit_code if outcome.is_stopped else ExitCode.OK
-        code = group.broadcast(code, ignore_signals=True)
-        recorder.exit(outcome, code)
-        return code
-    except StoppedError as error:  # before the training began
-        if config is None or opened is None:
-            raise  # Nothing is open yet, and the caller knows the exit code.
-        group.report_failure(error, config.preempted_exit_code)
-        opened[1].exit(opened[1].stopped(stop), config.preempted_exit_code)
-        return config.preempted_exit_code
+        outcome = loop.run(config, workdir, stop=stop, group=group, loading=loading, exit_code=exit_code)
+        return int(outcome.exit_code)
+    except StoppedError:
+        raise
     except Exception as error:
-        if exit_code(error) == ExitCode.UNEXPECTED:
-            raise
-        code = _fail(error, group)
-        if opened is not None:
-            opened[1].fail(error, code, stop)
-        is_lost = isinstance(error, ProcessLostError)
-        return code
-    finally:
-        if opened is not None:
-            checkpointer, recorder = opened
-            checkpointer.close(wait=not is_lost)  # A save waits for a lost process in vain.
-            recorder.close()
+        return _fail(error, group)
 
 
 def _fail(error: Exception, group: ProcessGroup) -> int:
-    """Report an error to the user and to the other processes, and return its exit code."""
+    """Report an error to the user and to the other processes, which must not wait for this one."""
     code = exit_code(error)
     group.report_failure(error, code)
     who = "" if group.is_primary else f"process {group.index} of {group.count}: "

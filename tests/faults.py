@@ -241,10 +241,10 @@ def read_pristine(whole: Run) -> Pristine:
     """Read the checkpoints of the undisturbed run; their digests are those that the run told when it saved them."""
     from mnist_jax import config as configs
     from mnist_jax.checkpoint.checkpointer import list_checkpoints
-    from mnist_jax.training import data, loop
+    from mnist_jax.training import data, setup
 
     config = configs.load(whole.workdir / "config.json")
-    blueprint = loop.make_trainer(config, data.load(config.dataset, config.data_dir, notify=print))
+    blueprint = setup.make_trainer(config, data.load(config.dataset, config.data_dir, notify=print))
     like, saved = blueprint.abstract_state, {}
     told = {record["step"]: record["sha256"] for record in whole.events("save")}
     for checkpoint in list_checkpoints(whole.workdir / "checkpoints"):

@@ -19,7 +19,7 @@ from mnist_jax.config import ConfigError
 from mnist_jax.runtime import multihost
 from mnist_jax.runtime.multihost import ProcessGroup, ProcessLostError
 from mnist_jax.runtime.preemption import StoppedError, StopSignal
-from mnist_jax.training import loop
+from mnist_jax.training import setup
 from mnist_jax.training.dispatch import Dispatcher
 
 ARGS = ("--dataset", "digits", "--steps", "60", "--log-every-steps", "5", "--eval-every-steps", "25")
@@ -341,11 +341,11 @@ def test_a_signal_ends_the_wait_for_the_shared_directory(of_two, tmp_path):
     of_two.timeout_s = 60.0
     of_two._stop.record_signal(signal.SIGTERM)
     with pytest.raises(StoppedError):
-        loop.check_is_shared(tmp_path, "the lock of process 0", of_two._stop, of_two)
+        setup.check_is_shared(tmp_path, "the lock of process 0", of_two._stop, of_two)
 
 
 def test_a_link_in_the_place_of_the_lock_is_not_followed(of_two, tmp_path):
     (tmp_path / "elsewhere").write_text("the lock of process 0")
     (tmp_path / "lock").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match="no link"):
-        loop.check_is_shared(tmp_path, "the lock of process 0", of_two._stop, of_two)
+        setup.check_is_shared(tmp_path, "the lock of process 0", of_two._stop, of_two)

@@ -18,7 +18,7 @@ from mnist_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
 from mnist_jax.checkpoint.integrity import digest_leaves
 from mnist_jax.config import Config
 from mnist_jax.runtime.preemption import StopSignal
-from mnist_jax.training import data, loop
+from mnist_jax.training import data, setup
 from mnist_jax.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -74,7 +74,7 @@ def replayed(workdir: Path, *args: object, capsys) -> tuple[int, str, str]:
 def change(workdir: Path, step: int, leaf: str, new) -> None:
     """Save another value of a leaf in a checkpoint of the same step, whose digests fit."""
     dataset = data.load("digits", notify=print)
-    like = loop.make_trainer(CONFIG, dataset).abstract_state
+    like = setup.make_trainer(CONFIG, dataset).abstract_state
     state, metadata = Checkpoint(workdir / "checkpoints" / str(step)).read(like)
     part, _, path = leaf.partition(".")
     assert part == "params"

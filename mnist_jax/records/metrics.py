@@ -1,7 +1,7 @@
-"""What a run leaves for people: metrics.jsonl, events.jsonl and TensorBoard scalars.
+"""The files of a run that people and tools read: metrics.jsonl, TensorBoard scalars and events.jsonl.
 
-`metrics.jsonl` is part of the run's result: its bytes depend on the config alone, however often the run was cut.
-`events.jsonl` is the history: what happened when. It only grows.
+`metrics.jsonl` is part of the result of a run: its bytes depend on the config alone, however often the run was stopped.
+`events.jsonl` is append-only and says what happened and when.
 """
 
 import contextlib
@@ -12,146 +12,165 @@ import re
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 
-class Journal:
-    """The files of one run that people and their tools read."""
+class MetricWriter:
+    """Write `metrics.jsonl` and the same numbers as TensorBoard scalars."""
 
     def __init__(self, workdir: Path, *, enabled: bool = True) -> None:
-        """Open the files in `workdir`, which exists. Nothing of `metrics.jsonl` is used before `rewind`.
+        """Open the files. A run that resumes calls `truncate` before it writes.
 
         Args:
-            workdir: the run directory.
-            enabled: whether this process writes; otherwise no file is opened, and records are kept in memory.
+            workdir: the run directory, which exists.
+            enabled: whether this process writes; otherwise the records are only kept in memory.
         """
-        self._metrics_path, self._events_path = workdir / "metrics.jsonl", workdir / "events.jsonl"
-        self._last_step = _last_step(read_events(self._events_path)) if enabled else 0
-        is_torn = enabled and not _ends_with_a_whole_line(self._events_path)
-        self._metrics: _PatientFile = (_PatientFile if enabled else _NullFile)(self._metrics_path)
-        self._events: _PatientFile = (_PatientFile if enabled else _NullFile)(self._events_path)
-        if is_torn:
-            self._events.write(b"\n")  # What a kill tore stays by itself, and does not spoil the next line.
-        self._scalars: _PatientFile = _open_scalars(workdir / "tensorboard") if enabled else _NullFile(workdir)
-        self._unshown: list[dict[str, Any]] = [{"file_version": "brain.Event:2"}]
+        self._path, self._enabled = workdir / "metrics.jsonl", enabled
+        self._file = _AppendFile(self._path) if enabled else _NullFile()
+        self._scalars = _AppendFile(_next_scalars_path(workdir / "tensorboard")) if enabled else _NullFile()
+        self._pending_scalars: list[dict[str, Any]] = [{"file_version": "brain.Event:2"}]
+        self._reset()
+
+    def _reset(self) -> None:
         self._records: list[dict[str, Any]] = []
         self._size, self._digest = 0, hashlib.sha256()
-        self._enabled = enabled
 
     @property
-    def trouble(self) -> OSError | None:
-        """Why lines are kept that could not be written yet, or None where all are written."""
-        return self._metrics.trouble or self._events.trouble or self._scalars.trouble
+    def write_error(self) -> OSError | None:
+        """The error of the last write, None if everything is written. The bytes are written with the next write."""
+        return self._file.write_error or self._scalars.write_error
 
-    def event(self, event: str, *, step: int, **details: Any) -> None:
-        """Add a line to the history."""
-        record = {"time": time.time(), "event": event, "step": step, **details}
-        self._events.write(json.dumps(record).encode() + b"\n")
+    def truncate(self, step: int) -> int:
+        """Remove all lines after a step, and whatever follows the first torn line.
 
-    def rewind(self, step: int) -> int:
-        """Cut `metrics.jsonl` back to what was known at `step`, so that no line is there twice.
-
-        Returns:
-            How far the run is known to have come before: at least that many steps were made, `step` or more.
+        Returns the highest step that a line had, `step` if there is none after it.
         """
-        self._records, self._size, self._digest = [], 0, hashlib.sha256()
-        furthest, is_known = max(step, self._last_step), True
-        for record, line in read_metrics(self._metrics_path):
-            furthest, is_known = max(furthest, record["step"]), is_known and record["step"] <= step
-            if is_known:
-                self._keep(record, line)
-        self._metrics.truncate(self._size)
-        # TensorBoard forgets the scalars from this step on when it meets this mark.
-        self._unshown.append({"step": step + 1, "session_log": {"status": "START"}})
+        self._reset()
+        furthest, is_kept = step, True
+        for record, line in read_metrics(self._path):
+            furthest, is_kept = max(furthest, record["step"]), is_kept and record["step"] <= step
+            if is_kept:
+                self._append(record, line)
+        self._file.truncate(self._size)
+        # TensorBoard drops the scalars from this step on when it reads this record.
+        self._pending_scalars.append({"step": step + 1, "session_log": {"status": "START"}})
         return furthest
 
-    def record(self, step: int, split: str, *, loss: float, accuracy: float, learning_rate: float) -> None:
-        """Add a line to `metrics.jsonl`, and its scalars to TensorBoard."""
+    def write(self, step: int, split: str, *, loss: float, accuracy: float, learning_rate: float) -> None:
+        """Write one line, and its scalars."""
         values = {"loss": loss, "accuracy": accuracy, "learning_rate": learning_rate}
         record = {"step": step, "split": split, **values}
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
-        self._metrics.write(line)
-        self._keep(record, line)
-        scalars = [{"tag": f"{name}/{split}", "simple_value": value} for name, value in values.items()]
-        self._unshown.append({"step": step, "summary": {"value": scalars}})
+        self._file.write(line)
+        self._append(record, line)
         if self._enabled:
-            self._show()
+            scalars = [{"tag": f"{name}/{split}", "simple_value": value} for name, value in values.items()]
+            self._pending_scalars.append({"step": step, "summary": {"value": scalars}})
+            self._write_scalars()
 
-    def _keep(self, record: dict[str, Any], line: bytes) -> None:
+    def _append(self, record: dict[str, Any], line: bytes) -> None:
         self._records.append(record)
         self._size += len(line)
         self._digest.update(line)
 
-    def _show(self) -> None:
-        """Write for TensorBoard, which may be watching, what it was not shown yet."""
-        # 0.1 s of imports, and the first step does not wait for them.
+    def _write_scalars(self) -> None:
+        # These imports take 0.1 s. The first step does not wait for them.
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         writer = RecordWriter(self._scalars)
-        for event in self._unshown:
+        for event in self._pending_scalars:
             writer.write(Event(wall_time=time.time(), **event).SerializeToString())
-        self._unshown.clear()
+        self._pending_scalars.clear()
 
     def accuracy_at(self, step: int) -> float | None:
-        """Return the test accuracy recorded at a step, or None."""
+        """Return the test accuracy at a step, None if there was no evaluation."""
         return accuracy_at(step, self._records)
 
     def best(self) -> dict[str, Any] | None:
-        """Return the record of the best test accuracy, the first of equals, or None."""
+        """Return the record with the highest test accuracy, the first of equal ones; None if there is none."""
         return max((r for r in self._records if r["split"] == "test"), key=lambda r: r["accuracy"], default=None)
 
-    def metrics_fingerprint(self) -> dict[str, Any]:
-        """Return size and SHA-256 of `metrics.jsonl`, for a checkpoint to remember."""
+    def fingerprint(self) -> dict[str, Any]:
+        """Return size and SHA-256 of `metrics.jsonl`, which each checkpoint stores."""
         return {"bytes": self._size, "sha256": self._digest.hexdigest()}
 
-    def still_begins_with(self, fingerprint: dict[str, Any]) -> bool:
-        """Tell whether `metrics.jsonl` still holds what it held when a checkpoint remembered it."""
-        known = self._metrics_path.read_bytes()[: fingerprint["bytes"]]
+    def starts_with(self, fingerprint: dict[str, Any]) -> bool:
+        """Return whether `metrics.jsonl` still starts with the bytes of a fingerprint."""
+        known = self._path.read_bytes()[: fingerprint["bytes"]]
         return hashlib.sha256(known).hexdigest() == fingerprint["sha256"]
 
-    def tells_of_saves(self) -> bool:
-        """Tell whether the history knows of a checkpoint."""
-        return tells_of_saves(read_events(self._events_path))
-
     def sync(self) -> None:
-        """Bring all lines to the disk. A checkpoint must not be there before the lines that lead to it.
+        """Fsync `metrics.jsonl`. A checkpoint is committed only after the lines that lead to it.
 
         Raises:
-            OSError: the disk does not take them.
+            OSError: the lines cannot be written.
         """
-        self._metrics.sync()
+        self._file.sync()
 
     def close(self) -> None:
         """Close the files."""
-        for file in (self._metrics, self._events, self._scalars):
-            file.close()
+        self._file.close()
+        self._scalars.close()
 
 
-class _PatientFile:
-    """A file that grows. What the disk does not take is kept, and tried again with the next write."""
+class EventLog:
+    """Append to `events.jsonl`.
 
-    def __init__(self, path: Path, *, mode: Literal["ab", "xb"] = "ab") -> None:
-        self._file = path.open(mode, buffering=0)
+    Attributes:
+        last_step: the highest step of the previous attempt, 0 for a new run.
+        has_saves: whether an earlier attempt committed a checkpoint.
+    """
+
+    def __init__(self, workdir: Path, *, enabled: bool = True) -> None:
+        """Open the file in a run directory; nothing is read or written if it is not enabled."""
+        path = workdir / "events.jsonl"
+        events = read_events(path) if enabled else []
+        self.last_step, self.has_saves = _last_step(events), has_saves(events)
+        is_torn = enabled and not _ends_with_newline(path)
+        self._file = _AppendFile(path) if enabled else _NullFile()
+        if is_torn:
+            self._file.write(b"\n")  # Otherwise the next line would be appended to the torn one, and lost with it.
+
+    @property
+    def write_error(self) -> OSError | None:
+        """The error of the last write, None if everything is written. The bytes are written with the next write."""
+        return self._file.write_error
+
+    def write(self, event: str, *, step: int, **details: Any) -> None:
+        """Write one line."""
+        record = {"time": time.time(), "event": event, "step": step, **details}
+        self._file.write(json.dumps(record).encode() + b"\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class _AppendFile:
+    """An append-only file. Bytes that the disk does not take are kept and written with the next write."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab", buffering=0)
         self._pending = bytearray()
-        self.trouble: OSError | None = None
+        self.write_error: OSError | None = None
 
     def write(self, data: bytes) -> None:
         self._pending += data
         try:
             while self._pending:
                 del self._pending[: self._file.write(self._pending)]
-            self.trouble = None
+            self.write_error = None
         except OSError as error:
-            self.trouble = error
+            self.write_error = error
 
     def truncate(self, size: int) -> None:
         self._file.truncate(size)
 
     def sync(self) -> None:
         self.write(b"")
-        if self.trouble:
-            raise self.trouble
+        if self.write_error:
+            raise self.write_error
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -159,46 +178,37 @@ class _PatientFile:
         self._file.close()
 
 
-class _NullFile(_PatientFile):
-    """The file of a process that does not write."""
+class _NullFile:
+    """The file of a process that writes nothing."""
 
-    def __init__(self, _path: Path) -> None:
-        self.trouble = None
+    write_error: OSError | None = None
 
-    def write(self, data: bytes) -> None:
+    def _ignore(self, *_: Any) -> None:
         pass
 
-    def truncate(self, size: int) -> None:
-        pass
-
-    def sync(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+    write = truncate = sync = close = _ignore
 
 
-def _open_scalars(directory: Path) -> _PatientFile:
-    """Open a new file for TensorBoard.
+def _next_scalars_path(directory: Path) -> Path:
+    """Return the path of a new file for TensorBoard.
 
     TensorBoard reads the files in the order of their names. Its own writer names them by the clock, which may go back,
     and writes in a thread, which a kill may find behind.
     """
     directory.mkdir(exist_ok=True)
     names = (re.fullmatch(r"events\.out\.tfevents\.([0-9]{10,20})", path.name) for path in directory.iterdir())
-    taken = [int(name[1]) for name in names if name]
-    return _PatientFile(directory / f"events.out.tfevents.{max(taken, default=-1) + 1:010d}", mode="xb")
+    return directory / f"events.out.tfevents.{max((int(name[1]) for name in names if name), default=-1) + 1:010d}"
 
 
 def read_metrics(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """Yield the records of a metrics file, each with its line, up to the first line that is torn or none of ours."""
+    """Yield each record of a metrics file with its line, up to the first torn or invalid line."""
     if not path.exists():
         return
     with path.open("rb") as lines:
         for line in lines:
             try:
                 record = json.loads(line)
-                whole = (
+                is_valid = (
                     line.endswith(b"\n")
                     and _is_step(record["step"])
                     and record["split"] in ("train", "test")
@@ -206,18 +216,18 @@ def read_metrics(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
                 )
             except (ValueError, TypeError, KeyError, RecursionError):
                 return
-            if not whole:
+            if not is_valid:
                 return
             yield record, line
 
 
 def accuracy_at(step: int, records: Iterable[dict[str, Any]]) -> float | None:
-    """Return the test accuracy that the records of a metrics file have at a step, or None."""
+    """Return the test accuracy that the records of a metrics file have at a step, None if there is none."""
     return next((r["accuracy"] for r in records if r["split"] == "test" and r["step"] == step), None)
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """Return the history in an `events.jsonl`, without what a kill tore; empty where there is none."""
+    """Return the valid records of an `events.jsonl`; none if there is no file."""
     if not path.exists():
         return []
     events = []
@@ -230,13 +240,13 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     return events
 
 
-def tells_of_saves(events: Iterable[dict[str, Any]]) -> bool:
-    """Tell whether a history knows of a checkpoint."""
+def has_saves(events: Iterable[dict[str, Any]]) -> bool:
+    """Return whether a checkpoint was ever committed, according to the event log."""
     return any(record["event"] == "save" for record in events)
 
 
 def _last_step(events: list[dict[str, Any]]) -> int:
-    """Return the highest step that the history tells of since the latest start."""
+    """Return the highest step of the latest attempt."""
     last = 0
     for record in reversed(events):
         last = max(last, record["step"])
@@ -249,7 +259,7 @@ def _is_step(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**31
 
 
-def _ends_with_a_whole_line(path: Path) -> bool:
+def _ends_with_newline(path: Path) -> bool:
     if not path.exists():
         return True
     with path.open("rb") as file:

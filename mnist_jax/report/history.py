@@ -59,7 +59,7 @@ class Turn:
 
 
 def read_turns(events: Sequence[dict[str, Any]], *, is_running: bool, now_s: float) -> Iterator[Turn]:
-    """Yield what came of each start in a history, as `journal.read_events` returns it, oldest first."""
+    """Yield what came of each start in a history, as `read_events` returns it, oldest first."""
     groups: list[list[dict[str, Any]]] = []
     for event in events:
         if event["event"] == "start":

@@ -10,7 +10,7 @@ from mnist_jax import config as configs
 from mnist_jax.checkpoint.checkpointer import Checkpoint, list_checkpoints
 from mnist_jax.checkpoint.integrity import CheckpointError, CorruptCheckpointError
 from mnist_jax.config import ConfigError
-from mnist_jax.records.metrics import accuracy_at, read_events, read_metrics, tells_of_saves
+from mnist_jax.records.metrics import accuracy_at, has_saves, read_events, read_metrics
 from mnist_jax.report.history import as_number
 from mnist_jax.runtime import lock
 from mnist_jax.training import compatibility
@@ -173,7 +173,7 @@ def plan_next_start(
         return NextStart("resume", checkpoint.step, 0, text)
     if damaged:
         return NextStart("refuse", None, 65, f"refuses, for no checkpoint is good: {'; '.join(damaged)}")
-    if tells_of_saves(events):
+    if has_saves(events):
         return NextStart("refuse", None, 65, "refuses, for the checkpoints that the history tells of are gone")
     return NextStart("begin", 0, 0, "begins at step 0, for nothing has been saved yet")
 

@@ -149,7 +149,7 @@ class ProcessGroup:
         self.index, self.count = 0, 1
         self._store: Any = None
         self._words = 0
-        self._has_started = self._is_broken = False
+        self._has_started = self._is_broken = self._has_failed = False
         if not self.is_alone:
             # JAX has no public name for its key-value store.
             from jax._src.distributed import global_state
@@ -203,8 +203,9 @@ class ProcessGroup:
 
         They leave with its exit code, for by that a scheduler tells whether to start them again.
         """
-        if self.is_alone:
+        if self.is_alone or self._has_failed:
             return
+        self._has_failed = True
         with contextlib.suppress(Exception):  # Who cannot hear it finds that this process is gone.
             if self.is_primary:
                 received = self._stop.received
