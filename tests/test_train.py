@@ -45,15 +45,15 @@ def result(workdir: Path) -> tuple[str, bytes]:
 
 def signal_in_phase(monkeypatch, phase: str, number: signal.Signals = signal.SIGTERM) -> None:
     """Send this process a signal when a run reaches a phase."""
-    log_phase = Recorder.phase
+    log_phase = Recorder.log_phase
 
     def log_and_signal(self, name, step):
         log_phase(self, name, step)
         if name == phase:
-            monkeypatch.setattr(Recorder, "phase", log_phase)
+            monkeypatch.setattr(Recorder, "log_phase", log_phase)
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(Recorder, "phase", log_and_signal)
+    monkeypatch.setattr(Recorder, "log_phase", log_and_signal)
 
 
 @pytest.fixture(scope="module")
