@@ -1,6 +1,5 @@
-"""What the tests share: the real data they run on, a folder of compiled programs, and an uninterrupted run."""
+"""Fixtures that tests share: real data, compiled programs, uninterrupted runs."""
 
-import dataclasses
 import os
 import shutil
 import signal
@@ -14,22 +13,24 @@ from filelock import FileLock
 from hypothesis import settings
 from runs import Run
 
-settings.register_profile("suite", deadline=None)  # Other tests are at work beside an example.
+from mnist_jax.config import Preset
+
+settings.register_profile("suite", deadline=None)  # Other tests run at the same time.
 settings.load_profile("suite")
-os.environ.pop("PYTHONUNBUFFERED", None)  # What is buffered when a reader goes away has to be tested too.
-# A shell's `&` and `nohup` have these ignored, also in the processes that the tests start, where they are to arrive.
+os.environ.pop("PYTHONUNBUFFERED", None)  # Tests of a closed pipe need buffered output.
+# A shell's `&` and `nohup` ignore these signals, and child processes inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes long, so that at the end no worker waits for another."""
+    """Run slow files first, so that no worker is idle at the end."""
     items.sort(key=lambda item: item.path.stem not in ("test_slurm", "test_multihost", "test_train"))
 
 
 @pytest.fixture(scope="session")
 def mnist_dir() -> Path:
-    """The folder with the four official MNIST files, which `MNIST_DIR` names; without it these tests are skipped."""
+    """The folder of the four official MNIST files, named by `MNIST_DIR`; without it these tests are skipped."""
     if "MNIST_DIR" not in os.environ:
         pytest.skip("MNIST_DIR names no folder with the four official MNIST files")
     return Path(os.environ["MNIST_DIR"]).absolute()
@@ -37,10 +38,9 @@ def mnist_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory, shared_folder) -> dict[str, str]:
-    """An environment with an empty home and warm compiled programs, in which there is no network.
+    """Environment variables: an empty home, a compilation cache with the usual programs, no network.
 
-    Each worker has programs of its own, for JAX's cache is not safe where several processes write to it. They begin
-    with those that most runs need, compiled once for all workers.
+    Each worker has its own copy of the cache, because JAX's cache is not safe with several writers.
     """
     home = tmp_path_factory.mktemp("home")
     programs, made = home / "mnist_jax", shared_folder / "programs"
@@ -55,13 +55,13 @@ def environment(tmp_path_factory, shared_folder) -> dict[str, str]:
 
 
 def _isolated(home: Path) -> dict[str, str]:
-    nowhere = "http://127.0.0.1:9"  # the discard port, closed
-    return {"HOME": str(home), "XDG_CACHE_HOME": str(home), "http_proxy": nowhere, "https_proxy": nowhere}
+    closed_port = "http://127.0.0.1:9"
+    return {"HOME": str(home), "XDG_CACHE_HOME": str(home), "http_proxy": closed_port, "https_proxy": closed_port}
 
 
 @dataclass
 class Reference:
-    """A small training, and how it ends when nothing disturbs it."""
+    """A small training, and the result of an uninterrupted run of it."""
 
     args: tuple[str, ...]
     sha256: str
@@ -69,7 +69,7 @@ class Reference:
 
 
 def data_flags() -> tuple[str, ...]:
-    """The flags for real MNIST, or for the built-in digits where MNIST is not there."""
+    """Return the flags for real MNIST, or for the built-in digits if `MNIST_DIR` is not set."""
     if "MNIST_DIR" in os.environ:
         return ("--data-dir", str(Path(os.environ["MNIST_DIR"]).absolute()))
     return ("--dataset", "digits")
@@ -86,7 +86,7 @@ ACCURATE = (
 
 
 def make_reference(workdir: Path, environment: dict[str, str], *args: str) -> Reference:
-    """Return how a training ends that nothing disturbed, made once for all workers that name this directory."""
+    """Return the result of an uninterrupted run; all workers that name the same directory share the run."""
     run = Run(workdir, environment)
     with FileLock(workdir.with_name(f"{workdir.name}.lock")):
         if not run.events("exit"):
@@ -103,20 +103,20 @@ def reference(environment, shared_folder) -> Reference:
 
 @pytest.fixture(scope="session")
 def accurate_reference(environment, shared_folder) -> Reference:
-    """A training with the preset accurate: a larger, normalized network, distorted images, averaged weights."""
+    """A training with the preset accurate: batch normalization, dropout, augmented images, averaged weights."""
     return make_reference(shared_folder / "accurate", environment, *ACCURATE)
 
 
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory, worker_id) -> Path:
-    """A folder that all workers of the tests share."""
+    """A folder that all test workers share."""
     folder = tmp_path_factory.getbasetemp()
     return folder if worker_id == "master" else folder.parent
 
 
 @pytest.fixture(scope="session")
 def trained_run(shared_folder, environment, mnist_dir) -> Run:
-    """A finished run of the default training on MNIST, to read and not to write to, made once for all workers."""
+    """A finished default run on MNIST, shared by all workers. Read-only."""
     run = Run(shared_folder / "trained", environment)
     with FileLock(shared_folder / "trained.lock"):
         if not run.events("exit"):
@@ -127,7 +127,7 @@ def trained_run(shared_folder, environment, mnist_dir) -> Run:
 
 @pytest.fixture
 def new_run(tmp_path, environment) -> Callable[..., Run]:
-    """Make a run in a directory of its own."""
+    """Return a function that makes a run in its own directory."""
 
     def make(name: str = "run", **variables: str) -> Run:
         return Run(tmp_path / name, {**environment, **variables})
@@ -137,27 +137,31 @@ def new_run(tmp_path, environment) -> Callable[..., Run]:
 
 @pytest.fixture(scope="module")
 def in_this_process(environment) -> Iterator[None]:
-    """Let runs be made in this process: each program is compiled once, and the environment is as before in the end."""
+    """Make runs in this process possible: programs are compiled once, environment variables are restored."""
     from mnist_jax.training import trainer
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("XLA_FLAGS", "PJRT_NPROC"):  # A run sets them.
+        for name in ("XLA_FLAGS", "PJRT_NPROC"):  # A run sets these.
             patch.setenv(name, os.environ.get(name, ""))
         patch.setenv("XDG_CACHE_HOME", environment["XDG_CACHE_HOME"])
         patch.setattr(trainer.Trainer, "compile", _compile_once(trainer.Trainer.compile))
         yield
 
 
+_compiled: dict[Any, Any] = {}  # what the programs depend on -> a trainer that compiled them
+
+
 def _compile_once(compile_: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Have equal trainers share what the first of them compiled."""
-    known: dict[Any, Any] = {}
+    """Let trainers with equal programs share what the first of them compiled."""
 
     def compile_once(self: Any) -> None:
-        key = dataclasses.replace(self.config, workdir=None), self.mesh, self.train_size, self.test_size
-        if key not in known:
+        names = {field for field in Preset._fields if field != "epochs"} | {"preset", "seed"}
+        settings = tuple(getattr(self.config, name) for name in sorted(names))
+        key = settings, self.total_steps, self.mesh, self.train_size, self.test_size
+        if key not in _compiled:
             compile_(self)
-            known[key] = self
-        compiled = ("train_steps", "epoch_order", "evaluate", "learning_rate", "is_finite")
-        vars(self).update({name: vars(known[key])[name] for name in compiled})
+            _compiled[key] = self
+        programs = ("train_steps", "epoch_order", "evaluate", "learning_rate", "is_finite")
+        vars(self).update({name: vars(_compiled[key])[name] for name in programs})
 
     return compile_once

@@ -1,4 +1,4 @@
-"""What a run leaves for people: the same metrics however often it was cut, a history that only grows, and lines."""
+"""The metrics are the same bytes however often a run was stopped; the event log only grows."""
 
 import json
 import os
@@ -6,8 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
-from mnist_jax.records.metrics import Journal
+from mnist_jax.records.metrics import EventLog, MetricWriter, has_saves, read_events
 
 Record = tuple[int, str, float, float]  # step, split, loss, accuracy
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
@@ -24,259 +23,199 @@ RECORDS = st.lists(
     st.tuples(st.integers(0, 30), st.sampled_from(["train", "test"]), FINITE, st.sampled_from([0.25, 0.5, 0.75])),
     max_size=12,
 ).map(lambda records: sorted(records, key=lambda record: record[0]))
-STEPS = st.integers(-1, 31)
 
 
-# metrics.jsonl
+def write(workdir: Path, records: list[Record], *, after: int | None = None) -> None:
+    """Write records, in a new attempt that resumes after a step if one is given."""
+    with closing(MetricWriter(workdir)) as writer:
+        if after is not None:
+            writer.truncate(after)
+        for step, split, loss, accuracy in records:
+            writer.write(step, split, loss=loss, accuracy=accuracy, learning_rate=0.1)
 
 
-@settings(deadline=None, max_examples=50)
-@given(records=RECORDS, step=STEPS, torn=st.binary(max_size=30))
-def test_rewind_leaves_the_lines_up_to_the_step_byte_for_byte(
-    records: list[Record], step: int, torn: bytes, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    workdir = tmp_path_factory.mktemp("run")
-    with journal(workdir) as written:
-        write(written, records)
-    whole = metrics(workdir)
-    assert len(lines(whole)) == len(records)
-    expected = b"".join(line for line in lines(whole) if json.loads(line)["step"] <= step)
-    assert whole.startswith(expected)
-
-    (workdir / "metrics.jsonl").write_bytes(whole + torn)
-    for _ in range(2):  # A second time changes nothing.
-        with journal(workdir) as rewound:
-            rewound.rewind(step)
-            assert metrics(workdir) == expected
-            rewound.rewind(step)
-            assert metrics(workdir) == expected
+def metrics(workdir: Path) -> bytes:
+    return (workdir / "metrics.jsonl").read_bytes()
 
 
-def test_rewind_keeps_no_line_behind_one_that_is_cut(tmp_path: Path) -> None:
-    with journal(tmp_path) as written:
-        write(written, [(step, "train", 1.0, 0.5) for step in (10, 50, 20)])
-    first = lines(metrics(tmp_path))[0]
-    with journal(tmp_path) as rewound:
-        rewound.rewind(30)
-        assert metrics(tmp_path) == first
-        assert rewound.metrics_fingerprint()["bytes"] == len(first)
+def steps(workdir: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in metrics(workdir).splitlines()]
 
 
-def test_rewind_tells_how_far_the_run_had_come_by_its_lines_and_by_its_history(tmp_path: Path) -> None:
-    assert rewound_from(tmp_path, step=0) == 0
-    with journal(tmp_path) as written:
-        written.event("start", step=0)
-        write(written, [(10, "train", 1.0, 0.5), (20, "train", 1.0, 0.5)])
-    assert rewound_from(tmp_path, step=10) == 20
-    assert rewound_from(tmp_path, step=10) == 10  # The lines are cut, and are not counted twice.
-    with journal(tmp_path) as written:
-        written.event("save", step=35)
-    assert rewound_from(tmp_path, step=10) == 35
-    with journal(tmp_path) as written:
-        written.event("start", step=10)
-        written.event("phase", step=12, phase="train")
-    assert rewound_from(tmp_path, step=10) == 12  # What was lost before this start was told of at this start.
+# ---- metrics.jsonl
 
 
-def rewound_from(workdir: Path, *, step: int) -> int:
-    with journal(workdir) as rewound:
-        return rewound.rewind(step)
-
-
-WHOLE_LINE = b'{"step": 0, "split": "test", "loss": 1.0, "accuracy": 0.5, "learning_rate": 0.1}'
-TORN_TAILS = [
-    WHOLE_LINE,
-    WHOLE_LINE[:40],
-    b"\n" + WHOLE_LINE + b"\n",
-    b"[0]\n",
-    b"3\n",
-    b'{"loss": 1.0}\n',
-    b"\0" * 99 + b"\n",
-]
-
-
-@pytest.mark.parametrize("torn", TORN_TAILS)
-def test_a_line_that_a_crash_tore_is_cut_off(torn: bytes, tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_bytes(WHOLE_LINE + b"\n" + torn)
-    with journal(tmp_path) as rewound:
-        rewound.rewind(100)
-        assert metrics(tmp_path) == WHOLE_LINE + b"\n"
-        rewound.record(1, "train", loss=1.0, accuracy=0.5, learning_rate=0.1)
-    assert [json.loads(line)["step"] for line in lines(metrics(tmp_path))] == [0, 1]
-
-
-@settings(deadline=None, max_examples=25)
-@given(records=RECORDS, step=STEPS)
-def test_a_run_that_was_cut_and_carried_on_has_the_bytes_of_one_that_was_not(
-    records: list[Record], step: int, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    workdir = tmp_path_factory.mktemp("run")
-    with journal(workdir) as first:
-        write(first, records)
-    uninterrupted = metrics(workdir)
-    with journal(workdir) as second:
-        second.rewind(step)
-        write(second, [record for record in records if record[0] > step])
-        assert metrics(workdir) == uninterrupted
-
-
-def test_a_line_says_step_split_loss_accuracy_and_learning_rate(tmp_path: Path) -> None:
-    with journal(tmp_path) as written:
-        written.record(100, "train", loss=0.5, accuracy=0.75, learning_rate=0.001)
+def test_line_has_step_split_loss_accuracy_and_learning_rate(tmp_path):
+    write(tmp_path, [(100, "train", 0.5, 0.75)])
     assert metrics(tmp_path) == (
-        b'{"step": 100, "split": "train", "loss": 0.5, "accuracy": 0.75, "learning_rate": 0.001}\n'
+        b'{"step": 100, "split": "train", "loss": 0.5, "accuracy": 0.75, "learning_rate": 0.1}\n'
     )
 
 
-@settings(deadline=None, max_examples=25)
-@given(records=RECORDS, step=STEPS)
-def test_the_best_is_the_first_of_the_greatest_test_accuracies_up_to_the_step(
-    records: list[Record], step: int, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+@settings(max_examples=25)
+@given(records=RECORDS, step=st.integers(-1, 31), torn=st.binary(max_size=30))
+def test_resume_writes_the_bytes_of_an_uninterrupted_run(records, step, torn, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
-    with journal(workdir) as first:
-        write(first, records)
-        check_best(first, records)
-    with journal(workdir) as second:
-        second.rewind(step)
-        check_best(second, [record for record in records if record[0] <= step])
+    write(workdir, records)
+    uninterrupted = metrics(workdir)
+    kept = [line for line in uninterrupted.splitlines(keepends=True) if json.loads(line)["step"] <= step]
+    with (workdir / "metrics.jsonl").open("ab") as file:
+        file.write(torn)
+    write(workdir, [], after=step)
+    assert metrics(workdir) == b"".join(kept)
+    write(workdir, [record for record in records if record[0] > step], after=step)
+    assert metrics(workdir) == uninterrupted
 
 
-def check_best(written: Journal, records: list[Record]) -> None:
-    tests = [(step, loss, accuracy) for step, split, loss, accuracy in records if split == "test"]
-    best = written.best()
-    if not tests:
-        assert best is None
-    else:
-        assert best is not None
-        greatest = max(accuracy for _, _, accuracy in tests)
-        assert (best["step"], best["loss"], best["accuracy"]) == next(row for row in tests if row[2] == greatest)
+LINE = b'{"step": 0, "split": "test", "loss": 1.0, "accuracy": 0.5, "learning_rate": 0.1}'
 
 
-def test_the_accuracy_at_a_step_is_that_of_the_test_and_not_of_the_training(tmp_path: Path) -> None:
-    with journal(tmp_path) as written:
-        write(written, [(100, "train", 1.0, 0.25), (200, "train", 1.0, 0.25), (200, "test", 1.0, 0.75)])
-        assert written.accuracy_at(200) == 0.75
-        assert written.accuracy_at(100) is None
-    with journal(tmp_path) as carried_on:
-        carried_on.rewind(200)
-        assert carried_on.accuracy_at(200) == 0.75
-        carried_on.rewind(199)
-        assert carried_on.accuracy_at(200) is None
+@pytest.mark.parametrize(
+    "torn", [LINE, LINE[:40], b"\n" + LINE + b"\n", b"[0]\n", b'{"loss": 1.0}\n', b"\0" * 99 + b"\n"]
+)
+def test_torn_line_is_truncated(torn, tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(LINE + b"\n" + torn)
+    write(tmp_path, [(1, "train", 1.0, 0.5)], after=100)
+    assert steps(tmp_path) == [0, 1]
 
 
-def test_an_accuracy_of_nothing_is_an_accuracy(tmp_path: Path) -> None:
-    with journal(tmp_path) as written:
-        write(written, [(100, "test", 1.0, 0.0)])
-        assert written.accuracy_at(100) == 0.0
-        assert written.best() == {"step": 100, "split": "test", "loss": 1.0, "accuracy": 0.0, "learning_rate": 0.1}
+def test_truncate_keeps_no_line_after_a_removed_one_and_returns_the_highest_step(tmp_path):
+    write(tmp_path, [(step, "train", 1.0, 0.5) for step in (10, 50, 20)])
+    with closing(MetricWriter(tmp_path)) as writer:
+        assert writer.truncate(30) == 50
+        assert steps(tmp_path) == [10]
+        assert writer.fingerprint()["bytes"] == len(metrics(tmp_path))
+        assert writer.truncate(30) == 30
 
 
-# events.jsonl
+def test_fingerprint_detects_changed_lines_and_ignores_later_ones(tmp_path):
+    with closing(MetricWriter(tmp_path)) as writer:
+        writer.write(1, "train", loss=1.0, accuracy=0.5, learning_rate=0.1)
+        fingerprint = writer.fingerprint()
+        writer.write(2, "train", loss=1.0, accuracy=0.5, learning_rate=0.1)
+        assert writer.starts_with(fingerprint)
+        (tmp_path / "metrics.jsonl").write_bytes(metrics(tmp_path).replace(b"1.0", b"1.5", 1))
+        assert not writer.starts_with(fingerprint)
 
 
-def test_the_history_only_grows_and_each_line_says_when_what_and_where(tmp_path: Path) -> None:
-    began = time.time()
-    before = b""
-    for start in range(3):
-        with journal(tmp_path) as written:
-            written.event("start", step=start, config={"seed": 0})
-            written.rewind(0)
-            write(written, [(1, "train", 1.0, 0.5)])
-            now = (tmp_path / "events.jsonl").read_bytes()  # Written at once: who looks at a run at work sees it.
-            written.event("exit", step=1, code=0)
-        after = (tmp_path / "events.jsonl").read_bytes()
-        assert after.startswith(now)
-        assert now.startswith(before)
-        assert (len(lines(now)), len(lines(after))) == (2 * start + 1, 2 * start + 2)
-        before = after
-    events = [json.loads(line) for line in lines(before)]
-    assert [(event["event"], event["step"]) for event in events] == [
-        ("start", 0),
-        ("exit", 1),
-        ("start", 1),
-        ("exit", 1),
-        ("start", 2),
-        ("exit", 1),
-    ]
-    assert events[0]["config"] == {"seed": 0}
-    times = [began, *(event["time"] for event in events), time.time()]
-    assert times == sorted(times)
+def test_best_is_the_first_of_the_highest_test_accuracies(tmp_path):
+    records = [(1, "train", 1.0, 0.9), (1, "test", 1.0, 0.0), (2, "test", 1.0, 0.5), (3, "test", 0.5, 0.5)]
+    write(tmp_path, records)
+    with closing(MetricWriter(tmp_path)) as writer:
+        assert (writer.best(), writer.accuracy_at(2)) == (None, None)
+        writer.truncate(3)
+        assert (writer.best()["step"], writer.accuracy_at(2), writer.accuracy_at(1)) == (2, 0.5, 0.0)
+        writer.truncate(1)
+        assert (writer.best()["step"], writer.accuracy_at(2)) == (1, None)
 
 
-# What a crash leaves
+def test_sync_fsyncs_all_lines(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
 
-
-def test_what_was_synced_survives_a_kill(tmp_path: Path) -> None:
-    program = (
-        "import os, signal, sys; from pathlib import Path; from mnist_jax.records.metrics import Journal\n"
-        "journal = Journal(Path(sys.argv[1])); journal.rewind(0); journal.event('start', step=0)\n"
-        "for step in range(1, 101):\n"
-        "    journal.record(step, 'train', loss=1 / step, accuracy=step / 100, learning_rate=0.1)\n"
-        "journal.sync()\n"
-        "os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    assert subprocess.run([sys.executable, "-c", program, str(tmp_path)]).returncode == -signal.SIGKILL
-    assert [json.loads(line)["step"] for line in lines(metrics(tmp_path))] == list(range(1, 101))
-    assert len(lines((tmp_path / "events.jsonl").read_bytes())) == 1
-    check_scalars(tmp_path)
-
-
-def test_sync_waits_for_the_disk_with_every_line_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced: list[tuple[int, int]] = []
-    fsync = os.fsync
-
-    def watched(descriptor: int) -> None:
+    def watch(descriptor):
         fsync(descriptor)
         synced.append((os.fstat(descriptor).st_ino, os.fstat(descriptor).st_size))
 
-    with journal(tmp_path) as written:
-        write(written, [(step, "train", 1.0, 0.5) for step in range(100)])
-        monkeypatch.setattr(os, "fsync", watched)
-        written.sync()
+    with closing(MetricWriter(tmp_path)) as writer:
+        for step in range(100):
+            writer.write(step, "train", loss=1.0, accuracy=0.5, learning_rate=0.1)
+        monkeypatch.setattr(os, "fsync", watch)
+        writer.sync()
     status = (tmp_path / "metrics.jsonl").stat()
     assert (status.st_ino, status.st_size) in synced
     assert status.st_size > 0
 
 
-# TensorBoard
-
-
-@pytest.mark.parametrize("seconds_between", [10.0, -10.0])  # The next machine's clock may be behind.
-def test_tensorboard_shows_each_step_once_after_restarts_that_lost_a_stretch(
-    seconds_between: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = [time.time()]
-    monkeypatch.setattr(time, "time", lambda: clock[0])
-    stretches = [(0, range(1, 9)), (5, range(6, 12)), (5, range(6, 8)), (7, range(8, 15))]
-    for start, (step, steps) in enumerate(stretches):
-        clock[0] += seconds_between
-        with journal(tmp_path) as written:
-            written.rewind(step)
-            # A lost stretch finds other values than the one that is there in the end: only so does it show.
-            write(written, [(step, split, start + 1 / step, 0.5) for step in steps for split in ("train", "test")])
-    assert sorted({json.loads(line)["step"] for line in lines(metrics(tmp_path))}) == list(range(1, 15))
+def test_written_lines_survive_a_kill(tmp_path):
+    program = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from mnist_jax.records.metrics import EventLog, MetricWriter\n"
+        "workdir = Path(sys.argv[1]); writer, log = MetricWriter(workdir), EventLog(workdir)\n"
+        "log.write('start', step=0)\n"
+        "for step in range(1, 101):\n"
+        "    writer.write(step, 'train', loss=1 / step, accuracy=step / 100, learning_rate=0.1)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", program, str(tmp_path)]).returncode == -signal.SIGKILL
+    assert steps(tmp_path) == list(range(1, 101))
+    assert len(read_events(tmp_path / "events.jsonl")) == 1
     check_scalars(tmp_path)
 
 
-@pytest.mark.parametrize("seconds_between", [10.0, -10.0])
-def test_tensorboard_shows_each_step_once_after_a_restart_that_lost_all(
-    seconds_between: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_disabled_writers_write_nothing_and_know_their_records(tmp_path):
+    with closing(MetricWriter(tmp_path, enabled=False)) as writer, closing(EventLog(tmp_path, enabled=False)) as log:
+        writer.write(1, "test", loss=1.0, accuracy=0.5, learning_rate=0.1)
+        writer.sync()
+        log.write("start", step=0)
+        assert writer.best()["step"] == 1
+    assert not list(tmp_path.iterdir())
+
+
+# ---- events.jsonl
+
+
+def test_event_log_only_grows_and_has_time_event_and_step(tmp_path):
+    started, before = time.time(), b""
+    for attempt in range(3):
+        with closing(EventLog(tmp_path)) as log:
+            log.write("start", step=attempt, config={"seed": 0})
+            written = (tmp_path / "events.jsonl").read_bytes()  # at once, for readers of a run in progress
+            assert written.startswith(before)
+            assert len(written) > len(before)
+        before = written
+    events = read_events(tmp_path / "events.jsonl")
+    assert [(event["event"], event["step"], event["config"]) for event in events] == [
+        ("start", attempt, {"seed": 0}) for attempt in range(3)
+    ]
+    times = [started, *(event["time"] for event in events), time.time()]
+    assert times == sorted(times)
+
+
+def test_torn_event_does_not_corrupt_the_next(tmp_path):
+    (tmp_path / "events.jsonl").write_bytes(b'{"event": "start", "step": 0}\n{"event": "sa')
+    with closing(EventLog(tmp_path)) as log:
+        log.write("save", step=3)
+    assert [event["event"] for event in read_events(tmp_path / "events.jsonl")] == ["start", "save"]
+
+
+def test_event_log_knows_saves_and_the_last_step_of_the_previous_attempt(tmp_path):
+    def attempt(*steps: int, event: str = "phase") -> EventLog:
+        with closing(EventLog(tmp_path)) as log:
+            log.write("start", step=steps[0])
+            for step in steps:
+                log.write(event, step=step)
+        return EventLog(tmp_path)
+
+    with closing(EventLog(tmp_path)) as log:
+        assert (log.last_step, log.has_saves) == (0, False)
+    with closing(attempt(0, 35, 20)) as log:
+        assert (log.last_step, log.has_saves) == (35, False)
+    with closing(attempt(10, 12, event="save")) as log:
+        assert (log.last_step, log.has_saves) == (12, True)
+    assert has_saves(read_events(tmp_path / "events.jsonl"))
+
+
+# ---- TensorBoard
+
+
+@pytest.mark.parametrize("seconds_between", [10.0, -10.0])  # The clock of the next machine may be behind.
+def test_tensorboard_shows_each_step_once_after_restarts(seconds_between, tmp_path, monkeypatch):
     clock = [time.time()]
     monkeypatch.setattr(time, "time", lambda: clock[0])
-    for start in range(2):
+    attempts = [(0, range(1, 9)), (0, range(1, 9)), (5, range(6, 12)), (5, range(6, 8)), (7, range(8, 15))]
+    for attempt, (after, trained) in enumerate(attempts):
         clock[0] += seconds_between
-        with journal(tmp_path) as written:
-            written.rewind(0)
-            write(written, [(step, "train", start + step, 0.5) for step in (1, 2)])
+        # Lost steps have other values than recomputed ones: otherwise they would not show.
+        records = [(step, split, attempt + 1 / step, 0.5) for step in trained for split in ("train", "test")]
+        write(tmp_path, records, after=after)
+    assert sorted(set(steps(tmp_path))) == list(range(1, 15))
     check_scalars(tmp_path)
 
 
 def check_scalars(workdir: Path) -> None:
     """Check that TensorBoard shows the values of metrics.jsonl, each once and in order."""
     expected: dict[str, list[tuple[int, float]]] = {}
-    for line in lines(metrics(workdir)):
+    for line in metrics(workdir).splitlines():
         record = json.loads(line)
         for name in ("loss", "accuracy", "learning_rate"):
             value = float(np.float32(record[name]))  # TensorBoard's own precision
@@ -286,28 +225,3 @@ def check_scalars(workdir: Path) -> None:
     accumulator.Reload()
     found = {tag: [(row.step, row.value) for row in accumulator.Scalars(tag)] for tag in accumulator.Tags()[SCALARS]}
     assert found == expected
-
-
-# The tools of these tests
-
-
-@contextmanager
-def journal(workdir: Path) -> Iterator[Journal]:
-    opened = Journal(workdir)
-    try:
-        yield opened
-    finally:
-        opened.close()
-
-
-def write(journal: Journal, records: list[Record]) -> None:
-    for step, split, loss, accuracy in records:
-        journal.record(step, split, loss=loss, accuracy=accuracy, learning_rate=0.1)
-
-
-def metrics(workdir: Path) -> bytes:
-    return (workdir / "metrics.jsonl").read_bytes()
-
-
-def lines(content: bytes) -> list[bytes]:
-    return content.splitlines(keepends=True)
