@@ -240,7 +240,7 @@ class Pristine(NamedTuple):
 def read_pristine(whole: Run) -> Pristine:
     """Read the checkpoints of the undisturbed run; their digests are those that the run told when it saved them."""
     from mnist_jax import config as configs
-    from mnist_jax.checkpoint.checkpointer import list_checkpoints
+    from mnist_jax.checkpoint.checkpoint import list_checkpoints
     from mnist_jax.training import data, loop
 
     config = configs.load(whole.workdir / "config.json")
@@ -714,7 +714,7 @@ def crowd(campaign: Campaign, size: int, *, is_first_killed: bool = False) -> li
 
     Half of them do not wait. Where the first to work is killed, all others wait, and one carries on what it began.
     """
-    from mnist_jax.checkpoint.checkpointer import list_checkpoints
+    from mnist_jax.checkpoint.checkpoint import list_checkpoints
     from mnist_jax.runtime.lock import holder
 
     run = campaign.new_run(*((slow_saves,),) * is_first_killed)
@@ -777,8 +777,7 @@ def before_saves(action: Callable[..., object]) -> None:
         checkpointer.wait()
         action(step, checkpointer.directory)
 
-    for name in ("save", "save_and_wait"):
-        before(Checkpointer, name, act)
+    before(Checkpointer, "save", act)
 
 
 # ---- The campaign ---------------------------------------------------------------------------------------------------

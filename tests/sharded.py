@@ -1,23 +1,18 @@
 """Processes that save and restore a sharded state together.
 
-`Group` starts them and calls the functions of this module in them: a JSON object a line, and one for each answer.
-`python sharded.py sweep N` kills N times in mid-save and prints what was lost; `python sharded.py costs` prints what
-saves cost.
+`Group` starts them and calls the functions of this module in them. Requests and answers are JSON, one object a line.
 """
 
 import contextlib
 import errno
 import faulthandler
-import itertools
 import json
 import logging
 import math
 import os
 import queue
-import random
 import resource
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,9 +31,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from several import free_port
 
-from mnist_jax.checkpoint import integrity, orbax_io
-from mnist_jax.checkpoint.checkpointer import Checkpoint, Checkpointer, SaveError, list_checkpoints
-from mnist_jax.checkpoint.integrity import CheckpointError, CorruptCheckpointError
+from mnist_jax.checkpoint import integrity
+from mnist_jax.checkpoint.checkpoint import Checkpoint
+from mnist_jax.checkpoint.checkpointer import Checkpointer
+from mnist_jax.checkpoint.integrity import CorruptCheckpointError, SaveError
 
 START_S = 60
 
@@ -74,7 +70,7 @@ class Group:
         requests, answers = ([os.pipe() for _ in range(processes)] for _ in range(2))
         theirs = [descriptor for pair in zip(requests, answers, strict=True) for descriptor in (pair[0][0], pair[1][1])]
         self._parent = subprocess.Popen(
-            [sys.executable, __file__, "group", f"127.0.0.1:{free_port()}", *map(str, theirs)],
+            [sys.executable, __file__, f"127.0.0.1:{free_port()}", *map(str, theirs)],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=self.log,
@@ -278,22 +274,18 @@ def _bits(leaf: Any) -> tuple[tuple[int, ...], bytes]:
     return np.shape(leaf), np.asarray(leaf).tobytes()
 
 
-def digest_of(state: Any) -> str:
-    """Return the digest of a state that this process holds whole."""
-    return integrity.json_sha256(integrity.digest_leaves(state))
-
-
 # ---- In a process: what it can be told ------------------------------------------------------------------------------
 
 
-def write(directory: str) -> dict[str, Any]:
-    """Save a state of its own for each mesh and spec, and tell their digests."""
+def write(directory: str) -> dict[str, str]:
+    """Save the state once for each mesh and spec, and return the digests."""
     checkpointer = Checkpointer(directory, keep=100, timeout_s=60)
     digests = {}
     for step, (mesh, spec) in enumerate(_layouts(), 1):
-        digests[step] = checkpointer.save_and_wait(step, sharded(7, mesh, spec), metadata={"step": step})
+        checkpointer.save(step, sharded(7, mesh, spec), metadata={"step": step}, wait=True)
+        digests[str(step)] = checkpointer.state_sha256(step)
     checkpointer.close()
-    return {"digests": digests, "process": [jax.process_index(), jax.process_count(), jax.device_count()]}
+    return digests
 
 
 def _layouts() -> Iterator[tuple[Mesh, str]]:
@@ -318,10 +310,37 @@ def read(paths: list[str]) -> list[Any]:
 
 
 def expected_digest() -> str:
-    """Tell the digest of the state, made on the host of one process."""
+    """Return the digest of the state, computed on the host of one process."""
     host = host_state(7)
     keys = {name: jax.random.wrap_key_data(host[name]) for name in ("key", "keys")}
-    return digest_of({**host, **keys})
+    return integrity.json_sha256(integrity.digest_leaves({**host, **keys}))
+
+
+def mixed(directory: str) -> dict[str, Any]:
+    """Save leaves on different devices of this process, read them in other layouts, and return what differs."""
+    line, grid, three = mesh_of("line"), mesh_of("grid"), Mesh(np.asarray(jax.devices()[5:8]), "x")
+    first, last = (jax.sharding.SingleDeviceSharding(jax.devices()[number]) for number in (0, -1))
+    host = {"rows": (24, 1000), "blocks": (8, 8), "keys": (24, 2), "empty": (0, 8)}
+    layouts: list[dict[str, jax.sharding.Sharding]] = [
+        {"rows": NamedSharding(three, P("x")), "blocks": NamedSharding(grid, P("fsdp", "data")), "keys": last},
+        {"rows": first, "blocks": last, "keys": NamedSharding(line, P("fsdp"))},
+    ]
+    layouts[0]["empty"], layouts[1]["empty"] = first, NamedSharding(grid, P(None, "fsdp"))
+    checkpointer, states = Checkpointer(directory), []
+    for step, layout in enumerate(layouts):
+        values = {name: np.arange(math.prod(shape), dtype=np.uint32).reshape(shape) for name, shape in host.items()}
+        state: dict[str, Any] = {name: jax.device_put(leaf, layout[name]) for name, leaf in values.items()}
+        state["keys"] = jax.jit(jax.random.wrap_key_data, out_shardings=layout["keys"])(state["keys"])
+        states.append(state)
+        checkpointer.save(step, state, wait=True)
+    found = [
+        differences(Checkpoint(Path(directory, str(step))).read(like)[0], state)
+        for step in (0, 1)
+        for state in states
+        for like in (state, abstract(state))
+    ]
+    checkpointer.close()
+    return {"differences": found, "digests": [checkpointer.state_sha256(step) for step in (0, 1)]}
 
 
 def try_read(path: str) -> str:
@@ -330,8 +349,8 @@ def try_read(path: str) -> str:
     try:
         Checkpoint(Path(path)).read(like)
     except CorruptCheckpointError as error:
-        return f"corrupt {error.kind}"
-    return "good"
+        return error.kind
+    return "intact"
 
 
 # A checkpointer that stays from one call to the next
@@ -350,24 +369,18 @@ def close_checkpointer() -> None:
     _checkpointer.close()
 
 
-def save(step: int, fault: str | None = None, processes: Sequence[int] = ()) -> Any:
-    """Save with `save` and `wait`, with something broken in some processes, and tell the results."""
+def save(step: int, wait: bool, fault: str | None = None, processes: Sequence[int] = ()) -> list[str]:
+    """Save, with a fault in some processes, and return the types of the results."""
     state = sharded(7, mesh_of("line"), "split")
-    with _broken(fault, processes):
-        _checkpointer.save(step, state, metadata={"step": step})
+    with _broken(fault, processes), contextlib.suppress(SaveError):
+        _checkpointer.save(step, state, metadata={"step": step}, wait=wait)
         _checkpointer.wait()
-    results = [[type(result).__name__, str(result)] for result in _checkpointer.results()]
-    return {"results": results, "steps": _checkpointer.steps}
+    return [type(result).__name__ for result in _checkpointer.results()]
 
 
-def save_and_wait(step: int, fault: str | None = None, processes: Sequence[int] = ()) -> str:
-    """Save, and tell the digest or the error."""
-    state = sharded(7, mesh_of("line"), "split")
-    with _broken(fault, processes):
-        try:
-            return _checkpointer.save_and_wait(step, state)
-        except SaveError as error:
-            return f"SaveError: {error}"
+def digest(step: int) -> str:
+    """Return the digest of the state in a checkpoint."""
+    return _checkpointer.state_sha256(step)
 
 
 def _broken(fault: str | None, processes: Sequence[int]) -> contextlib.AbstractContextManager[None]:
@@ -390,7 +403,7 @@ def programs_of_a_save(directory: str) -> list[str]:
     logger, handler = logging.getLogger("jax._src.interpreters.pxla"), Handler()
     logger.addHandler(handler)
     jax.config.update("jax_log_compiles", True)  # `jax.log_compiles()` is of one thread.
-    checkpointer.save_and_wait(1, state)
+    checkpointer.save(1, state, wait=True)
     jax.config.update("jax_log_compiles", False)
     logger.removeHandler(handler)
     checkpointer.close()
@@ -458,13 +471,12 @@ FAULTS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
     "hash": lambda: _patched(integrity, "hash_shards", lambda _: _out_of_memory),
     # TensorStore cannot write its files: the limit comes as EFBIG.
     "data": lambda: _limited(resource.RLIMIT_FSIZE, 20_000),
-    # The files cannot be read again, or fsynced.
-    "describe": lambda: _patched(integrity, "describe_file", _failing(errno.EIO)),
+    # The files cannot be fsynced.
+    "fsync": lambda: _patched(os, "fsync", _failing(errno.EIO)),
     # TensorStore in the other process removes its lock; no fault, but it looks like one.
     "lock": lambda: _patched(os, "walk", _with_a_file_that_is_gone),
     # The manifest cannot be written.
     "seal": lambda: _patched(integrity, "write_manifest", _failing(errno.ENOSPC)),
-    "fsync": lambda: _patched(os, "fsync", _failing(errno.EIO)),
     "rename": lambda: _patched(os, "rename", _failing(errno.EIO, _is_unfinished)),
 }
 
@@ -488,7 +500,7 @@ def stop_in_save(directory: str, where: str, who: int) -> None:
     """Save once, and begin another save, in which one process comes to a place, says so and stays there."""
     state = sharded(7, mesh_of("line"), "split")
     open_checkpointer(directory, {"timeout_s": 60})
-    _checkpointer.save_and_wait(1, state)
+    _checkpointer.save(1, state, wait=True)
     _checkpointer.close()
     open_checkpointer(directory, {"timeout_s": 5})
 
@@ -516,16 +528,6 @@ def wait_for_save() -> list[str]:
     return [type(result).__name__ for result in _checkpointer.results()]
 
 
-def saves_for_ever(directory: str, first: int) -> None:
-    """Save step after step, and say so before each, until something kills this process."""
-    checkpointer = Checkpointer(directory, keep=3, timeout_s=5)
-    state = sharded(7, mesh_of("line"), "split")
-    for step in itertools.count(first):
-        answer(step)
-        checkpointer.save(step, state, metadata={"step": step})
-        checkpointer.wait()
-
-
 def empties(directory: str) -> list[str]:
     """Save and read leaves without elements, and tell which are other afterwards."""
     mesh = mesh_of("line")
@@ -535,26 +537,10 @@ def empties(directory: str) -> list[str]:
     }
     state["one"] = _put(np.arange(24.0, dtype=np.float32), NamedSharding(mesh, P("fsdp")))
     checkpointer = Checkpointer(directory, timeout_s=60)
-    checkpointer.save_and_wait(1, state)
+    checkpointer.save(1, state, wait=True)
     checkpointer.close()
     found, _ = Checkpoint(Path(directory, "1")).read(abstract(state))
     return differences(found, state)
-
-
-def count_barriers(step: int) -> tuple[list[str], int]:
-    """Save, and tell at which barriers Orbax waited, and at how many a process arrives whose part failed."""
-    keys = []
-    original = orbax_io.Writer._arrive
-
-    def arrive(self: Any, *, key: str = "", timeout_ms: int) -> None:
-        keys.append(key)
-        original(self, key=key, timeout_ms=timeout_ms)
-
-    with _patched(orbax_io.Writer, "_arrive", lambda _: arrive):
-        # Orbax keeps the bound method that it was given, so it has to be made again.
-        open_checkpointer(str(_checkpointer.directory), {"timeout_s": 60})
-        save_and_wait(step)
-    return keys, orbax_io._BARRIERS
 
 
 # ---- Training beside it ---------------------------------------------------------------------------------------------
@@ -585,7 +571,6 @@ def train(directory: str, saves: int, steps_per_save: int) -> Any:
             time.sleep(0.0005)
             updates_during_saves += checkpointer.is_saving
     checkpointer.wait()
-    results = [str(result) if isinstance(result, SaveError) else "Saved" for result in checkpointer.results()]
     like = {"w": jax.ShapeDtypeStruct((64, 32), np.float32, sharding=split)}
     like["total"] = jax.ShapeDtypeStruct((), np.float32, sharding=whole)
     wrong = []
@@ -595,12 +580,7 @@ def train(directory: str, saves: int, steps_per_save: int) -> Any:
             wrong.append(step)
     saved = len(checkpointer.steps)
     checkpointer.close()
-    return {
-        "saved": saved,
-        "wrong": wrong,
-        "results": sorted(set(results)),
-        "updates_during_saves": updates_during_saves,
-    }
+    return {"saved": saved, "wrong": wrong, "updates_during_saves": updates_during_saves}
 
 
 def work(coordinator: str, count: int, index: int, requests: int, answers: int) -> None:
@@ -645,87 +625,5 @@ def main(coordinator: str, *descriptors: str) -> None:
         os.wait()
 
 
-# ---- Campaigns ------------------------------------------------------------------------------------------------------
-
-
-def sweep(kills: str) -> None:
-    """Kill one of two processes at random moments of saves, each in turn, in one directory, and print what was lost."""
-    counts = dict.fromkeys(("kills", "in a save", "restorable", "unfinished listed", "wrong", "lost"), 0)
-    with tempfile.TemporaryDirectory() as directory:
-        wanted = sharded(7, mesh_of("line"), "split")
-        first, durations = 1, [0.3]
-        for number in range(int(kills)):
-            group = Group(2, 1)
-            try:
-                group.send("saves_for_ever", directory=directory, first=first)
-                for _ in range(3):  # The first save is slower.
-                    started = time.monotonic()
-                    last = group.answer(number % 2)
-                    durations.append(time.monotonic() - started)
-                time.sleep(random.uniform(0, statistics.median(durations[-20:])))
-                group.kill(number % 2)
-                time.sleep(0.05)
-            finally:
-                group.close()
-            unfinished = [path.name for path in Path(directory).iterdir() if path.name.startswith(f"{last}.")]
-            counts["kills"] += 1
-            counts["in a save"] += bool(unfinished)
-            for checkpoint in list_checkpoints(Path(directory)):
-                try:
-                    checkpoint.verify()
-                except CheckpointError:
-                    counts["unfinished listed"] += 1
-            checkpointer = Checkpointer(directory)
-            restored = checkpointer.restore(abstract(wanted))
-            counts["restorable"] += restored is not None and not restored.quarantined
-            counts["wrong"] += restored is not None and bool(differences(restored.state, wanted))
-            counts["lost"] += restored is None or restored.step < last - 1
-            checkpointer.close()
-            first = restored.step + 1 if restored else 1
-            print(json.dumps(counts), flush=True)
-
-
-def cost(directory: str, megabytes: int, saves: int) -> Any:
-    """Save a large split state, and tell seconds of the caller and until committed, bytes hashed and memory taken."""
-    sharding = NamedSharding(mesh_of("line"), P("fsdp"))
-    rows = megabytes * 2**18 // (8 * 1024)
-    host = np.random.default_rng(0).standard_normal((rows // 24 * 24, 1024), np.float32)
-    state = {f"leaf{number}": _put(host + number, sharding) for number in range(8)}
-    jax.block_until_ready(state)
-    checkpointer = Checkpointer(directory, keep=2)
-    checkpointer.prepare(state)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    waits, commits = [], []
-    for step in range(1, saves + 1):
-        started = time.monotonic()
-        checkpointer.save(step, state)
-        waits.append(time.monotonic() - started)
-        checkpointer.wait()
-        commits.append(time.monotonic() - started)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    checkpointer.close()
-    part = json.loads(Path(directory, str(saves), "state", f"hashes.{jax.process_index()}.json").read_text())
-    hashed = sum(
-        len(row["chunks"]) * row["itemsize"] * math.prod(row["raw_shape"]) // math.prod(row["counts"])
-        for row in part["leaves"].values()
-    )
-    total = sum(leaf.nbytes for leaf in state.values())
-    return {"MB": total / 1e6, "hashed MB": hashed / 1e6, "wait ms": [round(1e3 * wait, 1) for wait in waits],
-            "commit ms": [round(1e3 * commit) for commit in commits], "peak MB more": peak / 1e3}  # fmt: skip
-
-
-def costs(megabytes: str = "200", saves: str = "6") -> None:
-    """Print what saves of a split state cost, small and large, with one process and with two."""
-    for size in (1, int(megabytes)):
-        for processes, devices in ((1, 1), (1, 2), (2, 1)):
-            with tempfile.TemporaryDirectory() as directory:
-                group = Group(processes, devices)
-                try:
-                    for row in group.call("cost", directory=directory, megabytes=size, saves=int(saves)):
-                        print(group.name, json.dumps(row), flush=True)
-                finally:
-                    group.close()
-
-
 if __name__ == "__main__":
-    {"group": main, "sweep": sweep, "costs": costs}[sys.argv[1]](*sys.argv[2:])
+    main(*sys.argv[1:])

@@ -40,7 +40,8 @@ from tampering import (
 
 from mnist_jax import evaluate, replay, status, train
 from mnist_jax.checkpoint import integrity
-from mnist_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
+from mnist_jax.checkpoint.checkpoint import Checkpoint
+from mnist_jax.checkpoint.checkpointer import Checkpointer
 from mnist_jax.checkpoint.integrity import CorruptCheckpointError, IncompatibleCheckpointError, ReadError
 from mnist_jax.config import Config
 from mnist_jax.records.metrics import Journal, read_events
@@ -281,22 +282,13 @@ def test_what_lies_in_a_checkpoint_besides_is_no_part_of_it(run_in, outside, tel
     for name in ("besides", "hashes.1.json", "checkpoint", "_strings.json", "zarr.json"):
         put(state(run_in) / name, kind, outside, target="file")
     put(run_item(run_in) / "besides", kind, outside, target="file")
+    put(state(run_in) / "array_metadatas" / "process_1", kind, outside, target="file")
     for name in ("_CHECKPOINT_METADATA", "commit_success.txt"):
         put(newest(run_in) / name, kind, outside, target="file")
     assert tell(replay.main, run_in, "--from", "30").out.endswith("\nidentical\n")
     told = tell(train.main, run_in, *START)
     assert told.code == 0
     assert (told.out.splitlines()[-1].split()[:2], told.err) == (["finished", "step=40"], "")
-
-
-@pytest.mark.parametrize("kind", ["link", "dangling link", "pipe", "directory", "file"])
-def test_what_orbax_would_read_besides_is_damage(run_in, outside, tell, leave_when_resumed, kind):
-    """It reads what any process says of random keys."""
-    put(state(run_in) / "array_metadatas" / "process_1", kind, outside, target="file")
-    told = tell(replay.main, run_in, "--from", "30")
-    assert told.code == 65
-    assert "array_metadatas/process_1" in told.err
-    assert "resumed cnn on digits from step 30" in tell(train.main, run_in, *START).out
 
 
 @pytest.mark.parametrize("name", ["40.unfinished", "40.orbax-checkpoint-tmp", "5.ready", "removed/5"])
@@ -658,7 +650,7 @@ LIKE = {"params": {"kernel": np.ones((3, 2), np.float32)}, "rng": jax.random.key
 def small(tmp_path_factory) -> Path:
     """A checkpoint of a small tree."""
     store = Checkpointer(tmp_path_factory.mktemp("small") / "checkpoints")
-    store.save_and_wait(7, like(), metadata={"reason": "test", "config": {"a": 1}})
+    store.save(7, like(), metadata={"reason": "test", "config": {"a": 1}}, wait=True)
     store.close()
     return store.directory / "7"
 
@@ -747,7 +739,7 @@ READ = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from mnist_jax.checkpoint.checkpointer import Checkpoint
+from mnist_jax.checkpoint.checkpoint import Checkpoint
 from mnist_jax.checkpoint.integrity import CheckpointError
 resource.setrlimit(resource.RLIMIT_AS, 2 * (32 * 2**30,))
 for path in sys.argv[1:]:
@@ -890,7 +882,7 @@ STORED = {
 def ones(tmp_path_factory) -> Path:
     """A checkpoint of five ones."""
     store = Checkpointer(tmp_path_factory.mktemp("ones") / "checkpoints")
-    store.save_and_wait(7, {"w": jax.numpy.ones(5)})
+    store.save(7, {"w": jax.numpy.ones(5)}, wait=True)
     store.close()
     return store.directory / "7"
 
@@ -948,7 +940,7 @@ def test_values_that_cannot_be_read_end_the_command_itself_with_74_and_a_line(ru
         timeout=120,
     )
     assert (ended.returncode, ended.stdout) == (74, "")
-    assert "the checkpoint of step 40 cannot be read here and now" in ended.stderr
+    assert "the checkpoint of step 40 cannot be read now" in ended.stderr
     # Orbax closes its event loop with the first leaf that fails, and TensorStore may still call back into it.
     assert ended.stderr.count("\n") == 1 or "Event loop is closed" in ended.stderr
 

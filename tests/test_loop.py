@@ -487,7 +487,7 @@ def test_a_checkpoint_of_another_tree_is_told_apart_and_nothing_is_begun_anew(tm
         assert train.run(config(steps=10, average_decay=0.9), tmp_path, stop) == 0
         assert train.run(config(steps=10), tmp_path, stop) == 2
     message = capfd.readouterr().err
-    assert "the checkpoint of step 10 is of another tree: leaf average" in message
+    assert "the checkpoint of step 10 holds another tree: leaf average" in message
     assert "If another version of this program wrote it" in message
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["10"]
 
@@ -507,7 +507,7 @@ def test_if_no_checkpoint_is_good_the_code_is_65_and_nothing_is_begun_anew(tmp_p
         metrics = (tmp_path / "metrics.jsonl").read_bytes()
         (tmp_path / "checkpoints" / "10" / "manifest.json").write_text("{")
         assert train.run(config(steps=10), tmp_path, stop) == 65
-    assert "none of the checkpoints" in capfd.readouterr().err
+    assert "are corrupt" in capfd.readouterr().err
     assert events(tmp_path, "exit")[-1]["code"] == 65
     assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
 

@@ -16,7 +16,8 @@ from faults import SHORTAGES, UNFINISHED, FaultyRun, fill, short_at_restore, sho
 from runs import Ended, Run, end
 
 from mnist_jax.checkpoint import integrity
-from mnist_jax.checkpoint.checkpointer import Checkpointer, list_checkpoints
+from mnist_jax.checkpoint.checkpoint import list_checkpoints
+from mnist_jax.checkpoint.checkpointer import Checkpointer
 from mnist_jax.checkpoint.integrity import ReadError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits, mounts and priorities are those of Linux")
@@ -105,7 +106,7 @@ def test_a_shortage_at_restore_is_not_damage_and_the_next_start_resumes(interrup
     for kind in SHORTAGES:
         ended = faulty_run((short_at_restore, kind), prefix=limited(kind)).finish(*ARGS)
         assert ended.code in RETRIED, (kind, ended)
-        assert ended.code != 74 or "Nothing says that it is damaged" in ended.err, (kind, ended)
+        assert ended.code != 74 or "not known to be corrupt" in ended.err, (kind, ended)
         assert files_in(interrupted / "checkpoints") == checkpoints, kind
     run = faulty_run()
     check_finished_like(run, run.finish(*ARGS), undisturbed)
@@ -145,7 +146,7 @@ def test_too_few_threads_for_the_last_save_end_with_74_and_the_next_start_resume
 def test_no_memory_in_any_part_of_a_restore_is_not_damage(part, tmp_path, monkeypatch):
     state = {"weights": np.arange(1000.0)}
     with closing(Checkpointer(tmp_path / "checkpoints")) as checkpointer:
-        checkpointer.save_and_wait(1, state)
+        checkpointer.save(1, state, wait=True)
         before = files_in(tmp_path)
         monkeypatch.setattr(integrity, part, mock.Mock(side_effect=MemoryError))
         with pytest.raises(ReadError):

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from mnist_jax import config as configs
-from mnist_jax.checkpoint.checkpointer import Checkpoint, Checkpointer, Restored, list_checkpoints
-from mnist_jax.checkpoint.integrity import NoGoodCheckpointError
-from mnist_jax.checkpoint.orbax_io import SHORTAGES
+from mnist_jax.checkpoint.checkpoint import Checkpoint, list_checkpoints
+from mnist_jax.checkpoint.checkpointer import Checkpointer, Restored
+from mnist_jax.checkpoint.integrity import SHORTAGES, NoGoodCheckpointError
 from mnist_jax.config import Config, ConfigError
 from mnist_jax.records.metrics import Journal
 from mnist_jax.runtime import devices

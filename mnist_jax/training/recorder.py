@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mnist_jax import config as configs
-from mnist_jax.checkpoint.checkpointer import Checkpointer, Notice
+from mnist_jax.checkpoint.checkpointer import Checkpointer
+from mnist_jax.checkpoint.directory import StorageWarning
 from mnist_jax.checkpoint.integrity import CheckpointError, InvalidStateError, ReadError, SaveError
 from mnist_jax.checkpoint.remote import RemoteError, RemoteStore
 from mnist_jax.config import RECORDS, Config
@@ -214,7 +215,7 @@ class Recorder:
                 self.dispatcher.agreement.request_stop()
             elif isinstance(result, SaveError):
                 self._report_failure(result, another_follows=another_follows)
-            elif isinstance(result, Notice):
+            elif isinstance(result, StorageWarning):
                 self.journal.event(result.event, step=result.step, text=result.text)
                 self.terminal.warn(f"warning: {result}")
             else:
@@ -253,7 +254,7 @@ class Recorder:
         request = self.prepare_save(reason)
         try:
             with contextlib.suppress(InvalidStateError):
-                self.checkpointer.save_and_wait(self.step, dispatcher.state, valid=dispatcher.is_finite(), **request)
+                self.checkpointer.save(self.step, dispatcher.state, valid=dispatcher.is_finite(), **request, wait=True)
         finally:
             self.report_saves(another_follows=False)
         self._check()
