@@ -7,7 +7,6 @@ import inspect
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -25,14 +24,13 @@ import pytest
 import tensorstore
 from flax import nnx
 from flax.training.train_state import TrainState
-from tampering import read_hashes, read_manifest, write_file, write_hashes, write_manifest
+from tampering import change_manifest, write_file
 
 from mnist_jax.checkpoint import integrity
 from mnist_jax.checkpoint.checkpoint import Checkpoint, list_checkpoints
 from mnist_jax.checkpoint.checkpointer import Checkpointer
 from mnist_jax.checkpoint.directory import StorageWarning
 from mnist_jax.checkpoint.integrity import (
-    CheckpointError,
     IncompatibleCheckpointError,
     InvalidStateError,
     NoGoodCheckpointError,
@@ -563,23 +561,6 @@ def replace_by_link(path: Path) -> None:
     path.symlink_to(path.with_name("1"))
 
 
-def forge_list_of_files(path: Path) -> None:
-    write_manifest(path, {**read_manifest(path), "files": {}})
-
-
-def forge_shape_of_a_leaf(path: Path) -> None:
-    """TensorStore aborts the process if no memory holds what is stored."""
-    hashes = read_hashes(path)
-    hashes["leaves"]["mask"]["raw_shape"] = [4]
-    write_hashes(path, hashes, leaves=read_manifest(path)["leaves"])
-
-
-def forge_other_values(path: Path) -> None:
-    hashes = read_hashes(path)
-    hashes["leaves"]["mask"]["chunks"]["0"] = 64 * "0"
-    write_hashes(path, hashes)
-
-
 CORRUPTIONS = {
     "bit in a leaf": (lambda path: flip_bit(largest_file(path)), "changed-file", "file state/"),
     "bit in the manifest": (lambda path: flip_bit(path / "manifest.json"), "bad-manifest", "manifest.json"),
@@ -590,11 +571,8 @@ CORRUPTIONS = {
     "link to a file": (replace_file_by_link, "missing-file", "file state/"),
     "another step": (replace_by_older, "other-step", "step 1"),
     "link to a checkpoint": (replace_by_link, "symbolic-link", "symbolic link"),
-    "forged files": (forge_list_of_files, "bad-hashes", "hashes"),
-    "forged hashes": (lambda path: write_file(path, "state/hashes.0.json", "[]"), "bad-hashes", "hashes"),
-    "forged nesting": (lambda path: write_file(path, "state/hashes.0.json", 200_000 * "["), "changed-file", "hashes.0"),
-    "forged shape": (forge_shape_of_a_leaf, "changed-leaf", "leaf mask"),
-    "forged values": (forge_other_values, "changed-leaf", "leaf mask"),
+    "forged files": (lambda path: change_manifest(path, files={}), "bad-hashes", "hashes"),
+    "forged hashes": (lambda path: write_file(path, "state/hashes.0.json", 200_000 * "["), "changed-file", "hashes.0"),
 }
 
 
@@ -681,8 +659,7 @@ def test_newest_intact_checkpoint_is_restored(checkpointer, tmp_path):
 @pytest.mark.parametrize("version", [3, 5])
 def test_other_format_is_refused_and_stays(checkpointer, version):
     save_all(checkpointer, 1, 2)
-    path = checkpointer.directory / "2"
-    write_manifest(path, {**read_manifest(path), "format": version})
+    change_manifest(checkpointer.directory / "2", format=version)
     with pytest.raises(IncompatibleCheckpointError, match=f"step 2 has format {version}, and .* format 4"):
         checkpointer.restore(like=tiny())
     assert checkpointer.steps == [1, 2]
@@ -720,22 +697,6 @@ def test_error_of_tensorstore_is_no_corruption(two_checkpoints, monkeypatch, err
         patch.setattr(tensorstore, "open", fail_with(error))
         with pytest.raises(ReadError, match=r"step 2 .* not known to be corrupt"):
             two_checkpoints.restore(like=tiny())
-
-
-def test_lack_of_file_descriptors_is_no_corruption(two_checkpoints):
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    used, steps = {int(name) for name in os.listdir("/proc/self/fd")}, set()
-    for limit in [number for number in range(soft) if number not in used][:24]:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-        try:
-            steps.add(two_checkpoints.restore(like=tiny()).step)
-        except (OSError, ReadError):
-            pass
-        except CheckpointError as error:
-            steps.add(f"with descriptors up to {limit}: {error}")
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert steps <= {2}
 
 
 # ---- Commit ---------------------------------------------------------------------------------------------------------
@@ -982,9 +943,3 @@ def test_path_that_the_locale_does_not_encode_as_utf8_is_refused(tmp_path, monke
     with pytest.raises(OSError, match="UTF-8"):
         Checkpointer(tmp_path / "ü")
     assert names_in(tmp_path) == []
-
-
-def test_file_in_the_place_of_the_directory_is_an_error(tmp_path):
-    (tmp_path / "checkpoints").touch()
-    with pytest.raises(FileExistsError):
-        Checkpointer(tmp_path / "checkpoints")

@@ -75,8 +75,8 @@ class Writer:
         """
         self._saves += 1
         unfinished = self._directory / f"{step}{UNFINISHED}"
-        failure: Exception | None = None
         is_created = is_committed = False
+        failure: Exception | None = None
         try:
             if prepare is not None and prepare():
                 _create(unfinished)
@@ -98,7 +98,11 @@ class Writer:
             failure = error
         if prepare is not None and failure is not None:
             _discard(unfinished)
-        self._barrier("committed")
+        try:
+            self._barrier("committed")
+        except Exception:  # A process that ended after the commit does not undo it.
+            if not is_committed:
+                raise
         if failure is not None:
             raise failure
         return is_committed
