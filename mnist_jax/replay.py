@@ -14,7 +14,7 @@ import tyro
 
 from mnist_jax import cli
 from mnist_jax import config as configs
-from mnist_jax.checkpoint.checkpointer import Checkpoint, list_checkpoints
+from mnist_jax.checkpoint.checkpoint import Checkpoint, list_checkpoints
 from mnist_jax.checkpoint.integrity import digest_leaves, host_leaves
 from mnist_jax.config import ConfigError
 from mnist_jax.console import Terminal, exit_process

@@ -178,7 +178,7 @@ class Pristine(NamedTuple):
 def read_pristine(whole: Run) -> Pristine:
     """Read the checkpoints of the undisturbed run, whose digests must be those in its event log."""
     from mnist_jax import config as configs
-    from mnist_jax.checkpoint.checkpointer import list_checkpoints
+    from mnist_jax.checkpoint.checkpoint import list_checkpoints
     from mnist_jax.training import data, setup
 
     config = configs.load(whole.workdir / "config.json")
@@ -676,7 +676,7 @@ def start_at_once(campaign: Campaign, size: int, *, is_first_killed: bool = Fals
 
     Half of them do not wait. If the first one is killed, all others wait, and one resumes its run.
     """
-    from mnist_jax.checkpoint.checkpointer import list_checkpoints
+    from mnist_jax.checkpoint.checkpoint import list_checkpoints
     from mnist_jax.runtime.lock import holder
 
     run = campaign.new_run(*((slow_saves,),) * is_first_killed)
@@ -740,8 +740,7 @@ def before_saves(action: Callable[[int, Path], object]) -> None:
         checkpointer.wait()
         action(step, checkpointer.directory)
 
-    for name in ("save", "save_and_wait"):
-        before(Checkpointer, name, act)
+    before(Checkpointer, "save", act)
 
 
 # ---- The campaign ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from runs import in_new_process
 from tampering import change_metadata
 
 from mnist_jax import train
-from mnist_jax.checkpoint.checkpointer import Checkpoint, list_checkpoints
+from mnist_jax.checkpoint.checkpoint import Checkpoint, list_checkpoints
 from mnist_jax.checkpoint.integrity import CorruptCheckpointError, IncompatibleCheckpointError
 from mnist_jax.config import Config, ConfigError
 from mnist_jax.inference import classifier

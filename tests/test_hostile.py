@@ -39,7 +39,8 @@ from tampering import (
 
 from mnist_jax import evaluate, replay, status, train
 from mnist_jax.checkpoint import integrity
-from mnist_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
+from mnist_jax.checkpoint.checkpoint import Checkpoint
+from mnist_jax.checkpoint.checkpointer import Checkpointer
 from mnist_jax.checkpoint.integrity import CorruptCheckpointError, IncompatibleCheckpointError
 from mnist_jax.config import Config
 from mnist_jax.report import __main__ as report
@@ -561,7 +562,7 @@ def test_no_pickle_is_unpickled(run_in, tmp_path, call, where):
 def ones(tmp_path_factory) -> Path:
     """A checkpoint of five ones."""
     store = Checkpointer(tmp_path_factory.mktemp("ones") / "checkpoints")
-    store.save_and_wait(7, {"w": jax.numpy.ones(5)}, metadata={"reason": "test"})
+    store.save(7, {"w": jax.numpy.ones(5)}, metadata={"reason": "test"}, wait=True)
     store.close()
     return store.directory / "7"
 
@@ -635,7 +636,7 @@ READ = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from mnist_jax.checkpoint.checkpointer import Checkpoint
+from mnist_jax.checkpoint.checkpoint import Checkpoint
 from mnist_jax.checkpoint.integrity import CheckpointError
 resource.setrlimit(resource.RLIMIT_AS, 2 * (32 * 2**30,))
 for path in sys.argv[1:]:

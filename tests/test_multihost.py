@@ -14,7 +14,7 @@ from filelock import FileLock
 from runs import Run, end
 from several import Several, free_port, start
 
-from mnist_jax.checkpoint.checkpointer import list_checkpoints
+from mnist_jax.checkpoint.checkpoint import list_checkpoints
 from mnist_jax.config import ConfigError
 from mnist_jax.runtime import multihost
 from mnist_jax.runtime.multihost import ProcessGroup, ProcessLostError

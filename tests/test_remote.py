@@ -30,7 +30,8 @@ from tampering import NOT_IN_THE_TABLE, update_files
 
 from mnist_jax.checkpoint import integrity
 from mnist_jax.checkpoint import remote as module
-from mnist_jax.checkpoint.checkpointer import Checkpointer, list_checkpoints
+from mnist_jax.checkpoint.checkpoint import list_checkpoints
+from mnist_jax.checkpoint.checkpointer import Checkpointer
 from mnist_jax.checkpoint.remote import Downloaded, RemoteError, RemoteStore, Uploaded
 
 STEPS = (10, 20, 30)
@@ -51,7 +52,7 @@ def save(run: Path, *steps: int, shift: float = 0.0) -> None:
     store = Checkpointer(run / "checkpoints", keep=9)
     for step in steps:
         (run / "metrics.jsonl").write_text(metrics_to(step))
-        store.save_and_wait(step, tree(step, shift), metadata={"saved at": step})
+        store.save(step, tree(step, shift), metadata={"saved at": step}, wait=True)
     store.close()
 
 

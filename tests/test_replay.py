@@ -14,7 +14,8 @@ from runs import snapshot
 from tampering import write_format_3, write_manifest
 
 from mnist_jax import replay, train
-from mnist_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
+from mnist_jax.checkpoint.checkpoint import Checkpoint
+from mnist_jax.checkpoint.checkpointer import Checkpointer
 from mnist_jax.checkpoint.integrity import digest_leaves
 from mnist_jax.config import Config
 from mnist_jax.runtime.preemption import StopSignal
@@ -82,7 +83,7 @@ def change(workdir: Path, step: int, leaf: str, new) -> None:
     params = {**state.params, layer: {**state.params[layer], name: new(state.params[layer][name])}}
     shutil.rmtree(workdir / "checkpoints" / str(step))
     store = Checkpointer(workdir / "checkpoints", keep=9)
-    store.save_and_wait(step, state.replace(params=params), metadata=metadata)
+    store.save(step, state.replace(params=params), metadata=metadata, wait=True)
     store.close()
 
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from runs import Run, end, snapshot, stop
 
 from mnist_jax import evaluate
-from mnist_jax.checkpoint.checkpointer import list_checkpoints
+from mnist_jax.checkpoint.checkpoint import list_checkpoints
 from mnist_jax.console import Terminal
 from mnist_jax.records import metrics
 from mnist_jax.report import __main__ as report

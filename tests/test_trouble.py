@@ -23,7 +23,8 @@ from faults import (
 from runs import Ended, Run
 
 from mnist_jax.checkpoint import integrity
-from mnist_jax.checkpoint.checkpointer import Checkpointer, list_checkpoints
+from mnist_jax.checkpoint.checkpoint import list_checkpoints
+from mnist_jax.checkpoint.checkpointer import Checkpointer
 from mnist_jax.checkpoint.integrity import ReadError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits, mounts and priorities are those of Linux")
@@ -136,7 +137,7 @@ def test_a_failed_last_save_exits_with_74_and_resumes(new_run, undisturbed):
 def test_no_memory_in_a_restore_is_no_corruption(part, tmp_path, monkeypatch):
     state = {"weights": np.arange(1000.0)}
     with closing(Checkpointer(tmp_path / "checkpoints")) as checkpointer:
-        checkpointer.save_and_wait(1, state)
+        checkpointer.save(1, state, wait=True)
         before = files_in(tmp_path)
         monkeypatch.setattr(integrity, part, mock.Mock(side_effect=MemoryError))
         with pytest.raises(ReadError):

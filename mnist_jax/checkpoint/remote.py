@@ -32,7 +32,7 @@ from urllib.parse import urlsplit
 
 import tensorstore as ts
 
-from mnist_jax.checkpoint.checkpointer import list_checkpoints
+from mnist_jax.checkpoint.checkpoint import list_checkpoints
 from mnist_jax.checkpoint.integrity import MAX_MANIFEST_BYTES, STEP, fsync_path, fsync_tree, regular_files, remove
 
 MAX_SMALL_FILE_BYTES = 2**30

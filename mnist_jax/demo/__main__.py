@@ -34,7 +34,7 @@ from mnist_jax.runtime.preemption import StoppedError, StopSignal
 if TYPE_CHECKING:
     from flask import Flask, Response
 
-    from mnist_jax.checkpoint.checkpointer import Checkpoint
+    from mnist_jax.checkpoint.checkpoint import Checkpoint
     from mnist_jax.inference.classifier import Classifier
 
 MAX_BYTES = 1_000_000  # The page sends 5,000.
@@ -183,7 +183,7 @@ class Reader:
 
     def _checkpoints(self) -> "list[Checkpoint]":
         """Return which checkpoints are there; none where there is no run any more."""
-        from mnist_jax.checkpoint.checkpointer import list_checkpoints
+        from mnist_jax.checkpoint.checkpoint import list_checkpoints
 
         return list_checkpoints(self._workdir / "checkpoints")
 

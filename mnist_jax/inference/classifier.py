@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mnist_jax import config as configs
-from mnist_jax.checkpoint.checkpointer import Checkpoint, list_checkpoints
+from mnist_jax.checkpoint.checkpoint import Checkpoint, list_checkpoints
 from mnist_jax.checkpoint.integrity import CheckpointError
 from mnist_jax.config import Config, ConfigError, WhichStep
 from mnist_jax.runtime import devices

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mnist_jax import config as configs
-from mnist_jax.checkpoint.checkpointer import Checkpoint, list_checkpoints
+from mnist_jax.checkpoint.checkpoint import Checkpoint, list_checkpoints
 from mnist_jax.checkpoint.integrity import CheckpointError, CorruptCheckpointError
 from mnist_jax.config import ConfigError
 from mnist_jax.records.metrics import accuracy_at, has_saves, read_events, read_metrics

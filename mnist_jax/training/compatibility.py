@@ -13,7 +13,7 @@ import jax
 
 import mnist_jax
 from mnist_jax import config as configs
-from mnist_jax.checkpoint.checkpointer import Checkpoint
+from mnist_jax.checkpoint.checkpoint import Checkpoint
 from mnist_jax.checkpoint.integrity import CheckpointError, IncompatibleCheckpointError
 from mnist_jax.config import Config, ConfigError
 from mnist_jax.runtime import devices
