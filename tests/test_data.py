@@ -144,9 +144,7 @@ def test_a_file_of_other_bytes_is_refused(damage: Callable[[bytes], bytes], fold
 def refused(folder: Path, path: Path, *named: str) -> None:
     with pytest.raises(DataError) as refusal:
         data.load("mnist", folder, notify=pytest.fail)
-    begun = data.begin_to_load("mnist", folder)
-    assert begun
-    assert str(begun.exception()) == str(refusal.value)
+    assert str(data.begin_to_load("mnist", folder).exception()) == str(refusal.value)
     assert all(word in str(refusal.value) for word in (str(path), *named))
 
 
@@ -209,9 +207,8 @@ def test_a_full_cache_is_only_read(filled, cache, folder, mnist, capfd) -> None:
     assert data.resolve("auto", None, notify=pytest.fail) == "mnist"
     assert data.load("mnist", notify=pytest.fail).fingerprint == mnist.fingerprint
     for data_dir in (folder, None):
-        begun = data.begin_to_load("mnist", data_dir)
-        assert begun
-        assert vars(begun.result())["fingerprint"] == mnist.fingerprint
+        loaded = data.begin_to_load("mnist", data_dir).result()
+        assert vars(loaded)["fingerprint"] == mnist.fingerprint
     assert sorted(cache.rglob("*")) == before  # It may be shared and read-only.
     assert capfd.readouterr() == ("", "")
 
@@ -221,11 +218,6 @@ def test_a_corrupt_file_in_the_cache_is_named(filled: dict[str, Path]) -> None:
     replace(path, flip(path.read_bytes()))
     with pytest.raises(DataError, match=rf"{re.escape(str(path))} is corrupt .* delete it"):
         data.load("mnist", notify=pytest.fail)
-
-
-def test_only_files_on_disk_are_loaded_in_the_background(cache: Path, no_network: None) -> None:
-    assert data.begin_to_load("mnist", None) is None
-    assert data.begin_to_load("digits", None) is None
 
 
 # Downloads

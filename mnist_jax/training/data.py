@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mnist_jax.config import DatasetName
+from mnist_jax.console import print_stderr
 from mnist_jax.runtime.preemption import start_in_thread
 
 FILES = {
@@ -109,7 +110,10 @@ def load(name: str, data_dir: Path | None = None, *, notify: Callable[[str], Non
         return _digits()
     if name == "auto":
         raise DataError("dataset=auto names no dataset; name one with --dataset, or start over with --fresh")
-    return _unpack(name, _locate(name, notify=notify) if data_dir is None else _in_folder(data_dir), data_dir)
+    if data_dir is not None:
+        way_out = "put the original file there, or name another folder with --data-dir DIR"
+        return _unpack(name, {part: data_dir / file for part, file in FILES.items()}, way_out)
+    return _unpack(name, _locate(name, notify=notify), "delete it, and the next start downloads it again")
 
 
 def class_names(name: str) -> tuple[str, ...]:
@@ -117,31 +121,19 @@ def class_names(name: str) -> tuple[str, ...]:
     return REGISTRY[name].class_names if name in REGISTRY else DIGITS
 
 
-def begin_to_load(name: str, data_dir: Path | None) -> "Future[Dataset] | None":
-    """Start to load a dataset in a thread if its files are on disk. Return None otherwise.
-
-    Decompression and hashing take 0.25 s and release the GIL, so they run while the caller imports JAX.
-    """
-    if name not in REGISTRY:
-        return None
-    paths = _in_cache(name) if data_dir is None else _in_folder(data_dir)
-    if len(paths) < len(FILES):
-        return None
+def begin_to_load(name: str, data_dir: Path | None) -> "Future[Dataset]":
+    """Start to load a dataset in a thread, while the caller imports JAX."""
 
     def work() -> Dataset:
-        dataset = _unpack(name, paths, data_dir)
+        dataset = load(name, data_dir, notify=print_stderr)
         _ = dataset.fingerprint  # cached in the dataset
         return dataset
 
     return start_in_thread(work)
 
 
-def _unpack(name: str, paths: Mapping[str, Path], data_dir: Path | None) -> Dataset:
-    """Return the dataset in four files, of the user's folder or of the cache."""
-    if data_dir is None:
-        way_out = "delete it, and the next start downloads it again"
-    else:
-        way_out = "put the original file there, or name another folder with --data-dir DIR"
+def _unpack(name: str, paths: Mapping[str, Path], way_out: str) -> Dataset:
+    """Return the dataset in four files. `way_out` says what to do if one of them is not usable."""
     arrays = {}
     for part, registered in REGISTRY[name].files.items():
         try:
@@ -203,41 +195,22 @@ REGISTRY = {
 }
 
 
-def _in_folder(data_dir: Path) -> dict[str, Path]:
-    """Return the paths of the four files in the user's folder, whether they exist or not."""
-    return {part: data_dir / file for part, file in FILES.items()}
-
-
-def _in_cache(name: str) -> dict[str, Path]:
-    """Return the paths of the files that are in the cache."""
-    paths: dict[str, Path] = {}
-    for part, (_, sha256) in REGISTRY[name].files.items():
-        for folder in (_cache(), _cache() / name):  # TensorFlow Datasets uses both.
-            for path in folder.glob(f"*{_cached_name(sha256)}"):
-                paths[part] = path
-    return paths
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser() / "downloads"
-
-
-def _cached_name(sha256: str) -> str:
-    """Return the end of a file's name in the cache of TensorFlow Datasets: the SHA-256 in base64."""
-    return base64.urlsafe_b64encode(bytes.fromhex(sha256)).decode().rstrip("=") + ".gz"
-
-
 def _locate(name: str, *, notify: Callable[[str], None]) -> dict[str, Path]:
-    """Return the paths of the four files in the cache. Missing files are downloaded first.
+    """Return the paths of the four files in the cache of TensorFlow Datasets. Missing files are downloaded first.
 
     Raises:
         UnreachableError: a file is missing and its server does not deliver it.
         DataError: a server delivers another file.
     """
-    paths, entry = _in_cache(name), REGISTRY[name]
-    for part in [part for part in FILES if part not in paths]:
-        paths[part] = _cache() / name / f"{part}.{_cached_name(entry.files[part][1])}"
-        _download(f"{entry.url}/{FILES[part]}", paths[part], entry.files[part], notify=notify)
+    cache = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser() / "downloads"
+    entry, paths = REGISTRY[name], {}
+    for part, registered in entry.files.items():
+        # In the cache, the name of a file ends with its SHA-256 in base64.
+        ending = base64.urlsafe_b64encode(bytes.fromhex(registered[1])).decode().rstrip("=") + ".gz"
+        cached = [path for folder in (cache, cache / name) for path in folder.glob(f"*{ending}")]
+        paths[part] = cached[0] if cached else cache / name / f"{part}.{ending}"
+        if not cached:
+            _download(f"{entry.url}/{FILES[part]}", paths[part], registered, notify=notify)
     return paths
 
 
