@@ -111,7 +111,7 @@ def test_a_damaged_checkpoint_is_an_error_and_not_passed_over(run_in):
 def test_a_checkpoint_that_says_nothing_usable_of_the_data_is_refused(run_in, about):
     known = {"name": "digits", "train_images": 1438, "test_images": 359}
     write_metadata(run_in, 44, data={**known, **about})
-    with pytest.raises(IncompatibleCheckpointError, match="step 44 says nothing usable of the run's data"):
+    with pytest.raises(IncompatibleCheckpointError, match="step 44 has invalid metadata: data"):
         classifier.load(run_in, "latest")
 
 
