@@ -95,9 +95,12 @@ def test_save_signal_saves_and_silent_process_is_lost(new_run):
     assert [event["reason"] for event in several.run.events("save")] == ["signal SIGUSR2"] * 2
     several.signal(signal.SIGSTOP, 1)
     began_s = time.monotonic()
-    check_lost(end(several.processes[0], timeout_s=60))
+    try:
+        left = end(several.processes[0], timeout_s=60)
+    finally:
+        several.signal(signal.SIGKILL, 1)
+    check_lost(left)
     assert time.monotonic() - began_s < 30  # 3 s, and what a busy machine adds
-    several.signal(signal.SIGKILL, 1)
     several.end()
     # The bits depend on the threads of each process, so a checkpoint describes them all.
     checkpoint = list_checkpoints(several.run.workdir / "checkpoints")[-1]
