@@ -33,12 +33,7 @@ class Agreement:
     """
 
     def __init__(self, mesh: Mesh, stop: StopSignal) -> None:
-        """Compile the sum, unless there is one process.
-
-        Args:
-            mesh: all devices of the run.
-            stop: receives the signals of this process.
-        """
+        """Compile the sum, unless there is one process. `stop` receives the signals of this process."""
         self._stop = stop
         self._index = jax.process_index()
         self._row = next(row for row, device in enumerate(mesh.devices.flat) if device.process_index == self._index)
@@ -69,11 +64,7 @@ class Agreement:
         return self._own_stop or self._stop.received is not None
 
     def steps_per_call(self, proposed: int) -> int:
-        """Return how many steps the next call makes: what process 0 proposed, a few calls delayed if there are several.
-
-        Args:
-            proposed: the proposal of this process.
-        """
+        """Return the steps of the next call: as process 0 proposed, a few calls delayed if there are several."""
         return proposed if self._is_alone else self._agreed_steps
 
     def request_save(self) -> None:
@@ -94,8 +85,7 @@ class Agreement:
     def send(self, steps: int) -> jax.Array | None:
         """Dispatch the sum of the requests of all processes, and return it for `update`.
 
-        Args:
-            steps: proposed steps per call; only the proposal of process 0 counts.
+        `steps` are the proposed steps per call; only the proposal of process 0 counts.
         """
         if self._is_alone:
             return None

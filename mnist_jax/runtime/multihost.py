@@ -95,7 +95,7 @@ def initialize(
     except ValueError as error:
         if coordinator is None:
             _check_no_launcher()
-            return ProcessGroup(stop)
+            return ProcessGroup(stop)  # JAX found no launcher either.
         raise ProcessGroupError(f"the processes cannot connect to {coordinator}: {error}") from error
     except RuntimeError as error:
         raise ProcessLostError(f"the processes did not connect: {_first_line(error)}") from error
@@ -141,12 +141,7 @@ class ProcessGroup:
     """
 
     def __init__(self, stop: StopSignal, timeout_s: float | None = None) -> None:
-        """Describe this process alone, or the processes that `jax.distributed` connected.
-
-        Args:
-            stop: receives the signals of this process.
-            timeout_s: the timeout of `initialize`; None for a single process.
-        """
+        """Describe the processes that `initialize` connected, or this process alone if `timeout_s` is None."""
         self._stop, self.timeout_s = stop, timeout_s or 0.0
         self.is_alone = timeout_s is None
         self.index, self.count = 0, 1
@@ -204,12 +199,7 @@ class ProcessGroup:
         return [value, *others]
 
     def start_training(self) -> None:
-        """Wait until all processes are ready to train. From then on the agreement handles signals.
-
-        Raises:
-            ProcessLostError: another process was lost or exited.
-            StoppedError: a process received a signal before all were ready.
-        """
+        """Wait until all processes are ready to train, as `gather` does. From then on the agreement handles signals."""
         self.gather()
         self._is_training = True
 
@@ -229,11 +219,7 @@ class ProcessGroup:
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
-        """Turn errors of a computation of all processes into the loss of one of them.
-
-        Raises:
-            ProcessLostError: an error occurred, there are several processes, and memory was not exhausted.
-        """
+        """Raise ProcessLostError for errors of a computation of several processes, unless memory is exhausted."""
         try:
             yield
         except (ValueError, RuntimeError) as error:  # JAX raises both for a broken connection.
