@@ -31,7 +31,13 @@ def main(args: Sequence[str]) -> None:
         Agreement.steps_per_call = lambda _, proposed: proposed  # type: ignore[method-assign]
     config = configs.parse(args)
     stop = StopSignal()
-    group = initialize(stop, config.coordinator, config.num_processes, config.process_id, config.peer_timeout_s)
+    group = initialize(
+        stop,
+        config.coordinator,
+        count=config.num_processes,
+        index=config.process_id,
+        timeout_s=config.peer_timeout_s,
+    )
     compatibility.prepare_jax(None)
     dataset = data.load(config.dataset, config.data_dir, notify=print)
     trainer = setup.make_trainer(config, dataset)

@@ -37,7 +37,13 @@ def main(args: Sequence[str]) -> int:
     with StopSignal() as stop, contextlib.ExitStack() as locks:
         group = ProcessGroup(stop)
         try:
-            group = initialize(stop, asked.coordinator, asked.num_processes, asked.process_id, asked.peer_timeout_s)
+            group = initialize(
+                stop,
+                asked.coordinator,
+                count=asked.num_processes,
+                index=asked.process_id,
+                timeout_s=asked.peer_timeout_s,
+            )
             config = workdir = loading = None
             if group.is_primary:
                 try:
