@@ -60,12 +60,7 @@ def print_evaluation(options: Options, stop: StopSignal, terminal: Terminal) -> 
 
 
 def evaluate(options: Options, stop: StopSignal, terminal: Terminal) -> Result:
-    """Return the metrics of a checkpoint.
-
-    Raises:
-        CheckpointError, ConfigError, DataError, OSError: the checkpoint or the data cannot be used.
-        StoppedError: a signal arrived.
-    """
+    """Return the metrics of a checkpoint."""
     from mnist_jax.inference import classifier
 
     model = stop.run(lambda: classifier.load(options.workdir, options.step, on_cpu=False))

@@ -39,13 +39,7 @@ def main(args: Sequence[str]) -> int:
 
 
 def export(options: Options, stop: StopSignal, terminal: Terminal) -> int:
-    """Write the variables of a classifier, completely or not at all.
-
-    Raises:
-        CheckpointError, OSError: the checkpoint cannot be read, or the file cannot be written.
-        ConfigError: there is no such checkpoint, or the file exists.
-        StoppedError: a signal arrived; nothing was written.
-    """
+    """Write the variables of a classifier, completely or not at all."""
     from mnist_jax.inference import classifier
 
     for path in (options.out, options.out.with_name(options.out.name + ".partial")):

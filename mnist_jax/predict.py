@@ -62,12 +62,7 @@ def main(args: Sequence[str]) -> int:
 
 
 def print_predictions(options: Options, stop: StopSignal, terminal: Terminal) -> int:
-    """Print the predictions, and return 1 if an image cannot be read.
-
-    Raises:
-        CheckpointError, ConfigError, OSError: the classifier cannot be loaded.
-        StoppedError: a signal arrived.
-    """
+    """Print the predictions, and return 1 if an image cannot be read."""
     if not options.images:
         raise ConfigError("no image is given: predict WORKDIR IMAGE [IMAGE ...]")
     from mnist_jax.inference import classifier, preprocessing

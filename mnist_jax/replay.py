@@ -54,14 +54,7 @@ def print_differences(options: Options, stop: StopSignal, terminal: Terminal) ->
 
 
 def replay(options: Options, stop: StopSignal, terminal: Terminal) -> list[str]:
-    """Return a line for each leaf that differs between the recomputed state and the saved one.
-
-    Raises:
-        CheckpointError, OSError: a checkpoint cannot be read.
-        ConfigError: there are no such checkpoints, or this machine cannot train the run.
-        DataError: the dataset cannot be loaded.
-        StoppedError: a signal arrived.
-    """
+    """Return a line for each leaf that differs between the recomputed state and the saved one."""
     configs.check_directory(options.workdir)
     first, last = choose(options)
     compatibility.prepare_jax(compatibility.cpu_threads_of([last]))
@@ -92,11 +85,7 @@ def replay(options: Options, stop: StopSignal, terminal: Terminal) -> list[str]:
 
 
 def choose(options: Options) -> tuple[Checkpoint | None, Checkpoint]:
-    """Return the checkpoint to start from (None for step 0) and the one to compare with.
-
-    Raises:
-        ConfigError: there are no such checkpoints.
-    """
+    """Return the checkpoint to start from (None for step 0) and the one to compare with."""
     kept = {checkpoint.step: checkpoint for checkpoint in list_checkpoints(options.workdir / "checkpoints")}
     if not kept:
         raise ConfigError(f"there are no checkpoints in {options.workdir}")

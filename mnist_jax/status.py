@@ -41,12 +41,7 @@ def main(args: Sequence[str]) -> int:
 
 
 def print_status(options: Options, stop: StopSignal, terminal: Terminal) -> int:
-    """Print the status of a run, and return 65 if every checkpoint is corrupt or missing, otherwise 0.
-
-    Raises:
-        ConfigError, OSError: there is no run, or it cannot be read.
-        StoppedError: a signal arrived.
-    """
+    """Print the status of a run, and return 65 if every checkpoint is corrupt or missing, otherwise 0."""
     try:
         status = stop.run(lambda: examine(options.workdir, verify=options.verify))
         terminal.info(json.dumps(asdict(status), indent=2) if options.json else describe(status))

@@ -10,10 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from runs import Run, end, snapshot
-from tampering import read_metadata, write_metadata
+from tampering import HOSTILE_EVENTS, read_metadata, write_metadata
 
 from mnist_jax import status, train
 from mnist_jax.checkpoint import integrity
@@ -74,16 +72,14 @@ def test_verify_reads_every_byte(small_copy, capsys):
 
 
 def test_text_has_the_content_of_json(small_copy, capsys):
-    flip_bit(small_copy / "checkpoints" / "30" / "manifest.json")
+    (small_copy / "checkpoints" / "30" / "manifest.json").write_text("{")
     (small_copy / "checkpoints" / "quarantine" / "15-bad-manifest").mkdir(parents=True)
     found = run_json(small_copy, "--verify", capsys=capsys)
-    code, text, err = run(small_copy, "--verify", capsys=capsys)
-    lines = text.splitlines()
-    assert (code, err) == (0, "")
+    lines = run(small_copy, "--verify", capsys=capsys)[1].splitlines()
     for checkpoint in found["checkpoints"]:
         [line] = [line for line in lines if line.startswith(f"  {checkpoint['step']} ")]
-        assert (checkpoint["reason"] or "manifest.json") in line
         assert line.endswith(checkpoint["problem"] or "good")
+        assert (checkpoint["reason"] or "manifest.json") in line
     assert found["quarantine"] == ["15-bad-manifest"]
     assert "  15-bad-manifest" in lines
     for event in found["history"]:
@@ -239,33 +235,9 @@ def test_torn_lines_are_skipped(small_copy, capsys):
     assert run_json(small_copy, capsys=capsys)["history"] == whole
 
 
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: st.lists(inner, max_size=3)
-)
-event_lines = st.builds(
-    lambda event, details: json.dumps({**details, **event}).encode(),
-    st.fixed_dictionaries(
-        {"event": st.sampled_from([*run_status.HISTORY, "save", "phase"]), "step": st.integers(0, 50)}
-    ),
-    st.dictionaries(
-        st.sampled_from(["time", "exact", "changed", "lost_steps", "signal", "code", "error", "names", "text"]),
-        json_values,
-    ),
-)
-
-
-@given(lines=st.lists(event_lines | st.binary(max_size=50), max_size=6))
-@settings(max_examples=20)
-def test_any_history_is_shown(tmp_path_factory, lines):
-    workdir = tmp_path_factory.getbasetemp() / "history"
-    workdir.mkdir(exist_ok=True)
-    (workdir / "events.jsonl").write_bytes(b"\n".join(lines))
-    for args in ([], ["--json"]):
-        assert status.main([str(workdir), *args]) in (0, 65)
-
-
-def test_deeply_nested_history_is_no_traceback(tmp_path, capsys):
-    with (tmp_path / "events.jsonl").open("a") as events:
-        events.writelines('{"event": "start", "step": 0, "x": ' + n * "[" + n * "]" + "}\n" for n in (300, 900, 10**5))
-    for args in ([], ["--json"]):
-        assert run(tmp_path, *args, capsys=capsys)[0] in (0, 2)
+@pytest.mark.parametrize("args", [[], ["--json"]])
+def test_any_history_is_shown(tmp_path, capsys, args):
+    nested = ['{"event": "start", "step": 0, "x": ' + n * "[" + n * "]" + "}" for n in (300, 900, 10**5)]
+    for lines, codes in ((map(json.dumps, HOSTILE_EVENTS), (65,)), (nested, (0, 2))):
+        (tmp_path / "events.jsonl").write_text("\n".join(lines) + "\n")
+        assert run(tmp_path, *args, capsys=capsys)[0] in codes

@@ -55,12 +55,7 @@ def main(args: Sequence[str]) -> int:
 
 
 def serve(options: Options, stop: StopSignal, terminal: Terminal) -> int:
-    """Serve the page until a signal arrives, and return 0.
-
-    Raises:
-        CheckpointError, ConfigError, OSError: the classifier cannot be loaded, or the address cannot be used.
-        StoppedError: a signal arrived before the page was served.
-    """
+    """Serve the page until a signal arrives, and return 0."""
     with listen(options.host, options.port) as listener:
         reloader = wait_for_classifier(options, stop, terminal)
         import waitress
@@ -86,11 +81,7 @@ def serve(options: Options, stop: StopSignal, terminal: Terminal) -> int:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket.
-
-    Raises:
-        ConfigError: the address cannot be used.
-    """
+    """Return a listening socket."""
     if not 0 <= port < 2**16:
         raise ConfigError(f"--port {port} is out of range; use 0 to {2**16 - 1}")
     try:
@@ -101,12 +92,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def wait_for_classifier(options: Options, stop: StopSignal, terminal: Terminal) -> "ModelReloader":
-    """Return the classifier of a run. If the run has no checkpoint yet, wait for it.
-
-    Raises:
-        CheckpointError, ConfigError, OSError: there is no run, no such checkpoint, or it cannot be read.
-        StoppedError: a signal arrived.
-    """
+    """Return the classifier of a run. If the run has no checkpoint yet, wait for it."""
     from mnist_jax.inference import classifier, preprocessing
 
     is_waiting = False
@@ -128,11 +114,7 @@ class ModelReloader:
     """The classifier of a run, replaced when the run commits a newer checkpoint."""
 
     def __init__(self, workdir: Path, which: configs.WhichStep, terminal: Terminal) -> None:
-        """Load the classifier.
-
-        Raises:
-            CheckpointError, ConfigError, OSError: see `classifier.load`.
-        """
+        """Load the classifier; see `classifier.load`."""
         self._workdir, self._which, self._terminal = workdir, which, terminal
         self._last_error = ""
         self._loaded = self._steps()

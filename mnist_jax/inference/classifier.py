@@ -34,12 +34,7 @@ class Classifier:
     """The classifier of a checkpoint, on the available devices."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        """Read a checkpoint.
-
-        Raises:
-            CheckpointError, OSError: it cannot be read, or is corrupt.
-            ConfigError: its metadata are not those of a run.
-        """
+        """Read a checkpoint. It raises what `load` raises."""
         self.checkpoint, self.step = checkpoint, checkpoint.step
         self.metadata = compatibility.check_metadata(checkpoint.metadata(), self.step)
         self.data = compatibility.data_of(self.metadata, self.step)
@@ -62,13 +57,9 @@ class Classifier:
         return _test_accuracy(self.metadata)
 
     def predict(self, image: np.ndarray) -> np.ndarray:
-        """Return the probabilities of the classes. The first call compiles.
+        """Return the probabilities of the classes. image: [28, 28, 1] uint8, foreground 255 -> [10] float32.
 
-        Args:
-            image: [28, 28, 1] uint8, foreground 255 on background 0.
-
-        Returns:
-            [10] float32.
+        The first call compiles.
         """
         return np.asarray(self._trainer.predict(self.variables, image[np.newaxis]))[0]
 
@@ -130,22 +121,13 @@ def load(workdir: Path | str, which: WhichStep = "latest", *, on_cpu: bool = Tru
 
 
 def find_checkpoints(workdir: Path) -> list[Checkpoint]:
-    """Return the checkpoints of a run, oldest first.
-
-    Raises:
-        ConfigError: there is no run.
-    """
+    """Return the checkpoints of a run, oldest first; raise `ConfigError` if there is no run."""
     configs.check_holds_a_run(workdir)
     return list_checkpoints(workdir / "checkpoints")
 
 
 def choose(checkpoints: list[Checkpoint], which: WhichStep, workdir: Path) -> Checkpoint:
-    """Return the requested checkpoint; "best" is the first with the highest test accuracy.
-
-    Raises:
-        CheckpointError, OSError: the best is unknown because a manifest cannot be read.
-        ConfigError: there is none; `NoCheckpointYetError` if there may be one later.
-    """
+    """Return the requested checkpoint; "best" is the first with the highest test accuracy."""
     if not checkpoints:
         raise NoCheckpointYetError(f"{workdir} has no checkpoint yet")
     if which == "latest":

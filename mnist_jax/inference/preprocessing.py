@@ -47,11 +47,7 @@ def prepare(content: bytes, dataset: str = "mnist", *, max_pixels: int = MAX_PIX
 
 
 def decode(content: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Return the pixels of a PNG or JPEG file, at most SIDE_PX a side: RGBA, [H, W, 4] in [0, 1].
-
-    Raises:
-        UnreadableImageError: the file is not PNG or JPEG, is corrupt or too large.
-    """
+    """Return the pixels of a PNG or JPEG file, at most SIDE_PX a side: RGBA, [H, W, 4] in [0, 1]."""
     if not content:
         raise UnreadableImageError("it is empty")
     if len(content) > MAX_BYTES:
@@ -81,9 +77,6 @@ def foreground_mask(pixels: np.ndarray) -> np.ndarray:
 
     The background is the median colour of the edges, and the foreground is what differs from it. So the polarity and
     the colours do not matter. Transparent parts belong to the background.
-
-    Raises:
-        UnreadableImageError: all pixels have nearly the same colour.
     """
     colors, alpha = pixels[..., :3], pixels[..., 3:]
     is_dark = np.sum(colors * alpha) < 0.5 * np.sum(alpha) * 3

@@ -52,13 +52,7 @@ def main(args: Sequence[str]) -> int:
 
 
 def write_report(options: Options, stop: StopSignal, terminal: Terminal) -> int:
-    """Write the page and print its path.
-
-    Raises:
-        ConfigError: there is no run, or the directory for the report cannot be used.
-        OSError: the run cannot be read, or the report cannot be written.
-        StoppedError: a signal arrived.
-    """
+    """Write the page and print its path."""
     folder = options.out or options.workdir / "report"
     if folder.is_symlink() and folder.absolute().is_relative_to(options.workdir.absolute()):
         raise ConfigError(f"{folder} is a symbolic link that may lead out of the run; remove it, or use --out DIR")
@@ -160,11 +154,7 @@ class TestResults:
 
 
 def evaluate_newest(options: Options, stop: StopSignal, terminal: Terminal) -> TestResults:
-    """Evaluate the newest checkpoint.
-
-    Raises:
-        StoppedError: a signal arrived.
-    """
+    """Evaluate the newest checkpoint."""
     from mnist_jax.inference import classifier
 
     try:
@@ -208,11 +198,7 @@ def worst_mistakes(
 def draw(
     attempts: Sequence[Attempt], train: Curve, test: Curve, results: TestResults, stop: StopSignal
 ) -> dict[str, bytes]:
-    """Return the figures by file name, each light and dark.
-
-    Raises:
-        StoppedError: a signal arrived.
-    """
+    """Return the figures by file name, each light and dark."""
     os.environ["MPLBACKEND"] = "agg"  # Importing Matplotlib fails on a value that it does not know.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # It warns if HOME is not writable.
     from mnist_jax.report import figures

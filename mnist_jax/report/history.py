@@ -51,13 +51,7 @@ class Attempt:
 
 
 def read_attempts(events: Sequence[dict[str, Any]], *, is_running: bool, now_s: float) -> list[Attempt]:
-    """Return the attempts in an event log, oldest first.
-
-    Args:
-        events: as `metrics.read_events` returns them.
-        is_running: whether a process holds the lock of the run directory.
-        now_s: the current time, which is the end of a running attempt.
-    """
+    """Return the attempts in an event log, oldest first. The last one lasts until `now_s` if the run is running."""
     groups: list[list[dict[str, Any]]] = []
     for event in events:
         if event["event"] == "start" or not groups:

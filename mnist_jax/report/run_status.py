@@ -58,37 +58,32 @@ class Status:
 
 
 class Inspection(NamedTuple):
-    """A checkpoint that was read: its metadata, or the error."""
+    """The status of a checkpoint, with its metadata or the error."""
 
-    checkpoint: Checkpoint
-    bytes: int
+    status: CheckpointStatus
     metadata: Any
     error: CheckpointError | OSError | None
 
 
 def examine(workdir: Path, *, verify: bool) -> Status:
-    """Return the status of a run.
-
-    Args:
-        workdir: the run directory.
-        verify: whether to read every byte of the checkpoints.
+    """Return the status of a run. `verify` reads every byte of the checkpoints.
 
     Raises:
-        ConfigError: there is no run in it.
-        OSError: it cannot be read.
+        ConfigError, OSError: there is no run, or it cannot be read.
     """
     configs.check_holds_a_run(workdir)
     holder = lock.holder(workdir)
-    inspections = [inspect(checkpoint, verify=verify) for checkpoint in list_checkpoints(workdir / "checkpoints")]
+    folder = workdir / "checkpoints"
+    inspections = [inspect(checkpoint, verify=verify) for checkpoint in list_checkpoints(folder)]
     # A running training removes old checkpoints.
-    inspections = [inspection for inspection in inspections if os.path.lexists(inspection.checkpoint.path)]
+    inspections = [found for found in inspections if os.path.lexists(folder / str(found.status.step))]
     events = read_events(workdir / "events.jsonl")
     attempts = read_attempts(events, is_running=holder is not None, now_s=time.time())
-    quarantine = workdir / "checkpoints" / "quarantine"
+    quarantine = folder / "quarantine"
     return Status(
         str(workdir),
         holder and holder._asdict(),
-        [describe_checkpoint(inspection, verify=verify) for inspection in inspections],
+        [found.status for found in inspections],
         sorted(path.name for path in quarantine.iterdir()) if quarantine.is_dir() else [],
         list(summarize(attempts)),
         plan_next_start(workdir, inspections, has_saves=tells_of_saves(events), verify=verify),
@@ -97,28 +92,25 @@ def examine(workdir: Path, *, verify: bool) -> Status:
 
 def inspect(checkpoint: Checkpoint, *, verify: bool) -> Inspection:
     """Read the metadata of a checkpoint, or every byte of it."""
-    size = 0
+    size, metadata, problem = 0, None, None
     try:
         size = checkpoint.bytes
         if verify:
             checkpoint.verify()
-        return Inspection(checkpoint, size, checkpoint.metadata(), None)
+        metadata = checkpoint.metadata()
     except (CheckpointError, OSError) as error:
-        return Inspection(checkpoint, size, None, error)
-
-
-def describe_checkpoint(inspection: Inspection, *, verify: bool) -> CheckpointStatus:
-    """Return the status of a checkpoint."""
-    metadata = inspection.metadata if isinstance(inspection.metadata, dict) else {}
-    return CheckpointStatus(
-        inspection.checkpoint.step,
-        as_number(metadata.get("time")),
-        inspection.bytes,
-        metadata["reason"] if isinstance(metadata.get("reason"), str) else None,
-        as_number(metadata.get("test_accuracy")),
-        inspection.error is None if verify else None,
-        str(inspection.error) if inspection.error else None,
+        problem = error
+    fields = metadata if isinstance(metadata, dict) else {}
+    status = CheckpointStatus(
+        checkpoint.step,
+        as_number(fields.get("time")),
+        size,
+        fields["reason"] if isinstance(fields.get("reason"), str) else None,
+        as_number(fields.get("test_accuracy")),
+        problem is None if verify else None,
+        str(problem) if problem else None,
     )
+    return Inspection(status, metadata, problem)
 
 
 def summarize(attempts: Sequence[Attempt]) -> Iterator[dict[str, Any]]:
@@ -130,14 +122,7 @@ def summarize(attempts: Sequence[Attempt]) -> Iterator[dict[str, Any]]:
 
 
 def plan_next_start(workdir: Path, inspections: Sequence[Inspection], *, has_saves: bool, verify: bool) -> NextStart:
-    """Return what the next start does. It tries the checkpoints from the newest to the oldest.
-
-    Args:
-        workdir: the run directory.
-        inspections: its checkpoints, oldest first.
-        has_saves: whether the event log has a save.
-        verify: whether every byte was read.
-    """
+    """Return what the next start does. It tries the checkpoints from the newest to the oldest."""
     config = None
     if (workdir / "config.json").exists():
         try:
@@ -145,7 +130,7 @@ def plan_next_start(workdir: Path, inspections: Sequence[Inspection], *, has_sav
         except ConfigError as error:
             return NextStart("refuse", None, 2, f"refuses: {error}")
     corrupt = []
-    for checkpoint, _, metadata, problem in reversed(inspections):
+    for checkpoint, metadata, problem in reversed(inspections):
         if isinstance(problem, CorruptCheckpointError):
             corrupt.append(str(problem))
             continue
@@ -153,7 +138,7 @@ def plan_next_start(workdir: Path, inspections: Sequence[Inspection], *, has_sav
             return NextStart("refuse", None, 2, f"refuses: {problem}")
         try:
             metadata = compatibility.check_metadata(metadata, checkpoint.step)
-            saved_config = configs.from_json(metadata["config"], checkpoint.path)
+            saved_config = configs.from_json(metadata["config"], workdir)
             configs.check_same_mathematics(saved_config, config or saved_config, where=workdir)
             total = (config or saved_config).total_steps(int(metadata["data"]["train_images"]))
         except (CheckpointError, ConfigError, KeyError, TypeError, ValueError, OverflowError) as error:
