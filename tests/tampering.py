@@ -11,6 +11,16 @@ METADATA = "run/metadata"
 HASHES = "state/hashes.0.json"
 NOT_IN_THE_TABLE = {integrity.MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt"}  # of a step directory
 
+HOSTILE_TEXTS = ("<b x=\"1\" onload='y'>&amp;{{ 7 * 7 }}$\\frac{", "\ud800\x00\x1b[31m[red]")
+_KINDS = ("start", "phase", "resume", "lost", "signal", "save", "save_failed", "evaluation", "quarantine", "exit", "?")
+_FIELDS = (
+    *("time", "seconds", "phase", "exact", "changed", "lost_steps", "signal", "outcome"),
+    *("error", "code", "names", "state_sha256"),
+)
+_VALUES = (None, True, -1, 7, 2**40, 1e300, float("nan"), [], [[1], "a", None], {"a": []}, "train", *HOSTILE_TEXTS)
+# Every event with every value in all fields.
+HOSTILE_EVENTS = [{**dict.fromkeys(_FIELDS, value), "event": kind, "step": 5} for kind in _KINDS for value in _VALUES]
+
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """Return a manifest without its seal."""

@@ -44,7 +44,6 @@ OWNERS = {
     "tensorstore": {"checkpoint.orbax_io", "checkpoint.remote"},
     "tyro": {"config", "status", "replay", "evaluate", "predict", "export", "demo.__main__", "report.__main__"},
     "waitress": {"demo.__main__"},
-    "werkzeug": {"demo.__main__"},
 }
 
 
