@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
+
+from mnist_jax.config import columns
 
 PACKAGES = ("jax", "flax", "torch", "keras", "numpy")
 SIGNS = {"≥": operator.ge, "≤": operator.le}
@@ -100,17 +100,13 @@ def _cpu_model() -> str:
 
 def show(rows: Sequence[Row], about: dict[str, Any]) -> None:
     """Print the table, the notes, and the machine."""
-    console = Console(highlight=False, soft_wrap=True, markup=False)
-    if not console.is_terminal:
-        console.width = 400  # no truncation in a file
-    table = Table("what", "unit", "of", "ours", "theirs", "ratio", "goal", "reached")
-    for row in rows:
-        table.add_row(*row.cells())
-    console.print(table)
+    print(
+        columns([("what", "unit", "of", "ours", "theirs", "ratio", "goal", "reached"), *(row.cells() for row in rows)])
+    )
     for row in rows:
         if row.note:
-            console.print(f"{row.what}: {row.note}")
-    console.print(", ".join(f"{name} {value}" for name, value in about.items()))
+            print(f"{row.what}: {row.note}")
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
 
 
 def write(path: Path, rows: Sequence[Row], about: dict[str, Any]) -> None:
