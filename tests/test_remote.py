@@ -203,7 +203,7 @@ def test_run_moves_to_another_machine(scheme, servers, tmp_path, monkeypatch, ot
     checkpointer = Checkpointer(run / "checkpoints", keep=9)
     for step in STEPS:
         (run / "metrics.jsonl").write_text(lines_to(step))
-        checkpointer.save_and_wait(step, {"w": jnp.arange(1000.0) + step}, metadata={"saved at": step})
+        checkpointer.save(step, {"w": jnp.arange(1000.0) + step}, metadata={"saved at": step}, wait=True)
     checkpointer.close()
     here, there = RemoteStore(url), RemoteStore(f"{url}/")
     assert there.newest_step() is None

@@ -81,7 +81,7 @@ def change(workdir: Path, step: int, layer: str, new) -> None:
     params = {**state.params, layer: {**state.params[layer], "bias": new(state.params[layer]["bias"])}}
     shutil.rmtree(workdir / "checkpoints" / str(step))
     checkpointer = Checkpointer(workdir / "checkpoints", keep=9)
-    checkpointer.save_and_wait(step, state.replace(params=params), metadata=metadata)
+    checkpointer.save(step, state.replace(params=params), metadata=metadata, wait=True)
     checkpointer.close()
 
 

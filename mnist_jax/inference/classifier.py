@@ -39,7 +39,7 @@ class Classifier:
         self.metadata = compatibility.check_metadata(checkpoint.metadata(), self.step)
         self.data = compatibility.data_of(self.metadata, self.step)
         self.config = configs.from_json(self.metadata["config"], checkpoint.path)
-        # `loop.make_trainer` would require that the training batches divide over the available devices.
+        # `setup.make_trainer` would require that the training batches divide over the available devices.
         self._trainer = _make_trainer(self.config, self.data.train_images, self.data.test_images)
         state, _ = checkpoint.read(self._trainer.abstract_state)
         compatibility.check_step(checkpoint.step, state)
