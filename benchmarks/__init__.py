@@ -1,1 +1,1 @@
-"""What is measured of us, and against whom: `scripts/benchmark` prints it as one table."""
+"""The benchmark: this package side by side with PyTorch, Keras and Flax. `scripts/benchmark` prints one table."""

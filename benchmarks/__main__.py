@@ -1,4 +1,4 @@
-"""The command `python -m benchmarks`: measure, print the table, and write the numbers."""
+"""The command `python -m benchmarks`: measure, print a table, and write the numbers."""
 
 import os
 import signal
@@ -38,31 +38,31 @@ ROWS: dict[str, Callable[[Bench], Iterator[Row]]] = {
 
 @dataclass(frozen=True)
 class Options:
-    """Measure mnist_jax side by side with others. It takes more than an hour; leave the machine to it."""
+    """Measure mnist_jax side by side with others. It takes over an hour on an otherwise idle machine."""
 
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Folder that holds the four official .gz files of MNIST; without it they are downloaded, once."""
+    """Folder with the four official .gz files of MNIST; by default they are downloaded once."""
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """See that everything works, in a tiny form: the numbers mean nothing."""
+    """Check that everything runs, in a tiny form; the numbers mean nothing."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """File to write all numbers to."""
-    only: tuple[Literal[tuple(ROWS)], ...] = ()  # type: ignore[valid-type]  # The names stand in one place: ROWS.
-    """What to measure; everything if nothing is named."""
+    only: tuple[Literal[tuple(ROWS)], ...] = ()  # type: ignore[valid-type]
+    """Rows to measure; default: all."""
 
 
 def main(options: Options) -> int:
-    """Measure, and return the exit code: 0, 1 where something could not be measured, 2 without the images."""
-    about = {**report.circumstances(), "quick": options.quick}
+    """Measure, and return the exit code: 0, 1 if a row failed, 2 if there is no dataset."""
+    about = {**report.describe_machine(), "quick": options.quick}
     with TemporaryDirectory(prefix="benchmark.") as temporary:
-        os.environ["TMPDIR"] = temporary  # What a process leaves that has to be killed goes with the rest.
+        os.environ["TMPDIR"] = temporary  # so that leftovers of killed processes are removed too
         folders = [Path(temporary, name) for name in ("images", "runs")]
         for folder in folders:
             folder.mkdir()
         try:
-            found = images.prepare(options.data_dir, folders[0], notify=notify, digits_may_do=options.quick)
+            found = images.prepare(options.data_dir, folders[0], notify=notify, allow_digits=options.quick)
         except DataError as error:
-            way_out = "" if options.data_dir else ". --data-dir DIR takes MNIST from a folder."
-            notify(f"error: {error}{way_out}")
+            hint = "" if options.data_dir else ". Use --data-dir DIR to read MNIST from a folder."
+            notify(f"error: {error}{hint}")
             return 2
         bench = Bench(QUICK if options.quick else Plan(), found, folders[1], report.cores())
         rows, failures = measure(bench, options.only or tuple(ROWS))
@@ -75,12 +75,12 @@ def main(options: Options) -> int:
 
 
 def measure(bench: Bench, names: tuple[str, ...]) -> tuple[list[Row], dict[str, str]]:
-    """Return the rows, and of what failed the reasons: what was measured before should not be lost."""
+    """Return the rows, and the error of each name that failed. A failure does not lose the other rows."""
     rows: list[Row] = []
     failures = {}
     for name in names:
-        if name == "gpu" and not gpu.is_there():
-            notify("gpu: there is none")
+        if name == "gpu" and not gpu.has_gpu():
+            notify("gpu: skipped, no GPU")
             continue
         start_s = time.monotonic()
         try:
@@ -93,12 +93,12 @@ def measure(bench: Bench, names: tuple[str, ...]) -> tuple[list[Row], dict[str, 
 
 
 def notify(text: str) -> None:
-    """Tell how it goes, not amid the table."""
+    """Print progress on standard error; the table is on standard output."""
     print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # So that no process and no folder is left behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # Context managers then clean up.
     try:
         sys.exit(main(tyro.cli(Options, prog="scripts/benchmark")))
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""How much is measured of everything, on which images, and our own runs."""
+"""The size of a benchmark, its dataset, and starts of our own runs."""
 
 import time
 from pathlib import Path
@@ -13,15 +13,15 @@ ENDLESS = ("--steps", "200000", "--eval-every-steps", "200000")
 
 
 class Plan(NamedTuple):
-    """How often, and how long."""
+    """Number and length of the measurements."""
 
     rounds: int = 15
     window_s: float = 2.0
-    together_rounds: int = 160  # many and short ones: how two processes take turns on two cores scatters by a tenth
+    together_rounds: int = 160  # many short ones: two processes on two cores vary by 10 %
     together_calls: int = 10
     seeds: int = 10
     accurate_seeds: int = 5
-    steps: int | None = None  # of the trainings that otherwise go to their end
+    steps: int | None = None  # limit of a training run; None: to its end
     save_rounds: int = 60
     save_window_s: float = 1.0
     saves: int = 100
@@ -50,36 +50,36 @@ QUICK = Plan(
 
 
 class Bench(NamedTuple):
-    """What a row needs to know."""
+    """What all rows use."""
 
     plan: Plan
     images: Images
-    folder: Path  # an empty one, for the runs
-    threads: int  # as many for each contestant
+    folder: Path  # empty at the start; for run directories
+    threads: int  # for each contestant
 
     @property
-    def to_the_end(self) -> tuple[str, ...]:
-        """The flags of a training that makes all its steps, or those of a trial."""
+    def length_flags(self) -> tuple[str, ...]:
+        """The flags for the length of a training run."""
         return () if self.plan.steps is None else ("--steps", str(self.plan.steps))
 
     def start(self, workdir: Path, *flags: str, environment: dict[str, str] = ON_CPU) -> Process:
-        """Start a training of ours."""
+        """Start a run of ours."""
         flags = (*self.images.flags, "--workdir", str(workdir), *flags)
         return Process("mnist_jax.train", *flags, environment=environment)
 
 
 def wait_for_phase(phase: str, workdir: Path, process: Process) -> float:
-    """Wait until the training in `workdir` has come to a phase, and return when that was, by time.time().
+    """Wait until the run in `workdir` enters a phase, and return that time, by time.time().
 
     Raises:
-        Failed: it ended before, or took too long.
+        BenchmarkError: it exited before, or took too long.
     """
     while time.time() < process.start_s + DEADLINE_S:
-        has_ended = process.has_ended
+        has_exited = process.has_exited
         for event in read_events(workdir / "events.jsonl"):
             if event.get("phase") == phase and event["time"] >= process.start_s:
                 return event["time"]
-        if has_ended:
+        if has_exited:
             break
-        time.sleep(0.01)  # A closer look would take time from what is measured.
-    raise process.failed(f"did not come to the phase {phase}")
+        time.sleep(0.01)  # Polling faster would slow down what is measured.
+    raise process.error(f"did not reach the phase {phase}")

@@ -1,4 +1,4 @@
-"""The model and the preset_values of Flax's MNIST example, as its users write it: a jitted step in a Python loop."""
+"""The model and the hyperparameters of Flax's MNIST example, as its users write it: a jitted step in a Python loop."""
 
 from typing import Any
 
@@ -40,13 +40,13 @@ def train_step(state: TrainState, batch: jax.Array, labels: jax.Array) -> TrainS
 
 
 @jax.jit
-def count_right(state: TrainState, batch: jax.Array, labels: jax.Array) -> jax.Array:
-    """Return how many images have the right class as their likeliest one."""
+def count_correct(state: TrainState, batch: jax.Array, labels: jax.Array) -> jax.Array:
+    """Return the number of correct predictions."""
     return jnp.sum(state.apply_fn({"params": state.params}, batch).argmax(-1) == labels)
 
 
 def main(options: Options) -> None:
-    """Train until the goal is reached."""
+    """Train until the goal accuracy is reached."""
     arrays = options.read()
     x, x_test = (arrays[f"{part}_images"][..., None].astype(np.float32) / 255 for part in ("train", "test"))
     y, y_test = (arrays[f"{part}_labels"].astype(np.int32) for part in ("train", "test"))
@@ -62,8 +62,8 @@ def main(options: Options) -> None:
 
     def test_accuracy() -> float:
         calls = range(0, len(x_test), 1000)
-        right = [count_right(state, x_test[first : first + 1000], y_test[first : first + 1000]) for first in calls]
-        return int(sum(right)) / len(x_test)
+        correct = [count_correct(state, x_test[first : first + 1000], y_test[first : first + 1000]) for first in calls]
+        return int(sum(correct)) / len(x_test)
 
     train_to_goal(options, train_epoch, test_accuracy)
 

@@ -1,8 +1,8 @@
-"""The model and the preset_values of Keras's "Simple MNIST convnet" example, as its users write it."""
+"""The model and the hyperparameters of Keras's "Simple MNIST convnet" example, as its users write it."""
 
 import os
 
-# The quickest here: 100 updates took 9 s with JAX and 34 s with PyTorch, on 2 cores that others were using as well.
+# The fastest backend here: 100 updates took 9 s with JAX and 34 s with PyTorch, on 2 busy cores.
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import keras
@@ -13,7 +13,7 @@ from benchmarks.examples import Options, train_to_goal
 
 
 def main(options: Options) -> None:
-    """Train until the goal is reached."""
+    """Train until the goal accuracy is reached."""
     keras.utils.set_random_seed(1)
     arrays = options.read()
     x, x_test = (arrays[f"{part}_images"][..., None].astype("float32") / 255 for part in ("train", "test"))

@@ -1,4 +1,4 @@
-"""The model and the preset_values of PyTorch's basic MNIST example (pytorch/examples), as its users write it."""
+"""The model and the hyperparameters of PyTorch's basic MNIST example (pytorch/examples), as its users write it."""
 
 import torch
 import tyro
@@ -11,7 +11,7 @@ from benchmarks.examples import Options, train_to_goal
 
 
 def main(options: Options) -> None:
-    """Train until the goal is reached."""
+    """Train until the goal accuracy is reached."""
     torch.manual_seed(1)
     arrays = options.read()
     loaders = {
@@ -40,14 +40,14 @@ def main(options: Options) -> None:
     def test_accuracy() -> float:
         network.eval()
         with torch.no_grad():
-            right = sum((network(batch).argmax(1) == labels).sum().item() for batch, labels in loaders["test"])
-        return right / len(arrays["test_labels"])
+            correct = sum((network(batch).argmax(1) == labels).sum().item() for batch, labels in loaders["test"])
+        return correct / len(arrays["test_labels"])
 
     train_to_goal(options, train_epoch, test_accuracy)
 
 
 def dataset(pixels: images.Array, labels: images.Array) -> TensorDataset:
-    """Return images and labels as tensors, the images normalised once and for all."""
+    """Return images and labels as tensors; the images are normalized here, once."""
     x = (torch.tensor(pixels).unsqueeze(1) / 255 - 0.1307) / 0.3081
     return TensorDataset(x, torch.tensor(labels).long())
 

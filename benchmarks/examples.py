@@ -1,4 +1,4 @@
-"""What the examples of others have in common: they train by epochs until 99 % of the test images are right."""
+"""Shared by the examples of other libraries: train whole epochs until the test accuracy is 99 %."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,24 +8,24 @@ from benchmarks import images
 
 GOAL = 0.99
 MAX_EPOCHS = 20
-TRIAL_IMAGES = 1000
+QUICK_IMAGES = 1000
 
 
 @dataclass(frozen=True)
 class Options:
-    """What an example is trained on, and how far."""
+    """Dataset and length of the training."""
 
     data_dir: Path
     steps: int | None = None
-    """For a trial: updates to make, in the place of whole epochs."""
+    """Updates to make instead of whole epochs, for --quick."""
 
     def read(self) -> dict[str, images.Array]:
-        """Return the images and labels; a trial sees few."""
-        return images.read(self.data_dir, None if self.steps is None else TRIAL_IMAGES)
+        """Return images and labels, only the first ones if `steps` is given."""
+        return images.read(self.data_dir, None if self.steps is None else QUICK_IMAGES)
 
 
 def train_to_goal(options: Options, train_epoch: Callable[[], object], test_accuracy: Callable[[], float]) -> None:
-    """Train and evaluate in turn until the goal is reached, and print how it went."""
+    """Train and evaluate in turn until the goal is reached, and print each result."""
     for epoch in range(1, MAX_EPOCHS + 1):
         train_epoch()
         accuracy = test_accuracy()

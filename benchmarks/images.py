@@ -1,4 +1,4 @@
-"""The images: for our own runs the flags that name them, for the others a folder of the four files."""
+"""The dataset: flags for our own runs, a folder with the four files for the others."""
 
 import gzip
 from collections.abc import Callable
@@ -14,32 +14,32 @@ Array = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 
 
 class Images(NamedTuple):
-    """Where the contestants find the same images."""
+    """Where each contestant finds the same images."""
 
     flags: tuple[str, ...]  # for ours
     folder: Path  # for the others
 
 
-def prepare(data_dir: Path | None, folder: Path, *, notify: Callable[[str], None], digits_may_do: bool) -> Images:
-    """Find MNIST, and lay it out in `folder` for the others unless `data_dir` is such a folder.
+def prepare(data_dir: Path | None, folder: Path, *, notify: Callable[[str], None], allow_digits: bool) -> Images:
+    """Find MNIST, and write its files to `folder` for the others unless `data_dir` has them.
 
     Args:
-        data_dir: the folder of the four official files, if the user named one.
-        folder: an empty one.
-        notify: takes the notice of a download.
-        digits_may_do: whether the built-in digits may stand in for MNIST where that cannot be had.
+        data_dir: folder with the four official files, None to download them.
+        folder: an empty folder.
+        notify: prints a line about the download.
+        allow_digits: whether to use the built-in digits if MNIST cannot be downloaded.
 
     Raises:
-        DataError: MNIST cannot be had.
+        DataError: MNIST cannot be loaded.
     """
     if data_dir is not None:
-        data.load("mnist", data_dir, notify=notify)  # It checks the files.
+        data.load("mnist", data_dir, notify=notify)  # checks the files
         return Images(("--dataset", "mnist", "--data-dir", str(data_dir.absolute())), data_dir.absolute())
     name = "mnist"
     try:
         dataset = data.load(name, notify=notify)
     except data.UnreachableError:
-        if not digits_may_do:
+        if not allow_digits:
             raise
         name = "digits"
         dataset = data.load(name, notify=notify)
@@ -54,12 +54,12 @@ def write(path: Path, array: Array) -> None:
     path.write_bytes(gzip.compress(header + array.tobytes(), compresslevel=1))
 
 
-def read(folder: Path, most: int | None = None) -> dict[str, Array]:
+def read(folder: Path, limit: int | None = None) -> dict[str, Array]:
     """Return `*_images`, [N, 28, 28] uint8, and `*_labels`, [N] uint8, of the four files in a folder.
 
-    `most`: leave out the images after so many, as a trial does.
+    `limit`: the number of images of each part, None for all.
     """
-    return {part: _read(folder / file)[:most] for part, file in FILES.items()}
+    return {part: _read(folder / file)[:limit] for part, file in FILES.items()}
 
 
 def _read(path: Path) -> Array:

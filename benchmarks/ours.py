@@ -22,8 +22,8 @@ from mnist_jax.training.recorder import Recorder
 
 
 def main(args: Sequence[str]) -> None:
-    """Make what `train.run` and `loop.train_and_evaluate` make for a run, and train when told to."""
-    gc.freeze()  # as `train.py` does after its imports
+    """Prepare a run as `loop.run` and `loop.train_and_evaluate` do, and train on request."""
+    gc.freeze()  # as in `train.py`
     compatibility.prepare_jax(None)
     config = configs.parse(args)
     dataset = data.load(config.dataset, config.data_dir, notify=print)
@@ -45,25 +45,25 @@ def main(args: Sequence[str]) -> None:
 
 
 def train(recorder: Recorder, seconds: float, *, saves: bool = False) -> dict[str, Any]:
-    """Train for a while, and return how many updates that were, and how long they took."""
+    """Train for some seconds, and return the number of updates and their duration."""
     first, start_s = recorder.dispatcher.step, time.monotonic()
     if saves:
         loop.save(recorder.dispatcher, recorder.checkpointer, recorder, "benchmark")
     while time.monotonic() - start_s < seconds:
         recorder.write_train_metrics(recorder.dispatcher.advance())
         recorder.report_saves()
-    # Otherwise the pause that follows would count as the time of the calls in flight.
+    # Otherwise the pause that follows counts as time of the calls in flight.
     recorder.dispatcher.queue.drain()
     return {"steps": recorder.dispatcher.step - first, "seconds": time.monotonic() - start_s}
 
 
 def train_and_save(recorder: Recorder, seconds: float) -> dict[str, Any]:
-    """Train as `train` does, with a save at the beginning."""
+    """Train as `train` does, with a save at the start."""
     return train(recorder, seconds, saves=True)
 
 
 def save(recorder: Recorder, count: float) -> dict[str, Any]:
-    """Save some times amid the training, and return how long it had to wait for each."""
+    """Save repeatedly during training, and return how long each save blocks it."""
     waits_s = []
     while len(waits_s) < count:
         recorder.write_train_metrics(recorder.dispatcher.advance())

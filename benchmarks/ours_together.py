@@ -1,6 +1,6 @@
-"""Our training as one of several workers that compute together: `python -m benchmarks.ours_together [silent]`.
+"""Our training as one process of a group: `python -m benchmarks.ours_together [silent]`.
 
-The flags are those of `python -m mnist_jax.train`. A silent worker sends no requests: there is no agreement.
+The flags are those of `python -m mnist_jax.train`. With `silent` there is no agreement.
 """
 
 import gc
@@ -18,20 +18,26 @@ from mnist_jax.runtime.preemption import StopSignal
 from mnist_jax.training import compatibility, data, setup
 from mnist_jax.training.dispatch import Dispatcher
 
-STEPS_PER_CALL = 4  # About as many as fit into the time of a call; without agreement no two could choose alike.
+STEPS_PER_CALL = 4  # about as many as fit into a call; without agreement it must be fixed
 
 
 def main(args: Sequence[str]) -> None:
-    """Make what `loop.train_and_evaluate` makes for a run, and train when told to."""
-    gc.freeze()  # as `train.py` does after its imports
+    """Prepare a run as `loop.train_and_evaluate` does, and train on request."""
+    gc.freeze()  # as in `train.py`
     if args[0] == "silent":
         args = args[1:]
-        # There is no flag for it: a run without agreement could not stop.
+        # There is no flag for this: a run without agreement could not stop.
         Agreement.send = lambda *_: None  # type: ignore[method-assign]
         Agreement.steps_per_call = lambda _, proposed: proposed  # type: ignore[method-assign]
     config = configs.parse(args)
     stop = StopSignal()
-    group = initialize(stop, config.coordinator, config.num_processes, config.process_id, config.peer_timeout_s)
+    group = initialize(
+        stop,
+        config.coordinator,
+        count=config.num_processes,
+        index=config.process_id,
+        timeout_s=config.peer_timeout_s,
+    )
     compatibility.prepare_jax(None)
     dataset = data.load(config.dataset, config.data_dir, notify=print)
     trainer = setup.make_trainer(config, dataset)
@@ -41,7 +47,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def train(dispatcher: Dispatcher, calls: float) -> dict[str, Any]:
-    """Make so many calls, and return how many updates that were, and how long they took."""
+    """Make some calls, and return the number of updates and their duration."""
     first, start_s = dispatcher.step, time.monotonic()
     for _ in range(int(calls)):
         dispatcher.queue.steps_per_call = STEPS_PER_CALL

@@ -1,4 +1,4 @@
-"""The table: what was measured, how it is summed up, and whether it reaches the goal."""
+"""The table: measurements, statistics and goals."""
 
 import dataclasses
 import json
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
+
+from mnist_jax.config import columns
 
 PACKAGES = ("jax", "flax", "torch", "keras", "numpy")
 SIGNS = {"≥": operator.ge, "≤": operator.le}
@@ -28,19 +28,19 @@ STATISTICS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Something that was measured, each time a number."""
+    """A measurement, repeated."""
 
     what: str
     unit: str = ""
     ours: Sequence[float]
     theirs: Sequence[float] = ()
-    ratio: Sequence[float] = ()  # of neighbours; above 1 is good for us unless the goal says otherwise
+    ratio: Sequence[float] = ()  # of neighbouring measurements; above 1 is better for us unless the goal says otherwise
     of: str = "median"
     goals: Sequence[str] = ()  # such as "ratio ≥ 1.2"
     note: str = ""
 
     def reached(self) -> list[bool]:
-        """Tell of each goal whether it is reached."""
+        """Return for each goal whether it is reached."""
         parts = (goal.split() for goal in self.goals)
         return [SIGNS[sign](STATISTICS[self.of](getattr(self, column)), float(limit)) for column, sign, limit in parts]
 
@@ -58,7 +58,7 @@ class Row:
 
 
 def number(value: float) -> str:
-    """Return a number in four digits that count, or more before the point."""
+    """Return a number with four significant digits, or all digits before the point."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
@@ -67,8 +67,8 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(above, below, strict=True)]
 
 
-def circumstances() -> dict[str, Any]:
-    """Return where, with what, and when this is measured."""
+def describe_machine() -> dict[str, Any]:
+    """Return machine, software and date of the measurements."""
     return {
         "cpu": _cpu_model(),
         "cores": cores(),
@@ -80,14 +80,14 @@ def circumstances() -> dict[str, Any]:
 
 
 def cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _version(package: str) -> str | None:
     try:
         return version(package)
-    except PackageNotFoundError:  # The tests do without those that we are measured against.
+    except PackageNotFoundError:  # The tests run without PyTorch and Keras.
         return None
 
 
@@ -99,18 +99,14 @@ def _cpu_model() -> str:
 
 
 def show(rows: Sequence[Row], about: dict[str, Any]) -> None:
-    """Print the table, the notes, and the circumstances."""
-    console = Console(highlight=False, soft_wrap=True, markup=False)
-    if not console.is_terminal:
-        console.width = 400  # Nothing is cut off in a file.
-    table = Table("what", "unit", "of", "ours", "theirs", "ratio", "goal", "reached")
-    for row in rows:
-        table.add_row(*row.cells())
-    console.print(table)
+    """Print the table, the notes, and the machine."""
+    print(
+        columns([("what", "unit", "of", "ours", "theirs", "ratio", "goal", "reached"), *(row.cells() for row in rows)])
+    )
     for row in rows:
         if row.note:
-            console.print(f"{row.what}: {row.note}")
-    console.print(", ".join(f"{name} {value}" for name, value in about.items()))
+            print(f"{row.what}: {row.note}")
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
 
 
 def write(path: Path, rows: Sequence[Row], about: dict[str, Any]) -> None:

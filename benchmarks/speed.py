@@ -1,4 +1,4 @@
-"""Throughput and time to 99 %, against PyTorch and against the examples of others."""
+"""Throughput and time to 99 %, against PyTorch and against the examples of other libraries."""
 
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -7,29 +7,31 @@ from tempfile import TemporaryDirectory
 
 from benchmarks import report
 from benchmarks.bench import ENDLESS, Bench, wait_for_phase
-from benchmarks.processes import ON_CPU, Ended, Failed, Worker, alternate, run
+from benchmarks.processes import ON_CPU, BenchmarkError, Completed, Worker, alternate, run
 from benchmarks.report import Row
 
 
 def throughput(bench: Bench) -> Iterator[Row]:
-    """Train the same model at the same batch size side by side, ours as it is and PyTorch in two precisions."""
+    """Train the same model at the same batch size side by side: ours, and PyTorch in two precisions."""
     for model in ("original-dropout", "cnn"):
         yield from race(bench, model, 128, device="cpu", goal="ratio ≥ 1.2")
 
 
 def race(bench: Bench, model: str, batch_size: int, *, device: str, goal: str) -> Iterator[Row]:
-    """Yield the images that a second trains, ours against PyTorch's; the goal is that of float32."""
+    """Yield images per second, ours against PyTorch's. The goal is for float32."""
     environment = ON_CPU if device == "cpu" else {}
     sizes = ("--model", model, "--batch-size", str(batch_size))
-    trial = ("--threads", str(bench.threads), "--device", device, "--try-s", str(bench.plan.window_s))
-    theirs = ("benchmarks.torch_throughput", *sizes, *trial, "--data-dir", str(bench.images.folder))
+    run_flags = ("--threads", str(bench.threads), "--device", device, "--try-s", str(bench.plan.window_s))
+    theirs = ("benchmarks.torch_throughput", *sizes, *run_flags, "--data-dir", str(bench.images.folder))
     with (
         Worker("benchmarks.ours", *bench.images.flags, *sizes, *ENDLESS, environment=environment) as jax,
         Worker(*theirs, environment=environment) as torch,
     ):
         if jax.about["parameters"] != torch.about["parameters"]:
-            raise Failed(f"{model} has {jax.about['parameters']} parameters, and {torch.about['parameters']} there")
-        # In this order ours has both others as neighbours, also when it is reversed.
+            raise BenchmarkError(
+                f"{model} has {jax.about['parameters']} parameters, and {torch.about['parameters']} in PyTorch"
+            )
+        # In this order and its reverse, ours is next to both others.
         rates = compare(bench, {"float32": (torch, "float32"), "ours": (jax, "train"), "bfloat16": (torch, "bfloat16")})
         trials = ", ".join(f"{name} {report.number(rate)}" for name, rate in torch.about["images_per_s"].items())
     images_per_s = {name: [batch_size * rate for rate in windows] for name, windows in rates.items()}
@@ -41,38 +43,38 @@ def race(bench: Bench, model: str, batch_size: int, *, device: str, goal: str) -
             theirs=images_per_s[precision],
             ratio=report.ratio(rates["ours"], rates[precision]),
             goals=(goal,) if precision == "float32" else (),
-            note=f"trial of PyTorch, of which the quicker format is used: {trials} images/s" * (precision == "float32"),
+            note=f"PyTorch uses the faster memory format: {trials} images/s" * (precision == "float32"),
         )
 
 
 def compare(bench: Bench, contestants: dict[str, tuple[Worker, str]]) -> dict[str, list[float]]:
-    """Return the steps that a second makes in each window of workers with their commands, which alternate."""
+    """Return steps per second in each window. Contestants are workers with their commands; they alternate."""
 
     def steps_per_s(worker: Worker, command: str) -> float:
-        answer = worker.ask(command, bench.plan.window_s)
-        return answer["steps"] / answer["seconds"]
+        reply = worker.ask(command, bench.plan.window_s)
+        return reply["steps"] / reply["seconds"]
 
     def contestant(worker: Worker, command: str) -> Callable[[int], float]:
-        steps_per_s(worker, command)  # The first calls find out how long a call should be.
+        steps_per_s(worker, command)  # The first calls adapt the number of steps per call.
         return lambda _: steps_per_s(worker, command)
 
-    return alternate({name: contestant(*who) for name, who in contestants.items()}, bench.plan.rounds)
+    return alternate({name: contestant(*pair) for name, pair in contestants.items()}, bench.plan.rounds)
 
 
 def time_to_99(bench: Bench) -> Iterator[Row]:
-    """Train with each seed, whole processes, ours and the quickest PyTorch that we know of."""
+    """Train with each seed in a new process: ours, and the fastest PyTorch recipe that we know."""
     torch = ("benchmarks.torch_tuned", "--data-dir", str(bench.images.folder), "--threads", str(bench.threads))
     for seed in range(bench.plan.seeds):
         warm_up(bench, seed)
     run(*torch, "--steps", "1")
     contestants = {
         "ours": lambda seed: train(bench, seed),
-        "theirs": lambda seed: run(*torch, "--seed", str(seed), *bench.to_the_end),
+        "theirs": lambda seed: run(*torch, "--seed", str(seed), *bench.length_flags),
     }
     ours, theirs = alternate(contestants, bench.plan.seeds).values()
-    seconds = [[ended.seconds for ended in side] for side in (ours, theirs)]
-    accuracies = [[float(ended.fields["test_accuracy"]) for ended in side] for side in (ours, theirs)]
-    memory = [[ended.peak_mb for ended in side] for side in (ours, theirs)]
+    seconds = [[completed.seconds for completed in side] for side in (ours, theirs)]
+    accuracies = [[float(completed.fields["test_accuracy"]) for completed in side] for side in (ours, theirs)]
+    memory = [[completed.peak_mb for completed in side] for side in (ours, theirs)]
     yield Row(
         what="start to exit, trained, against tuned PyTorch",
         unit="s",
@@ -82,29 +84,29 @@ def time_to_99(bench: Bench) -> Iterator[Row]:
         goals=("ours ≤ 8", "ratio ≥ 1"),
     )
     yield Row(
-        what="test accuracy of these", ours=accuracies[0], theirs=accuracies[1], of="mean", goals=("ours ≥ 0.99",)
+        what="test accuracy of these runs", ours=accuracies[0], theirs=accuracies[1], of="mean", goals=("ours ≥ 0.99",)
     )
-    yield Row(what="peak memory of these", unit="MB", ours=memory[0], theirs=memory[1], goals=("ours ≤ 600",))
+    yield Row(what="peak memory of these runs", unit="MB", ours=memory[0], theirs=memory[1], goals=("ours ≤ 600",))
 
 
 def accurate(bench: Bench) -> Iterator[Row]:
-    """Train by the accurate preset_values with each seed."""
-    ends = [train(bench, seed, "--preset", "accurate") for seed in range(bench.plan.accurate_seeds)]
-    accuracies = [float(ended.fields["test_accuracy"]) for ended in ends]
+    """Train with --preset accurate and each seed."""
+    results = [train(bench, seed, "--preset", "accurate") for seed in range(bench.plan.accurate_seeds)]
+    accuracies = [float(completed.fields["test_accuracy"]) for completed in results]
     yield Row(
         what="start to exit of --preset accurate",
         unit="s",
-        ours=[ended.seconds for ended in ends],
+        ours=[completed.seconds for completed in results],
         goals=("ours ≤ 600",),
     )
-    yield Row(what="test accuracy of these", ours=accuracies, of="mean", goals=("ours ≥ 0.996",))
+    yield Row(what="test accuracy of these runs", ours=accuracies, of="mean", goals=("ours ≥ 0.996",))
 
 
 def example(bench: Bench, module: str) -> Iterator[Row]:
-    """Train the example of another until 99 % of the test images are right, once, between two trainings of ours."""
+    """Train another library's example to 99 % test accuracy, once, between two runs of ours."""
     warm_up(bench, 0)
     before = train(bench, 0)
-    theirs = run(f"benchmarks.{module}", "--data-dir", str(bench.images.folder), *bench.to_the_end)
+    theirs = run(f"benchmarks.{module}", "--data-dir", str(bench.images.folder), *bench.length_flags)
     after = train(bench, 0)
     yield Row(
         what=f"start to exit at 99 %, against {module}",
@@ -117,22 +119,22 @@ def example(bench: Bench, module: str) -> Iterator[Row]:
     )
 
 
-def train(bench: Bench, seed: int, *flags: str) -> Ended:
-    """Train by the default preset_values, or as the flags say, in a process of its own."""
+def train(bench: Bench, seed: int, *flags: str) -> Completed:
+    """Train with the default preset and the flags, in a new process."""
     with (
         TemporaryDirectory(dir=bench.folder) as folder,
-        bench.start(Path(folder), "--seed", str(seed), *bench.to_the_end, *flags) as process,
+        bench.start(Path(folder), "--seed", str(seed), *bench.length_flags, *flags) as process,
     ):
         return process.wait()
 
 
 @cache
 def warm_up(bench: Bench, seed: int) -> None:
-    """Have the programs of a training compiled: they depend on the seed and on the number of steps."""
+    """Fill the compilation cache: the programs depend on the seed and on the number of steps."""
     with (
         TemporaryDirectory(dir=bench.folder) as folder,
-        bench.start(Path(folder), "--seed", str(seed), *bench.to_the_end) as process,
+        bench.start(Path(folder), "--seed", str(seed), *bench.length_flags) as process,
     ):
         wait_for_phase("train", Path(folder), process)
-        process.stop()  # It saves, for which it has a program too.
+        process.stop()  # It saves, which compiles a program too.
         process.wait()

@@ -1,4 +1,4 @@
-"""What it costs that several processes agree on their steps, and what a second device gains."""
+"""Cost of the agreement of several processes, and gain of a second device."""
 
 import contextlib
 import socket
@@ -11,21 +11,21 @@ from benchmarks.processes import ON_CPU, Worker, alternate
 from benchmarks.report import Row
 
 BATCH_SIZE = 128  # of each device
-ONE_THREAD = {**ON_CPU, "PJRT_NPROC": "1"}  # for each process, of which there are as many as cores
+ONE_THREAD = {**ON_CPU, "PJRT_NPROC": "1"}  # of each process
 
 
 def together(bench: Bench) -> Iterator[Row]:
-    """Train with two processes that agree, with two that do not, and with one."""
+    """Train with two processes with agreement, with two without, and with one."""
     with contextlib.ExitStack() as stack:
         agreeing, silent, alone = (
-            stack.enter_context(group(bench, processes, *words)) for processes, *words in ((2,), (2, "silent"), (1,))
+            stack.enter_context(group(bench, processes, *args)) for processes, *args in ((2,), (2, "silent"), (1,))
         )
         contestants = {"silent": silent, "agreeing": agreeing, "alone": alone}
         for steps_per_s in contestants.values():
             steps_per_s(0)  # The first calls connect the processes.
         rates = alternate(contestants, bench.plan.together_rounds)
     yield Row(
-        what=f"cnn, two processes that agree, against two that do not, batch 2 × {BATCH_SIZE}",
+        what=f"cnn, two processes with agreement against two without, batch 2 × {BATCH_SIZE}",
         unit="steps/s",
         ours=rates["agreeing"],
         theirs=rates["silent"],
@@ -33,18 +33,18 @@ def together(bench: Bench) -> Iterator[Row]:
         goals=("ratio ≥ 0.99",),
     )
     yield Row(
-        what=f"cnn, two processes of a thread each, against one, batch {BATCH_SIZE} for each",
+        what=f"cnn, two processes with one thread each against one process, batch {BATCH_SIZE} each",
         unit="steps/s",
         ours=rates["agreeing"],
         theirs=rates["alone"],
         ratio=report.ratio(rates["agreeing"], rates["alone"]),
-        note="weak scaling: 1 would be two devices that train twice the images in the time of one",
+        note="weak scaling: 1 means twice the images in the same time",
     )
 
 
 @contextlib.contextmanager
-def group(bench: Bench, processes: int, *words: str) -> Iterator[Callable[[int], float]]:
-    """Start processes that train together, and yield what makes them train for a while and tells their steps/s."""
+def group(bench: Bench, processes: int, *args: str) -> Iterator[Callable[[int], float]]:
+    """Start a process group, and yield a function that trains for some calls and returns steps/s."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
     flags = (*bench.images.flags, "--batch-size", str(processes * BATCH_SIZE), *ENDLESS)
@@ -52,17 +52,17 @@ def group(bench: Bench, processes: int, *words: str) -> Iterator[Callable[[int],
         workers = [
             Worker(
                 "benchmarks.ours_together",
-                *words,
+                *args,
                 *flags,
                 *("--coordinator", address, "--num-processes", str(processes), "--process-id", str(index)),
                 environment=ONE_THREAD,
             )
             for index in range(processes)
         ]
-        list(threads.map(stack.enter_context, workers))  # None is ready before all have met.
+        list(threads.map(stack.enter_context, workers))  # No process is ready before all are connected.
 
         def steps_per_s(_: int) -> float:
-            answers = list(threads.map(lambda worker: worker.ask("train", bench.plan.together_calls), workers))
-            return answers[0]["steps"] / max(answer["seconds"] for answer in answers)
+            replies = list(threads.map(lambda worker: worker.ask("train", bench.plan.together_calls), workers))
+            return replies[0]["steps"] / max(reply["seconds"] for reply in replies)
 
         yield steps_per_s

@@ -1,4 +1,4 @@
-"""Our classifiers in PyTorch, for training in PyTorch's own way."""
+"""Our models in PyTorch."""
 
 from collections.abc import Sequence
 
@@ -10,15 +10,15 @@ from mnist_jax.training.model import Network
 
 
 def of_classifier(model: Network) -> nn.Sequential:
-    """Return the network that a classifier of ours describes.
+    """Return the PyTorch network for one of our models.
 
     Raises:
-        ValueError: it has an activation that this does not know, or normalizes.
+        ValueError: its activation is not relu, or it has batch normalization.
     """
     if model.activation is not linen.relu:
-        raise ValueError(f"activation={model.activation}, and only relu is known here")
+        raise ValueError(f"activation={model.activation} is not supported; use relu")
     if model.batch_norm:
-        raise ValueError("batch_norm is not known here")
+        raise ValueError("batch_norm is not supported")
     return convolutional(
         features=model.features,
         kernel_sizes=model.kernel_sizes,
@@ -38,9 +38,9 @@ def convolutional(
     unpooled: Sequence[int] = (),
     dropout: float = 0.0,
 ) -> nn.Sequential:
-    """Return convolutions, all but the unpooled ones with 2x2 max pooling, a dense layer, and ten logits.
+    """Return convolutions with 2x2 max pooling (except `unpooled`), a dense layer, and ten logits.
 
-    The activation comes after the pooling, as in ours: the same values, of a quarter as many.
+    The activation follows the pooling, as in ours: the same values from a quarter of the inputs.
     """
     layers: list[nn.Module] = []
     channels = 1

@@ -1,6 +1,6 @@
-"""PyTorch's training of one of our models as a worker: eager, the data in memory, batches gathered by index.
+"""PyTorch training of one of our models as a worker: eager, data in memory, batches gathered by index.
 
-It does without the sums of loss and accuracy that ours keeps: that much is in its favour.
+Unlike ours it keeps no sums of loss and accuracy, which is to its advantage.
 """
 
 import time
@@ -25,18 +25,18 @@ PRECISIONS = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class Options:
-    """What is trained, and on what."""
+    """Model, dataset and device."""
 
     data_dir: Path
     model: str
     batch_size: int
     threads: int
-    try_s: float  # length of the trial of a memory format
+    try_s: float  # duration of a trial of a memory format
     device: str
 
 
 def main(options: Options) -> None:
-    """Choose a memory format for each precision, and train when told to."""
+    """Choose a memory format for each precision, and train on request."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     arrays = images.read(options.data_dir)
@@ -57,7 +57,7 @@ def main(options: Options) -> None:
 
 
 def train(options: Options, pixels: torch.Tensor, labels: torch.Tensor, precision: str, layout: str) -> Iterator[None]:
-    """Make an update each time that the next value is asked for. pixels: [N, 1, 28, 28] uint8, labels: [N] int64."""
+    """Make one update per `next`. pixels: [N, 1, 28, 28] uint8, labels: [N] int64."""
     model = MODELS[options.model]
     network = of_classifier(model).to(options.device, memory_format=FORMATS[layout])
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
@@ -75,7 +75,7 @@ def train(options: Options, pixels: torch.Tensor, labels: torch.Tensor, precisio
 
 
 def run(updates: Iterator[None], seconds: float) -> dict[str, Any]:
-    """Train for a while, and return how many updates that were, and how long they took."""
+    """Train for some seconds, and return the number of updates and their duration."""
     steps, start_s = 0, time.monotonic()
     while time.monotonic() - start_s < seconds:
         next(updates)

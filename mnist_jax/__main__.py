@@ -10,22 +10,19 @@ COMMANDS = {
     "train": "Train a classifier, or resume a run.",
     "status": "List a run's checkpoints and history, and what the next start would do.",
     "evaluate": "Evaluate a run's classifier on all test images.",
-    "predict": "Predict the digits in PNG or JPEG pictures.",
+    "predict": "Predict the digits in PNG or JPEG images.",
     "demo": "Serve a local page to draw digits on.",
     "report": "Write a run's report as one HTML page.",
     "export": "Write a run's weights as safetensors.",
-    "replay": "Train again between two checkpoints, and compare the states.",
+    "replay": "Recompute the steps between two checkpoints, and compare the states.",
 }
 
 
 def run(args: Sequence[str]) -> int:
-    """Run the command that the first argument names with the others, and return its exit code.
-
-    Without a name the commands are listed; an unknown name is a usage error, 2.
-    """
+    """Run the command that the first argument names, and return its exit code. Without a name, list the commands."""
     name, *rest = args or ["--help"]
     if name in COMMANDS:
-        package = "" if name not in ("demo", "report") else ".__main__"
+        package = ".__main__" if name in ("demo", "report") else ""
         return int(importlib.import_module(f"mnist_jax.{name}{package}").main(rest))
     lines = [f"  {command:9} {about}" for command, about in COMMANDS.items()]
     listing = "\n".join(["usage: python -m mnist_jax COMMAND ...", "", *lines, "", "COMMAND --help lists its flags."])

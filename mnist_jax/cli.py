@@ -12,16 +12,16 @@ T = TypeVar("T")
 
 
 class ExitCode(IntEnum):
-    """What a command exits with, besides 128+n at a signal n. The numbers from 64 are those of sysexits.h."""
+    """Exit codes besides 128+n after a signal n. The numbers from 64 are those of sysexits.h."""
 
     OK = 0
-    FAILED = 1  # the loss is not finite; a replay differs; a picture cannot be read
+    FAILED = 1  # the loss is not finite; a replay differs; an image cannot be read
     USAGE = 2  # a flag, the data or the run directory cannot be used
     NO_GOOD_CHECKPOINT = 65
     PROCESS_LOST = 69
     UNEXPECTED = 70
     IN_USE = 73
-    IO_ERROR = 74  # nothing is damaged; the same command may succeed later
+    IO_ERROR = 74  # nothing is corrupt; the same command may succeed later
 
 
 # By name, because importing the classes would import JAX. The most specific class of an error counts.
@@ -39,51 +39,23 @@ EXIT_CODES = {
     "ReadError": ExitCode.IO_ERROR,
     "SaveError": ExitCode.IO_ERROR,
     "RemoteError": ExitCode.IO_ERROR,
-    "RemoteUnavailableError": ExitCode.IO_ERROR,
     "OSError": ExitCode.IO_ERROR,
 }
-PREFIXES = {"CorruptCheckpointError": "a checkpoint is damaged, "}
+PREFIXES = {"CorruptCheckpointError": "a checkpoint is corrupt, "}
 TRAINING_HINTS = {
     "LockHeldError": ": --workdir DIR.",
+    "RemoteError": ". Start again, or omit --mirror.",
     "IncompatibleCheckpointError": (
-        "\nIf another version of this program wrote it, resume with that, or start anew with --fresh."
+        "\nIf another version of this program wrote it, resume with that version, or start over with --fresh."
     ),
 }
 
 
-def exit_code(error: Exception) -> int:
-    """Return the exit code of an error. Where another process failed, it is the code of that process."""
-    if code := getattr(error, "exit_code", None):
-        return int(code)
-    return _find(EXIT_CODES, error) or ExitCode.UNEXPECTED
-
-
-def report(error: Exception, warn: Callable[[str], None], *, who: str = "", is_training: bool = False) -> None:
-    """Print an error in a line or two, or with its traceback if no command expects it.
-
-    Args:
-        error: what went wrong.
-        warn: prints a line.
-        who: says which process it is, "process 1 of 2: ", if there are several.
-        is_training: whether hints for the command `train` are added.
-    """
-    hint = _find(TRAINING_HINTS, error) if is_training else None
-    if exit_code(error) == ExitCode.UNEXPECTED:
-        traceback.print_exception(error)
-    else:
-        notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
-        warn(f"error: {who}{_find(PREFIXES, error) or ''}{error}{hint or ''}{notes}")
-
-
-def _find(table: Mapping[str, T], error: Exception) -> T | None:
-    """Return the entry of the most specific class of an error, None if there is none."""
-    return next((table[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in table), None)
-
-
 def run(work: Callable[[StopSignal, Terminal], int]) -> int:
-    """Return the exit code of a command that reads a run: that of `work`, or of what prevented it.
+    """Run a command that only reads a run, and return its exit code.
 
-    128+n: signal n. The others are in `ExitCode`; a run directory that cannot be read is a usage error here.
+    It is what `work` returns, 128+n after a signal n, or the code of an error. An unreadable run directory is a usage
+    error.
     """
     repair_standard_streams()
     terminal = Terminal()
@@ -97,3 +69,32 @@ def run(work: Callable[[StopSignal, Terminal], int]) -> int:
         except Exception as error:
             report(error, terminal.warn)
             return ExitCode.USAGE if isinstance(error, OSError) else exit_code(error)
+
+
+def report(error: Exception, warn: Callable[[str], None], *, who: str = "", is_training: bool = False) -> None:
+    """Print an error in a line or two, or with its traceback if it is unexpected.
+
+    Args:
+        error: the error.
+        warn: prints a line.
+        who: names the process, "process 1 of 2: ", if there are several.
+        is_training: whether to add hints for the command `train`.
+    """
+    if exit_code(error) == ExitCode.UNEXPECTED:
+        traceback.print_exception(error)
+    else:
+        hint = _find(TRAINING_HINTS, error) if is_training else None
+        notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
+        warn(f"error: {who}{_find(PREFIXES, error) or ''}{error}{hint or ''}{notes}")
+
+
+def exit_code(error: Exception) -> int:
+    """Return the exit code of an error. If another process failed, it is the code of that process."""
+    if code := getattr(error, "exit_code", None):
+        return int(code)
+    return _find(EXIT_CODES, error) or ExitCode.UNEXPECTED
+
+
+def _find(table: Mapping[str, T], error: Exception) -> T | None:
+    """Return the entry for the most specific class of an error, None if there is none."""
+    return next((table[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in table), None)

@@ -1,12 +1,10 @@
-"""The command `python -m mnist_jax.evaluate`: how good a trained classifier is, digit by digit.
-
-It writes nothing in the run directory, also while the run is at work.
-"""
+"""The command `python -m mnist_jax.evaluate`: evaluate a classifier on the test images. Safe while the run trains."""
 
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -23,10 +21,10 @@ from mnist_jax.training import data
 
 @dataclass(frozen=True)
 class Options:
-    """Evaluate a run's classifier on all test images: loss, accuracy, confusions."""
+    """Evaluate a run's classifier on all test images: loss, accuracy, confusion matrix."""
 
     workdir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WORKDIR")]
-    """Directory of the run. Nothing is written there."""
+    """Directory of the run. Read-only."""
     step: configs.WhichStep = "latest"
     data_dir: configs.DataDir = None
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -35,7 +33,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Result:
-    """How good a checkpoint is on the test images."""
+    """The metrics of a checkpoint on the test images."""
 
     workdir: str
     step: int
@@ -43,31 +41,26 @@ class Result:
     images: int
     loss: float
     accuracy: float
-    recorded_accuracy: float | None  # what the run itself found at this step, if it evaluated there
+    recorded_accuracy: float | None  # from metrics.jsonl, if the run evaluated this step
     class_names: list[str]
     class_accuracy: list[float | None]  # None for a class without images
-    confusion: list[list[int]]  # a row for each label, a column for each answer
+    confusion: list[list[int]]  # a row for each label, a column for each prediction
 
 
 def main(args: Sequence[str]) -> int:
-    """Print how good a checkpoint is, and return the exit code; see `cli.run`."""
-    options = configs.cli(Options, "evaluate", args)
+    """Print the metrics of a checkpoint, and return the exit code; see `cli.run`."""
+    return cli.run(partial(print_evaluation, configs.cli(Options, "evaluate", args)))
 
-    def work(stop: StopSignal, terminal: Terminal) -> int:
-        result = evaluate(options, stop, terminal)
-        terminal.info(json.dumps(asdict(result), indent=2) if options.json else describe(result))
-        return 0
 
-    return cli.run(work)
+def print_evaluation(options: Options, stop: StopSignal, terminal: Terminal) -> int:
+    """Print the metrics of a checkpoint."""
+    result = evaluate(options, stop, terminal)
+    terminal.info(json.dumps(asdict(result), indent=2) if options.json else describe(result))
+    return 0
 
 
 def evaluate(options: Options, stop: StopSignal, terminal: Terminal) -> Result:
-    """Return how good a checkpoint is.
-
-    Raises:
-        CheckpointError, ConfigError, DataError, OSError: there is nothing to evaluate, or nothing to do it with.
-        StoppedError: a signal came.
-    """
+    """Return the metrics of a checkpoint."""
     from mnist_jax.inference import classifier
 
     model = stop.run(lambda: classifier.load(options.workdir, options.step, on_cpu=False))
@@ -75,9 +68,7 @@ def evaluate(options: Options, stop: StopSignal, terminal: Terminal) -> Result:
     dataset = stop.run(lambda: data.load(name, folder, notify=terminal.warn))
     found = model.evaluate(dataset, stop)
     confusion = classifier.confusion_matrix(dataset.test_labels, found.logits.argmax(axis=1))
-    totals = confusion.sum(axis=1)
-    records = (record for record, _ in read_metrics(options.workdir / "metrics.jsonl"))
-    recorded = accuracy_at(model.step, records)
+    recorded = accuracy_at(model.step, (record for record, _ in read_metrics(options.workdir / "metrics.jsonl")))
     return Result(
         workdir=str(options.workdir),
         step=model.step,
@@ -87,34 +78,28 @@ def evaluate(options: Options, stop: StopSignal, terminal: Terminal) -> Result:
         accuracy=found.accuracy,
         recorded_accuracy=recorded if recorded is not None and 0 <= recorded <= 1 else None,
         class_names=list(model.class_names),
-        class_accuracy=[
-            int(right) / int(all_) if all_ else None for right, all_ in zip(np.diag(confusion), totals, strict=True)
-        ],
+        class_accuracy=[int(row[label]) / int(row.sum()) if row.any() else None for label, row in enumerate(confusion)],
         confusion=confusion.tolist(),
     )
 
 
 def describe(result: Result) -> str:
     """Return the text for people."""
-    wrong = result.images - round(result.accuracy * result.images)
+    incorrect = f"{result.images - int(np.trace(result.confusion)):,} of {result.images:,} incorrect"
     lines = [
         f"step {result.step} of the run in {result.workdir}, on the test images of {result.dataset}",
-        f"test loss {result.loss:.4f}, test accuracy {result.accuracy:.4f}: {wrong:,} of {result.images:,} wrong",
+        f"test loss {result.loss:.4f}, test accuracy {result.accuracy:.4f}: {incorrect}",
     ]
     if result.recorded_accuracy not in (None, result.accuracy):
         lines.append(
-            f"the run itself recorded a test accuracy of {result.recorded_accuracy:.4f} here, on other devices?"
+            f"metrics.jsonl has a test accuracy of {result.recorded_accuracy:.4f}; other devices can change it"
         )
-    lines += ["", "a row for each label, a column for each answer"]
-    lines.append("label    accuracy " + "".join(f"{_cut(name, 5):>6}" for name in result.class_names))
+    lines += ["", "a row for each label, a column for each prediction"]
+    lines.append("label    accuracy " + "".join(f"{name[:5]:>6}" for name in result.class_names))
     for name, accuracy, counts in zip(result.class_names, result.class_accuracy, result.confusion, strict=True):
         share = "" if accuracy is None else f"{accuracy:.4f}"
-        lines.append(f"{_cut(name, 8):8} {share:8} " + "".join(f"{count or '·':>6}" for count in counts))
+        lines.append(f"{name[:8]:8} {share:8} " + "".join(f"{count or '·':>6}" for count in counts))
     return "\n".join(lines)
-
-
-def _cut(name: str, width: int) -> str:
-    return name if len(name) <= width else f"{name[: width - 1]}…"
 
 
 if __name__ == "__main__":

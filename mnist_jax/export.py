@@ -1,6 +1,6 @@
-"""The command `python -m mnist_jax.export`: a trained classifier as a file that others can read.
+"""The command `python -m mnist_jax.export`: write the weights of a classifier as safetensors.
 
-The format is safetensors (https://github.com/huggingface/safetensors): a header in JSON, then the numbers as they are.
+Safetensors (https://github.com/huggingface/safetensors) is a JSON header and the raw arrays.
 """
 
 import json
@@ -8,8 +8,9 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -20,70 +21,52 @@ from mnist_jax.config import ConfigError
 from mnist_jax.console import Terminal, exit_process
 from mnist_jax.runtime.preemption import StopSignal
 
-if TYPE_CHECKING:
-    from mnist_jax.inference.classifier import Classifier
-
 
 @dataclass(frozen=True)
 class Options:
     """Write the weights of a run's classifier to a safetensors file."""
 
     workdir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WORKDIR")]
-    """Directory of the run. Nothing is written there."""
+    """Directory of the run. Read-only."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT.safetensors")]
-    """File to write. One that is there already stays, and is an error."""
+    """File to write. It must not exist."""
     step: configs.WhichStep = "latest"
 
 
 def main(args: Sequence[str]) -> int:
     """Write the file, and return the exit code; see `cli.run`."""
-    options = configs.cli(Options, "export", args)
-
-    def work(stop: StopSignal, terminal: Terminal) -> int:
-        export(options, stop, terminal)
-        return 0
-
-    return cli.run(work)
+    return cli.run(partial(export, configs.cli(Options, "export", args)))
 
 
-def export(options: Options, stop: StopSignal, terminal: Terminal) -> None:
-    """Write the variables of a classifier, whole or not at all.
-
-    Raises:
-        CheckpointError, OSError: it cannot be read, or the file cannot be written.
-        ConfigError: there is no such classifier, or the file is there already.
-        StoppedError: a signal came; nothing was written.
-    """
+def export(options: Options, stop: StopSignal, terminal: Terminal) -> int:
+    """Write the variables of a classifier, completely or not at all."""
     from mnist_jax.inference import classifier
 
     for path in (options.out, options.out.with_name(options.out.name + ".partial")):
         if os.path.lexists(path):
-            raise ConfigError(f"{path} is there already; name another file, or remove it")
+            raise ConfigError(f"{path} exists; remove it, or use another file name")
     if not options.out.parent.is_dir():
-        raise ConfigError(f"{options.out.parent} is no directory; make it, or name another file")
+        raise ConfigError(f"{options.out.parent} is not a directory; create it, or use another file name")
     model = stop.run(lambda: classifier.load(options.workdir, options.step))
-    content = pack(model.variables, model.config.model, where_from(model))
-    stop.check()
-    configs.write_whole(options.out, content)
-    terminal.info(
-        f"wrote the weights of step {model.step} to {options.out}, {len(content) / 1e6:.2f} MB; "
-        "its metadata say how to compute with them"
-    )
-
-
-def where_from(model: "Classifier") -> dict[str, str]:
-    """Return which run and which step weights are of, as safetensors' metadata: only strings."""
-    return {
+    metadata = {
         "dataset": model.data.name,
         "class_names": json.dumps(model.class_names),
         "step": str(model.step),
         "test_accuracy": "unknown" if model.test_accuracy is None else str(model.test_accuracy),
         "state_sha256": model.sha256,
     }
+    content = pack(model.variables, model.config.model, metadata)
+    stop.check()
+    configs.write_whole(options.out, content)
+    terminal.info(
+        f"wrote the weights of step {model.step} to {options.out} ({len(content) / 1e6:.2f} MB); "
+        "the metadata describe the architecture"
+    )
+    return 0
 
 
 def pack(variables: dict[str, Any], name: str, metadata: dict[str, str]) -> bytes:
-    """Return the variables of the model with a name as a safetensors file, which says what is computed with them.
+    """Return the variables of a model as a safetensors file whose metadata describe the architecture.
 
     The arrays are named by their paths: `params.conv1.kernel`, `batch_stats.conv1_norm.mean`.
     """
@@ -92,8 +75,8 @@ def pack(variables: dict[str, Any], name: str, metadata: dict[str, str]) -> byte
     from mnist_jax.checkpoint.integrity import host_leaves
     from mnist_jax.training.model import MODELS, describe
 
-    how = {"mnist_jax": mnist_jax.__version__, "model": name, "architecture": json.dumps(describe(MODELS[name]))}
-    return save(host_leaves(variables), metadata={**how, **metadata})
+    model = {"mnist_jax": mnist_jax.__version__, "model": name, "architecture": json.dumps(describe(MODELS[name]))}
+    return save(host_leaves(variables), metadata={**model, **metadata})
 
 
 if __name__ == "__main__":

@@ -1,17 +1,13 @@
-"""The command `python -m mnist_jax.predict`: which digit is in a picture.
-
-It writes nothing in the run directory, also while the run is at work.
-"""
+"""The command `python -m mnist_jax.predict`: predict the digits in images. Safe while the run trains."""
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import tyro
 
 from mnist_jax import cli
@@ -20,18 +16,21 @@ from mnist_jax.config import ConfigError
 from mnist_jax.console import Terminal, exit_process
 from mnist_jax.runtime.preemption import StopSignal
 
+if TYPE_CHECKING:
+    from mnist_jax.inference.classifier import Classifier
+
 
 @dataclass(frozen=True)
 class Options:
-    """Tell which digit is in a picture: PNG or JPEG, of any size, in any colours."""
+    """Predict the digit in each image: PNG or JPEG, of any size and in any colours."""
 
     workdir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WORKDIR")]
-    """Directory of the run whose classifier is asked. Nothing is written there."""
+    """Directory of the run. Read-only."""
     images: Annotated[
         tyro.conf.Positional[tuple[Path, ...]],
         tyro.conf.arg(metavar="IMAGE [IMAGE ...]", help_behavior_hint="(required)"),
     ]
-    """Pictures of one digit each."""
+    """Images of one digit each."""
     step: configs.WhichStep = "latest"
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print JSON instead of text."""
@@ -39,7 +38,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a picture is taken for, or why it cannot be looked at; then all else is None."""
+    """The prediction for an image, or the error; then all else is None."""
 
     image: str
     answer: str | None = None
@@ -49,77 +48,56 @@ class Prediction:
     probabilities: dict[str, float] | None = None
     error: str | None = None
 
+    def __str__(self) -> str:
+        """Return the line for people."""
+        return (
+            f"{self.image}: {self.answer} ({self.probability:.2%}), "
+            f"then {self.runner_up} ({self.runner_up_probability:.2%})"
+        )
+
 
 def main(args: Sequence[str]) -> int:
-    """Print what the pictures are taken for, and return the exit code: 1 where one could not be read.
-
-    For others see `cli.run`.
-    """
-    options = configs.cli(Options, "predict", args)
-
-    def work(stop: StopSignal, terminal: Terminal) -> int:
-        predictions = []
-        for prediction in predict(options, stop, terminal):
-            predictions.append(prediction)
-            if prediction.error:
-                terminal.warn(f"error: {prediction.image}: {prediction.error}")
-            elif not options.json:
-                terminal.info(describe(prediction))
-        if options.json:
-            terminal.info(json.dumps([asdict(prediction) for prediction in predictions], indent=2))
-        return 1 if any(prediction.error for prediction in predictions) else 0
-
-    return cli.run(work)
+    """Print the predictions, and return the exit code: 1 if an image cannot be read, others as `cli.run`."""
+    return cli.run(partial(print_predictions, configs.cli(Options, "predict", args)))
 
 
-def predict(options: Options, stop: StopSignal, terminal: Terminal) -> Iterator[Prediction]:
-    """Yield what the pictures are taken for, in their order.
-
-    Raises:
-        CheckpointError, ConfigError, OSError: there is no classifier to ask.
-        StoppedError: a signal came.
-    """
+def print_predictions(options: Options, stop: StopSignal, terminal: Terminal) -> int:
+    """Print the predictions, and return 1 if an image cannot be read."""
     if not options.images:
-        raise ConfigError("no picture is named; name one or more: predict WORKDIR IMAGE [IMAGE ...]")
+        raise ConfigError("no image is given: predict WORKDIR IMAGE [IMAGE ...]")
     from mnist_jax.inference import classifier, preprocessing
 
     model = stop.run(lambda: classifier.load(options.workdir, options.step))
-    if caution := preprocessing.caution(model.data.name):
-        terminal.warn(f"warning: {caution}")
+    if warning := preprocessing.dataset_warning(model.data.name):
+        terminal.warn(f"warning: {warning}")
+    predictions = []
+    for path in options.images:
+        prediction = stop.run(partial(predict, model, path))  # Opening a named pipe waits for a writer.
+        predictions.append(prediction)
+        if prediction.error:
+            terminal.warn(f"error: {path}: {prediction.error}")
+        elif not options.json:
+            terminal.info(str(prediction))
+    if options.json:
+        terminal.info(json.dumps([asdict(prediction) for prediction in predictions], indent=2))
+    return 1 if any(prediction.error for prediction in predictions) else 0
 
-    def ask(path: Path) -> np.ndarray:
+
+def predict(model: "Classifier", path: Path) -> Prediction:
+    """Return the prediction for an image file, or the error."""
+    from mnist_jax.inference import preprocessing
+
+    try:
         with path.open("rb") as file:
             content = file.read(preprocessing.MAX_BYTES + 1)
-        return model.predict(preprocessing.prepare(content, model.data.name))
-
-    for path in options.images:
-        try:
-            probabilities = stop.run(partial(ask, path))  # A file may be a pipe to which nobody writes.
-        except OSError as error:
-            yield Prediction(str(path), error=f"it cannot be read ({error.strerror})")
-        except preprocessing.UnreadableImageError as error:
-            yield Prediction(str(path), error=str(error))
-        else:
-            yield rank(str(path), dict(zip(model.class_names, map(float, probabilities), strict=True)))
-
-
-def rank(image: str, probabilities: dict[str, float]) -> Prediction:
-    """Return the likeliest answer for an image, and the second."""
-    first, second = sorted(probabilities, key=lambda answer: -probabilities[answer])[:2]
-    return Prediction(image, first, probabilities[first], second, probabilities[second], probabilities)
-
-
-def describe(found: Prediction) -> str:
-    """Return the line for people."""
-    return (
-        f"{found.image}: {found.answer} ({_percent(found.probability)}), "
-        f"then {found.runner_up} ({_percent(found.runner_up_probability)})"
-    )
-
-
-def _percent(share: float | None) -> str:
-    assert share is not None
-    return f"{share:.1%}" if 0.001 <= share <= 0.999 else f"{share:.2%}"
+        image = preprocessing.prepare(content, model.data.name)
+    except OSError as error:
+        return Prediction(str(path), error=f"it cannot be read ({error.strerror})")
+    except preprocessing.UnreadableImageError as error:
+        return Prediction(str(path), error=str(error))
+    probabilities = dict(zip(model.class_names, map(float, model.predict(image)), strict=True))
+    (first, p_first), (second, p_second) = sorted(probabilities.items(), key=lambda item: -item[1])[:2]
+    return Prediction(str(path), first, p_first, second, p_second, probabilities)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """The command `python -m mnist_jax.replay`: train again from one kept checkpoint to a later one, and compare.
 
-It is the proof of exactness on your own machine. It writes nothing.
+This proves on your machine that resuming is exact. Read-only.
 """
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,54 +15,46 @@ import tyro
 
 from mnist_jax import cli
 from mnist_jax import config as configs
-from mnist_jax.checkpoint.checkpointer import Checkpoint, list_checkpoints
+from mnist_jax.checkpoint.checkpoint import Checkpoint, list_checkpoints
 from mnist_jax.checkpoint.integrity import digest_leaves, host_leaves
 from mnist_jax.config import ConfigError
 from mnist_jax.console import Terminal, exit_process
 from mnist_jax.runtime.preemption import StopSignal
 from mnist_jax.training import compatibility, data, setup
 
-MAX_STEPS_PER_CALL = 16  # A signal is looked at between calls.
+MAX_STEPS_PER_CALL = 16  # Signals are checked between calls.
 
 
 @dataclass(frozen=True)
 class Options:
-    """Train again between two checkpoints that a run kept, and compare the states."""
+    """Train again between two checkpoints of a run, and compare the states."""
 
     workdir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WORKDIR")]
-    """Directory of the run. Nothing is written there."""
+    """Directory of the run. Read-only."""
     first: Annotated[
         int | None, tyro.conf.arg(name="from", metavar="STEP", help_behavior_hint="(default: the oldest)")
     ] = None
-    """Step to begin from: that of a checkpoint, or 0."""
+    """Step to start from: that of a checkpoint, or 0."""
     last: Annotated[
         int | None, tyro.conf.arg(name="to", metavar="STEP", help_behavior_hint="(default: the newest)")
     ] = None
-    """Step of the checkpoint to arrive at."""
+    """Step of the checkpoint to compare with."""
 
 
 def main(args: Sequence[str]) -> int:
-    """Replay a stretch of a run, and return the exit code: 0 identical, 1 not identical, others as `cli.run`."""
-    options = configs.cli(Options, "replay", args)
+    """Replay part of a run, and return the exit code: 0 identical, 1 not identical, others as `cli.run`."""
+    return cli.run(partial(print_differences, configs.cli(Options, "replay", args)))
 
-    def work(stop: StopSignal, terminal: Terminal) -> int:
-        differences = replay(options, stop, terminal)
-        lines = ["not identical:", *(f"  {line}" for line in differences)] if differences else ["identical"]
-        terminal.info("\n".join(lines))
-        return 1 if differences else 0
 
-    return cli.run(work)
+def print_differences(options: Options, stop: StopSignal, terminal: Terminal) -> int:
+    """Print whether the states are identical, and return 1 if they are not."""
+    differences = replay(options, stop, terminal)
+    terminal.info("\n".join(["not identical:", *differences]) if differences else "identical")
+    return 1 if differences else 0
 
 
 def replay(options: Options, stop: StopSignal, terminal: Terminal) -> list[str]:
-    """Return a line for each leaf in which the state that is trained again differs from the one that was saved.
-
-    Raises:
-        CheckpointError, OSError: a checkpoint cannot be read.
-        ConfigError: there are no such checkpoints, or this machine cannot train that run.
-        DataError: the data is not there, or is not that of the run.
-        StoppedError: a signal came.
-    """
+    """Return a line for each leaf that differs between the recomputed state and the saved one."""
     configs.check_directory(options.workdir)
     first, last = choose(options)
     compatibility.prepare_jax(compatibility.cpu_threads_of([last]))
@@ -70,15 +63,15 @@ def replay(options: Options, stop: StopSignal, terminal: Terminal) -> list[str]:
     dataset = stop.run(lambda: data.load(config.dataset, config.data_dir, notify=terminal.info))
     compatibility.check_same_run(metadata, config, dataset, where=last.path)
     trainer = setup.make_trainer(config, dataset)
-    like = trainer.abstract_state
-    wanted = last.read(like)[0]
-    compatibility.check_step(last.step, wanted)
+    expected = last.read(trainer.abstract_state)[0]
+    compatibility.check_step(last.step, expected)
     if last.step > trainer.total_steps:
         raise ConfigError(f"step {last.step} is beyond the run's end, step {trainer.total_steps}")
     stop.run(trainer.compile)
-    state = first.read(like)[0] if first else stop.run(trainer.init_state)
-    compatibility.check_step(first.step if first else 0, state)
-    step, device_data = first.step if first else 0, trainer.put(dataset)
+    step = first.step if first else 0
+    state = first.read(trainer.abstract_state)[0] if first else stop.run(trainer.init_state)
+    compatibility.check_step(step, state)
+    device_data = trainer.put(dataset)
     terminal.info(f"training from step {step} to step {last.step} again")
     for change in compatibility.diff_environment(metadata, compatibility.describe_environment()):
         terminal.warn(f"warning: the bits may differ because this changed: {change}")
@@ -88,15 +81,11 @@ def replay(options: Options, stop: StopSignal, terminal: Terminal) -> list[str]:
         state.step.block_until_ready()
         step += n
         stop.check()
-    return compare(wanted, state)
+    return compare(expected, state)
 
 
 def choose(options: Options) -> tuple[Checkpoint | None, Checkpoint]:
-    """Return the checkpoint to begin from, None for step 0, and the one to arrive at.
-
-    Raises:
-        ConfigError: there are no such checkpoints.
-    """
+    """Return the checkpoint to start from (None for step 0) and the one to compare with."""
     kept = {checkpoint.step: checkpoint for checkpoint in list_checkpoints(options.workdir / "checkpoints")}
     if not kept:
         raise ConfigError(f"there are no checkpoints in {options.workdir}")
@@ -111,20 +100,19 @@ def choose(options: Options) -> tuple[Checkpoint | None, Checkpoint]:
     return kept.get(first), kept[last]
 
 
-def compare(wanted: Any, found: Any) -> list[str]:
-    """Return a line for each leaf of two states whose digests differ: how many values do, and by how much at most."""
-    before, after = digest_leaves(wanted), digest_leaves(found)
-    wanted_values, found_values = host_leaves(wanted), host_leaves(found)
-    return [
-        f"leaf {name} differs {_difference(wanted_values[name], found_values[name])}"
-        for name in before
-        if before[name] != after[name]
-    ]
-
-
-def _difference(wanted: np.ndarray[Any, Any], found: np.ndarray[Any, Any]) -> str:
-    difference = np.abs(found.astype(np.float64) - wanted.astype(np.float64))
-    return f"in {np.count_nonzero(difference)} of {difference.size} values, by {difference.max():.3g} at most"
+def compare(expected: Any, found: Any) -> list[str]:
+    """Return a line for each leaf with different bits: how many values differ, and the largest difference."""
+    expected_digests, found_digests = digest_leaves(expected), digest_leaves(found)
+    expected_values, found_values = host_leaves(expected), host_leaves(found)
+    lines = []
+    for name, digest in expected_digests.items():
+        if found_digests[name] != digest:
+            difference = np.abs(found_values[name].astype(np.float64) - expected_values[name].astype(np.float64))
+            count = np.count_nonzero(difference)
+            lines.append(
+                f"  leaf {name} differs in {count} of {difference.size} values, by {difference.max():.3g} at most"
+            )
+    return lines
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-"""The command `python -m mnist_jax.train`: which run is meant, and the signals that may end it.
+"""The command `python -m mnist_jax.train`: find the run that is meant, lock its directory, and train.
 
-The training is in `loop.py`, imported when the signals are already caught: it brings JAX, a second of imports in which
-a Ctrl-C would otherwise end in a traceback.
+The training is in `training/loop.py`. It imports JAX, which takes a second, so it is imported after the signal handlers
+are installed: a Ctrl-C during the import does not end in a traceback.
 """
 
 import contextlib
 import dataclasses
 import gc
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +26,24 @@ from mnist_jax.training import data
 RUNS = Path("runs")
 
 
-class RemoteUnavailableError(Exception):
-    """The object store does not tell what it holds of the run."""
-
-
 def main(args: Sequence[str]) -> int:
     """Start or resume a run, and return the exit code.
 
-    0: finished, or stopped and saved (the latter is `--preempted-exit-code`). 128+n: a second signal n. The others
-    are in `cli.ExitCode`.
+    It is 0 if the run is finished, `--preempted-exit-code` if it is stopped and saved, 128+n after a second signal n,
+    or another `cli.ExitCode`.
     """
     repair_standard_streams()
-    asked = configs.parse(args, Config())  # The defaults of a preset depend on the dataset, which is not known yet.
+    asked = configs.parse(args, Config())  # The defaults of a preset depend on the dataset, see `find_run`.
     with StopSignal() as stop, contextlib.ExitStack() as locks:
         group = ProcessGroup(stop)
         try:
-            group = initialize(stop, asked.coordinator, asked.num_processes, asked.process_id, asked.peer_timeout_s)
+            group = initialize(
+                stop,
+                asked.coordinator,
+                count=asked.num_processes,
+                index=asked.process_id,
+                timeout_s=asked.peer_timeout_s,
+            )
             config = workdir = loading = None
             if group.is_primary:
                 try:
@@ -94,10 +97,10 @@ def _fail(error: Exception, group: ProcessGroup) -> int:
 
 
 def _import_loop() -> Any:
-    """Return the module `loop`, and with it JAX.
+    """Import `loop`, and with it JAX, and exclude their objects from garbage collection.
 
-    They make objects by the hundred thousand, all to stay. To look among them for garbage took 0.12 s of the imports,
-    0.07 s of the compilation, and 0.1 s now and then in the training.
+    Collections among these hundreds of thousands of permanent objects took 0.12 s during the imports, 0.07 s during
+    the compilation, and 0.1 s now and then during the training.
     """
     gc.disable()
     from mnist_jax.training import loop
@@ -108,144 +111,43 @@ def _import_loop() -> Any:
 
 
 def find_run(args: Sequence[str], asked: Config, stop: StopSignal, locks: contextlib.ExitStack) -> tuple[Config, Path]:
-    """Return the settings and the directory of the run that the arguments mean, an old one or a new one.
+    """Lock the run directory that the arguments mean, and return the settings and the directory of the run.
 
-    From then on, and until `locks` is closed, this process alone writes in that directory.
+    Args:
+        args: the command line.
+        asked: its values, with general defaults where it sets none.
+        stop: receives the signals of this process.
+        locks: holds the lock of the directory until it is closed.
 
     Raises:
-        ConfigError: the arguments contradict the run in the directory, or its config cannot be read.
-        LockHeldError: another process is at work in the directory.
-        RemoteUnavailableError: the object store does not answer, so it may hold a run to download.
-        StoppedError: a signal came while the network was asked for the data, or while another process was waited for.
+        ConfigError: the arguments contradict the run in the directory or in the remote copy, or a config is unreadable.
+        LockHeldError: another process works in the directory.
+        RemoteError: the object store does not answer; it may hold a run to resume.
+        StoppedError: a signal came while this process waited for the network or for another process.
     """
-
-    def lock(directory: Path) -> None:
-        configs.check_directory(directory)
-        waiting = exclusive_lock(
-            directory, wait_s=asked.lock_wait_s, notify=print_stderr, should_stop=lambda: stop.received is not None
-        )
-        try:
-            locks.enter_context(waiting)
-        except LockHeldError:
-            if stop.received is not None:
-                raise StoppedError from None
-            raise
-        except OSError as error:
-            raise ConfigError(f"{directory} cannot hold a run ({error}); choose another --workdir") from error
-
-    def resolve() -> configs.DatasetName:
-        return stop.run(lambda: data.resolve(asked.dataset, asked.data_dir, notify=print_stderr))
-
-    name = None
-    workdir = None if asked.fresh else _directory_of_old_run(asked)
+    dataset = None
+    workdir = None if asked.fresh else find_workdir(asked)
     if workdir is None:
-        name = resolve()
-        workdir = asked.workdir or RUNS / name
-    lock(workdir)
-    copied = stop.run(lambda: remote_config(str(asked.mirror))) if asked.mirror else None
-    if asked.fresh and copied:
-        raise ConfigError(f"{asked.mirror} holds the copy of a run; to begin anew name another --mirror, or empty it")
+        dataset = resolve_dataset(asked, stop)
+        workdir = asked.workdir or RUNS / dataset
+    lock_workdir(workdir, asked, stop, locks)
+
+    if asked.mirror:
+        stop.run(partial(download_newer, args, asked, workdir))
     if asked.fresh and configs.holds_a_run(workdir):
-        workdir = workdir.resolve()  # "." would move along with its directory, and of a link only the link.
-        _move_aside(workdir)
-        lock(workdir)  # It is another directory now. The lock on the old one is kept.
-    settings = workdir / "config.json"
-    if copied:
-        wanted = _asked_of(args, configs.load(settings) if settings.exists() else copied)
-        if any(configs.contradictions(copied, wanted)):
-            raise ConfigError(f"{asked.mirror} holds the copy of a run with other settings; name another --mirror")
-        stop.run(lambda: download_run(str(asked.mirror), workdir))
-    if settings.exists():
-        return _settings_of_old_run(args, asked, workdir), workdir
-    name = name or resolve()
-    config = configs.parse(args, Config.of_preset(asked.preset, asked.model, name))
-    return dataclasses.replace(config, dataset=name), workdir
+        workdir = move_aside(workdir)
+        lock_workdir(workdir, asked, stop, locks)  # This is a new directory; the old one stays locked as well.
+    if (workdir / "config.json").exists():
+        return config_of_resumed_run(args, asked, workdir), workdir
+    dataset = dataset or resolve_dataset(asked, stop)
+    return apply_flags(args, Config.of_preset(asked.preset, asked.model, dataset)), workdir
 
 
-def remote_config(url: str) -> Config | None:
-    """Return the settings of the run that is copied under a URL, or None where none is.
+def find_workdir(asked: Config) -> Path | None:
+    """Return the directory of the run to resume, or None if there is no run yet.
 
-    Raises:
-        ConfigError: the URL is no place for a copy, or the copy there does not say of which run it is.
-        RemoteUnavailableError: the object store does not say.
-    """
-    with _mirror(url) as mirror:
-        if mirror.newest_step() is None:
-            return None
-        settings = mirror.read("config.json", configs.MAX_CONFIG_BYTES)
-    if settings is None:
-        raise ConfigError(f"{url} holds checkpoints of a run without its config.json; name another --mirror")
-    return configs.from_bytes(settings, f"{url}/config.json")
-
-
-def download_run(url: str, workdir: Path) -> None:
-    """Bring what a mirror knows more of a run than its directory, be it all of it because the disk is gone.
-
-    Raises:
-        RemoteUnavailableError: there is more, and it cannot be had.
-    """
-    with _mirror(url) as mirror:
-        fetched = mirror.download(workdir, files=configs.RECORDS)
-    for step, reason in fetched.refused.items():
-        print_stderr(f"warning: the copy of step {step} in {url} was not taken: {reason}")
-    if fetched.steps:
-        print_stderr(f"brought back from {url}: the checkpoints of steps {', '.join(map(str, fetched.steps))}")
-
-
-@contextlib.contextmanager
-def _mirror(url: str) -> Iterator[Any]:
-    """Yield the mirror under a URL, and say of what goes wrong with it what to do.
-
-    Raises:
-        ConfigError: it is no place for a copy.
-        RemoteUnavailableError: it did not do what it was asked for.
-    """
-    from mnist_jax.checkpoint.remote import RemoteError, RemoteStore  # TensorStore is for those who have a mirror.
-
-    try:
-        mirror = RemoteStore(url)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    try:
-        yield mirror
-    except RemoteError as error:
-        raise RemoteUnavailableError(f"{error}. Try again, or go without --mirror") from error
-
-
-def _settings_of_old_run(args: Sequence[str], asked: Config, workdir: Path) -> Config:
-    """Return the settings with which a run is carried on.
-
-    Raises:
-        ConfigError: the arguments contradict them, or they cannot be read.
-    """
-    run = configs.load(workdir / "config.json")
-    config = _asked_of(args, run)
-    if any((workdir / "checkpoints").glob("[0-9]*")):
-        configs.check_same_mathematics(run, config, where=workdir)
-    if (config.preset, config.model, config.dataset) != (run.preset, run.model, run.dataset):
-        # Nothing has begun: the old settings are no guide.
-        preset = asked.preset or (run.preset if config.model == run.model else None)
-        config = _asked_of(args, Config.of_preset(preset, config.model, config.dataset))
-    return config
-
-
-def _asked_of(args: Sequence[str], run: Config) -> Config:
-    """Return the settings that the arguments ask of a run: where they are silent, or leave the data open, its own."""
-    config = configs.parse(args, run)
-    return dataclasses.replace(config, dataset=run.dataset) if config.dataset == "auto" else config
-
-
-def _move_aside(workdir: Path) -> None:
-    aside = next(path for n in range(1, 10**6) if not (path := workdir.with_name(f"{workdir.name}.old-{n}")).exists())
-    workdir.rename(aside)
-    print(f"the old run is now in {aside}; the same command without --fresh carries the new one on")
-
-
-def _directory_of_old_run(asked: Config) -> Path | None:
-    """Return the directory of the run that is to be carried on, or None where there is none yet.
-
-    Without --workdir and --dataset it is the run that was last at work, for the same command carries on, also when
-    the network that was missing at its start is there now.
+    Without --workdir and --dataset it is the run that was started last. So the same command resumes a run that began
+    with the built-in digits because the network was down, even if the network is up now.
     """
     if asked.workdir is not None:
         candidates = [asked.workdir]
@@ -255,6 +157,85 @@ def _directory_of_old_run(asked: Config) -> Path | None:
         candidates = [RUNS / "mnist"] if asked.data_dir is not None else [RUNS / "mnist", RUNS / "digits"]
     runs = [directory for directory in candidates if (directory / "config.json").exists()]
     return max(runs, key=lambda run: (run / "config.json").stat().st_mtime, default=None)
+
+
+def resolve_dataset(asked: Config, stop: StopSignal) -> configs.DatasetName:
+    """Return the dataset to train on; "auto" means MNIST, or the built-in digits if MNIST cannot be downloaded."""
+    return stop.run(lambda: data.resolve(asked.dataset, asked.data_dir, notify=print_stderr))
+
+
+def lock_workdir(workdir: Path, asked: Config, stop: StopSignal, locks: contextlib.ExitStack) -> None:
+    """Lock a run directory, which is created if it does not exist; wait for another process for `--lock-wait-s`."""
+    configs.check_directory(workdir)
+    lock = exclusive_lock(
+        workdir, wait_s=asked.lock_wait_s, notify=print_stderr, should_stop=lambda: stop.received is not None
+    )
+    try:
+        locks.enter_context(lock)
+    except LockHeldError:
+        stop.check()
+        raise
+    except OSError as error:
+        raise ConfigError(f"{workdir} cannot hold a run ({error}); choose another --workdir") from error
+
+
+def download_newer(args: Sequence[str], asked: Config, workdir: Path) -> None:
+    """Download what the remote copy has that is newer than the run directory; all of it if the directory is empty.
+
+    Raises:
+        ConfigError: --mirror names no object store, or the copy of another run.
+        RemoteError: the object store does not answer.
+    """
+    from mnist_jax.checkpoint.remote import RemoteStore  # It imports TensorStore, which only --mirror needs.
+
+    url = str(asked.mirror)
+    try:
+        remote = RemoteStore(url)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if remote.newest_step() is None:
+        return
+    if asked.fresh:
+        raise ConfigError(f"{url} holds the copy of a run; with --fresh use another --mirror, or empty it")
+    content = remote.read("config.json", configs.MAX_CONFIG_BYTES)
+    if content is None:
+        raise ConfigError(f"{url} holds checkpoints of a run without its config.json; use another --mirror")
+    copied, path = configs.from_bytes(content, f"{url}/config.json"), workdir / "config.json"
+    if any(configs.contradictions(copied, apply_flags(args, configs.load(path) if path.exists() else copied))):
+        raise ConfigError(f"{url} holds the copy of a run with other settings; use another --mirror")
+    downloaded = remote.download(workdir, files=configs.RECORDS)
+    for step, reason in downloaded.refused.items():
+        print_stderr(f"warning: the remote copy of step {step} in {url} is not used: {reason}")
+    if downloaded.steps:
+        print_stderr(f"downloaded from {url}: the checkpoints of steps {', '.join(map(str, downloaded.steps))}")
+
+
+def move_aside(workdir: Path) -> Path:
+    """Rename the directory of an old run, and return the absolute path that is free now."""
+    workdir = workdir.resolve()  # "." would move with its directory, and renaming a link would move the link only.
+    aside = next(path for n in range(1, 10**6) if not (path := workdir.with_name(f"{workdir.name}.old-{n}")).exists())
+    workdir.rename(aside)
+    print(f"moved the old run to {aside}; omit --fresh to resume the new run")
+    return workdir
+
+
+def config_of_resumed_run(args: Sequence[str], asked: Config, workdir: Path) -> Config:
+    """Return the saved config of a run, changed by the flags, which must not contradict its checkpoints."""
+    saved = configs.load(workdir / "config.json")
+    config = apply_flags(args, saved)
+    if any((workdir / "checkpoints").glob("[0-9]*")):
+        configs.check_same_mathematics(saved, config, where=workdir)
+    if (config.preset, config.model, config.dataset) != (saved.preset, saved.model, saved.dataset):
+        # There is no checkpoint yet. The defaults are those of what is asked for, not the saved ones.
+        preset = asked.preset or (saved.preset if config.model == saved.model else None)
+        config = apply_flags(args, Config.of_preset(preset, config.model, config.dataset))
+    return config
+
+
+def apply_flags(args: Sequence[str], defaults: Config) -> Config:
+    """Return a config changed by the flags; "--dataset auto" does not change the dataset."""
+    config = configs.parse(args, defaults)
+    return dataclasses.replace(config, dataset=defaults.dataset) if config.dataset == "auto" else config
 
 
 if __name__ == "__main__":

@@ -84,6 +84,11 @@ ACCURATE = (
     *("--log-every-steps", "10", "--eval-every-steps", "15", "--checkpoint-every-s", "0.5"),
 )
 
+SMALL = (
+    *("--dataset", "digits", "--steps", "40", "--batch-size", "64", "--average-decay", "0.9", "--keep", "9"),
+    *("--log-every-steps", "10", "--eval-every-steps", "20", "--checkpoint-every-steps", "10"),
+)
+
 
 def make_reference(workdir: Path, environment: dict[str, str], *args: str) -> Reference:
     """Return the result of an uninterrupted run; all workers that name the same directory share the run."""
@@ -123,6 +128,26 @@ def trained_run(shared_folder, environment, mnist_dir) -> Run:
             ended = run.finish("--data-dir", str(mnist_dir))
             assert ended.code == 0, ended.err
     return run
+
+
+@pytest.fixture(scope="session")
+def small_run(shared_folder, environment) -> Run:
+    """A finished run on the built-in digits with checkpoints 10, 20, 30 and 40, read-only, made once for all workers.
+
+    The evaluation at step 20 uses averaged weights, as all evaluations do.
+    """
+    run = Run(shared_folder / "small", environment)
+    with FileLock(shared_folder / "small.lock"):
+        if not run.events("exit"):
+            ended = run.finish(*SMALL)
+            assert ended.code == 0, ended.err
+    return run
+
+
+@pytest.fixture
+def small_copy(small_run, tmp_path) -> Path:
+    """A copy of that run, to be changed."""
+    return Path(shutil.copytree(small_run.workdir, tmp_path / "run"))
 
 
 @pytest.fixture

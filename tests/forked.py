@@ -1,7 +1,7 @@
-"""Processes of the training command that begin with all imports made, which on two cores saves seconds a start.
+"""Processes of the training command that start with all modules imported, which saves seconds on two cores.
 
-They are real processes, each forked from a server that has imported JAX and never started it. What they share with a
-start of the interpreter ends where `mnist_jax.train.main` begins; claims about what comes before need the real one.
+They are real processes, forked from a server that has imported JAX but not initialized it. Claims about what happens
+before `mnist_jax.train.main` need a new interpreter.
 """
 
 import multiprocessing
@@ -14,9 +14,9 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from subprocess import TimeoutExpired
 
-# What may differ from the environment of the server: nothing reads these before `main`.
+# Variables that may differ from the environment of the server, because nothing reads them before `main`.
 READ_LATE = {"HOME", "XDG_CACHE_HOME", "http_proxy", "https_proxy", "XLA_FLAGS", "PJRT_NPROC", "NPROC", "TMPDIR"}
-# All that the command may come to need.
+# Modules that the command may need.
 PRELOADED = [
     *("mnist_jax.train", "mnist_jax.training.loop", "sklearn.datasets", "tensorflow_datasets"),
     *("tensorboard.compat.proto.event_pb2", "tensorboard.summary.writer.record_writer"),
@@ -26,7 +26,7 @@ _server_environment: dict[str, str] | None = None
 
 
 def can_fork(environment: dict[str, str]) -> bool:
-    """Tell whether a process with this environment may be forked from the server."""
+    """Return whether a process with this environment can be forked from the server."""
     global _server_environment
     if sys.platform != "linux":
         return False
@@ -41,44 +41,44 @@ def can_fork(environment: dict[str, str]) -> bool:
 
 
 class ForkedProcess:
-    """A process of the training command, with the part of `subprocess.Popen[str]` that the tests use."""
+    """A process of the training command, with the methods of `subprocess.Popen[str]` that the tests use."""
 
     def __init__(self, arguments: list[str], environment: dict[str, str], faults: str | None = None) -> None:
-        """Start it with these arguments and environment, and with faults as `faults.py` has them."""
+        """Start the command; `faults` is an argument of `faults.drive`."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         ends = [context.Pipe(duplex=False) for _ in range(2)]
         self._process: ForkServerProcess = context.Process(
-            target=_be_the_command,
-            args=(arguments, environment, faults, os.sched_getaffinity(0), *(theirs for _, theirs in ends)),
+            target=_run_command,
+            args=(arguments, environment, faults, os.sched_getaffinity(0), *(writer for _, writer in ends)),
             daemon=True,
         )
         self._process.start()
-        for _, theirs in ends:
-            theirs.close()
-        self.stdout, self.stderr = (os.fdopen(os.dup(ours.fileno())) for ours, _ in ends)
-        for ours, _ in ends:
-            ours.close()
+        for _, writer in ends:
+            writer.close()
+        self.stdout, self.stderr = (os.fdopen(os.dup(reader.fileno())) for reader, _ in ends)
+        for reader, _ in ends:
+            reader.close()
         self.args = arguments
         self._written: tuple[str, str] | None = None
 
     @property
     def pid(self) -> int:
-        """Its number."""
+        """The process id."""
         assert self._process.pid is not None
         return self._process.pid
 
     @property
     def returncode(self) -> int | None:
-        """Its exit code, or minus the number of the signal that ended it; None while it is at work."""
+        """The exit code, or minus the number of the signal that ended the process; None while it runs."""
         return self._process.exitcode
 
     def poll(self) -> int | None:
-        """Return its exit code, None while it is at work."""
+        """Return the exit code, None while it runs."""
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end, and return its exit code."""
+        """Wait for the end, and return the exit code."""
         self._process.join(timeout)
         code = self.returncode
         if code is None:
@@ -86,7 +86,7 @@ class ForkedProcess:
         return code
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Wait for its end, and return what it wrote."""
+        """Wait for the end, and return the output."""
         if self._written is not None:
             return self._written
         deadline_s = time.monotonic() + (timeout if timeout is not None else 1e6)
@@ -99,7 +99,7 @@ class ForkedProcess:
                 raise TimeoutExpired(self.args, timeout or 0) from error
             finally:
                 if any(not text.done() for text in texts):
-                    self.kill()  # Otherwise nobody would get past the pool.
+                    self.kill()  # Otherwise the pool would wait for it.
         self._close()
         self._written = out, err
         return out, err
@@ -109,16 +109,16 @@ class ForkedProcess:
             stream.close()
 
     def send_signal(self, number: int) -> None:
-        """Send it a signal, unless it has ended."""
+        """Send a signal, unless the process has ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """End it as the kernel does."""
+        """Send SIGKILL."""
         self.send_signal(signal.SIGKILL)
 
 
-def _be_the_command(
+def _run_command(
     arguments: list[str],
     environment: dict[str, str],
     faults: str | None,
@@ -126,8 +126,8 @@ def _be_the_command(
     out: Connection,
     err: Connection,
 ) -> None:
-    """Be what `python -m mnist_jax.train` is once it has imported what it needs."""
-    os.sched_setaffinity(0, cores)  # Otherwise it would have those of the server.
+    """Run as `python -m mnist_jax.train` does after its imports."""
+    os.sched_setaffinity(0, cores)  # The server may have others.
     os.environ.clear()
     os.environ.update(environment)
     for number, end in ((1, out), (2, err)):

@@ -1,4 +1,4 @@
-"""Servers that talk like S3 and like Google Cloud Storage, and others that do not answer as they should."""
+"""Servers with the APIs of S3 and Google Cloud Storage, and servers that fail."""
 
 import contextlib
 import importlib.util
@@ -34,19 +34,19 @@ NEARBY = {"no_proxy": "127.0.0.1", "AWS_REGION": "us-east-1", "AWS_EC2_METADATA_
 
 
 def s3_environment(port: int) -> dict[str, str]:
-    """Return the variables that lead S3's clients to a port of this machine."""
+    """Return variables that direct clients of S3 to a local port."""
     return {**CREDENTIALS, **NEARBY, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
 
 
 def gcs_environment(port: int) -> dict[str, str]:
-    """Return the variables that lead TensorStore's client of Google Cloud Storage to a port of this machine."""
+    """Return variables that direct TensorStore's client of Google Cloud Storage to a local port."""
     here = f"127.0.0.1:{port}"
     return {**NEARBY, "TENSORSTORE_GCS_HTTP_URL": f"http://{here}", "GCE_METADATA_ROOT": here}
 
 
 @contextlib.contextmanager
 def s3_server() -> Iterator[tuple[str, dict[str, str]]]:
-    """Run Moto, and yield the URL of a bucket and the environment that leads there."""
+    """Run Moto, and yield the URL of a bucket and its environment."""
     with _running("moto", S3) as port:
         request = urllib.request.Request(f"http://127.0.0.1:{port}/bucket", method="PUT")
         urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60).close()
@@ -55,14 +55,14 @@ def s3_server() -> Iterator[tuple[str, dict[str, str]]]:
 
 @contextlib.contextmanager
 def gcs_server() -> Iterator[tuple[str, dict[str, str]]]:
-    """Run an emulator of Google Cloud Storage, and yield the URL of a bucket and the environment that leads there."""
+    """Run an emulator of Google Cloud Storage, and yield the URL of a bucket and its environment."""
     with _running("gcp_storage_emulator", GCS) as port:
         yield "gs://bucket", gcs_environment(port)
 
 
 @contextlib.contextmanager
 def _running(package: str, script: str) -> Iterator[int]:
-    """Run a server that prints its port and ends when its input does."""
+    """Run a server that prints its port and exits when its input is closed."""
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
     process = subprocess.Popen(
@@ -81,14 +81,14 @@ def _running(package: str, script: str) -> Iterator[int]:
 
 @contextlib.contextmanager
 def closed_port() -> Iterator[int]:
-    """Yield a port on which nobody listens, and nobody can."""
+    """Yield a port on which no process listens or can listen."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield taken.getsockname()[1]
 
 
 class Answer:
-    """What a server says to every request: `status` and `body`, or nothing at all while `silent` is set."""
+    """The answer of a server to every request: `status` and `body`, or none while `silent` is set."""
 
     def __init__(self) -> None:
         self.status, self.body, self.silent = 200, b"", False
@@ -97,7 +97,7 @@ class Answer:
 
 @contextlib.contextmanager
 def answering_server() -> Iterator[tuple[int, Answer]]:
-    """Run a server that gives the same answer to everything, and yield its port and the answer, to be changed."""
+    """Run a server that gives the same answer to every request; yield its port and the answer, which can be changed."""
     answer = Answer()
 
     class Handler(BaseHTTPRequestHandler):
@@ -110,7 +110,7 @@ def answering_server() -> Iterator[tuple[int, Answer]]:
             self.end_headers()
             self.wfile.write(answer.body)
 
-        do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815 - so http.server looks for them
+        do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815 - names of http.server
 
         def log_message(self, *args: object) -> None:
             pass

@@ -1,4 +1,4 @@
-"""Runs of the command as a user starts them: real processes, real signals, the files that they leave."""
+"""Runs of the command as a user starts them: real processes, real signals, and the files that they leave."""
 
 import json
 import os
@@ -14,27 +14,36 @@ from typing import Any
 
 from forked import ForkedProcess, can_fork
 
+from mnist_jax.records.metrics import read_events
+
 DEADLINE_S = 120
 Process = subprocess.Popen[str] | ForkedProcess
 
 
 @dataclass
 class Run:
-    """A run directory, and the environment of the processes that work in it."""
+    """A run directory, and the environment of the processes that train in it."""
 
     workdir: Path
     environment: dict[str, str] = field(default_factory=dict)
-    _starts: int = 0  # how often it was started before the latest start
+    faults: tuple[tuple[Any, ...], ...] = ()  # to inject: functions of faults.py and their arguments
+    prefix: tuple[str, ...] = ()  # a command that starts the command
+    _starts: int = 0  # number of starts before the latest one
 
     def start(self, *args: str) -> Process:
         """Start the command in this directory."""
         self._starts = len(self.events("start"))
-        arguments = ["--workdir", str(self.workdir), *args]
-        if can_fork(self.environment):
-            return ForkedProcess(arguments, {**os.environ, **self.environment})
+        arguments, environment = ["--workdir", str(self.workdir), *args], {**os.environ, **self.environment}
+        faults = json.dumps([(fault.__name__, *details) for fault, *details in self.faults]) if self.faults else None
+        # A forked process has imported JAX, so a fault in that import needs a new interpreter.
+        if not self.prefix and "import of JAX" not in str(faults) and can_fork(self.environment):
+            return ForkedProcess(arguments, environment, faults)
+        program = (
+            ("-m", "mnist_jax.train") if faults is None else (Path(__file__).with_name("faults.py"), "drive", faults)
+        )
         return subprocess.Popen(
-            [sys.executable, "-m", "mnist_jax.train", *arguments],
-            env={**os.environ, **self.environment},
+            [*self.prefix, sys.executable, *program, *arguments],
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -45,18 +54,15 @@ class Run:
         return end(self.start(*args))
 
     def events(self, event: str | None = None) -> list[dict[str, Any]]:
-        """Return the history, or the events of one kind. A line that is being written is left out."""
-        path = self.workdir / "events.jsonl"
-        text = path.read_text() if path.exists() else ""
-        lines = text[: text.rfind("\n") + 1].splitlines()
-        return [record for record in map(json.loads, lines) if event in (None, record["event"])]
+        """Return the event log, or the events of one kind, without incomplete lines."""
+        return [record for record in read_events(self.workdir / "events.jsonl") if event in (None, record["event"])]
 
     def metrics(self) -> bytes:
         """Return the bytes of `metrics.jsonl`."""
         return (self.workdir / "metrics.jsonl").read_bytes()
 
     def lines(self) -> int:
-        """Return how many lines `metrics.jsonl` has."""
+        """Return the number of lines of `metrics.jsonl`."""
         path = self.workdir / "metrics.jsonl"
         return len(path.read_bytes().splitlines()) if path.exists() else 0
 
@@ -64,30 +70,30 @@ class Run:
         """Return the steps of the checkpoints."""
         return sorted(int(path.name) for path in (self.workdir / "checkpoints").iterdir() if path.name.isdigit())
 
-    def wait_for(self, is_so: Callable[[], bool], process: Process) -> bool:
-        """Wait until something is so, and tell whether it was before the process ended."""
+    def wait_for(self, condition: Callable[[], bool], process: Process) -> bool:
+        """Wait for a condition, and return whether it held before the process ended."""
         deadline = time.monotonic() + DEADLINE_S
-        while not is_so():
+        while not condition():
             if process.poll() is not None:
                 return False
-            assert time.monotonic() < deadline, "it did not come about in time"
+            assert time.monotonic() < deadline, "the condition did not hold in time"
             time.sleep(0.002)
         return True
 
     def wait_for_phase(self, phase: str, process: Process) -> bool:
-        """Wait until the latest start has come to a phase, and tell whether it did before it ended."""
+        """Wait until the latest start has reached a phase, and return whether it did before it ended."""
 
-        def has_come() -> bool:
+        def has_reached() -> bool:
             events = self.events()
             starts = [index for index, record in enumerate(events) if record["event"] == "start"]
             return len(starts) > self._starts and any(e.get("phase") == phase for e in events[starts[-1] :])
 
-        return self.wait_for(has_come, process)
+        return self.wait_for(has_reached, process)
 
 
 @dataclass
 class Ended:
-    """A process that has ended: its exit code and its words."""
+    """A process that has ended: its exit code and its output."""
 
     code: int
     out: str
@@ -120,12 +126,12 @@ THREAD_VARIABLES = ("PJRT_NPROC", "NPROC", "XLA_FLAGS", "JAX_COMPILATION_CACHE_D
 
 
 def in_new_process(function: Callable[..., Any], *arguments: Any, **variables: str) -> Any:
-    """Return what a function of a test file returns in a process of its own, in which JAX has not started yet.
+    """Call a function of a test file in a new process, in which JAX is not initialized, and return its result.
 
     Args:
         function: takes and returns JSON values.
-        arguments: what it is called with.
-        variables: added to the environment, from which those are taken first that this file is about.
+        arguments: its arguments.
+        variables: set in the environment, from which `THREAD_VARIABLES` are removed first.
     """
     name = function.__name__
     script = f"import json, sys; from {function.__module__} import {name} as f; print(json.dumps(f(*{arguments!r})))"
@@ -143,7 +149,7 @@ def in_new_process(function: Callable[..., Any], *arguments: Any, **variables: s
 
 
 def snapshot(directory: Path) -> dict[str, tuple[int, int, str | bytes]]:
-    """Return all of a directory that somebody could have changed: names, kinds, times, bytes; no link is followed."""
+    """Return kind, time and content of everything in a directory; links are not followed."""
     found = {}
     for path in (directory, *directory.rglob("*")):
         about, content = path.lstat(), b""

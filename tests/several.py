@@ -1,4 +1,4 @@
-"""A run of several processes, as a scheduler or a user starts them: real ones, which meet on this machine."""
+"""A run of several real processes on this machine, started as a scheduler or a user starts them."""
 
 import contextlib
 import random
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from runs import DEADLINE_S, Ended, Process, Run, end
 
-SAVED = "75"  # the exit code of a run that was stopped and is saved
+SAVED = "75"  # exit code of a run that was stopped and saved
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Several:
             self.processes[index].send_signal(number)
 
     def end(self, timeout_s: float = DEADLINE_S) -> list[Ended]:
-        """Wait until all have ended."""
+        """Wait until all have exited."""
         deadline = time.monotonic() + timeout_s
         try:
             return [end(process, max(0.1, deadline - time.monotonic())) for process in self.processes]
@@ -35,7 +35,7 @@ class Several:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on, none of those that the kernel gives to connections, at any moment."""
+    """Return a port that is free and that the kernel does not give to outgoing connections."""
     while True:
         port = random.SystemRandom().randrange(10_000, 32_000)
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
@@ -43,11 +43,11 @@ def free_port() -> int:
 
 
 def start(run: Run, count: int, *args: str, variables: dict[int, dict[str, str]] | None = None) -> Several:
-    """Start as many processes, some of them with environment variables of their own."""
+    """Start `count` processes, with additional environment variables by index."""
     address = f"127.0.0.1:{free_port()}"
     processes = []
     for index in range(count):
-        named = ("--coordinator", address, "--num-processes", str(count), "--process-id", str(index))
+        group = ("--coordinator", address, "--num-processes", str(count), "--process-id", str(index))
         own = Run(run.workdir, {**run.environment, **(variables or {}).get(index, {})})
-        processes.append(own.start(*named, "--preempted-exit-code", SAVED, *args))
+        processes.append(own.start(*group, "--preempted-exit-code", SAVED, *args))
     return Several(run, processes)

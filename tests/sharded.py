@@ -1,46 +1,34 @@
-"""Processes that save and restore a sharded state together.
-
-`Group` starts them and calls the functions of this module in them: a JSON object a line, and one for each answer.
-`python sharded.py sweep N` kills N times in mid-save and prints what was lost; `python sharded.py costs` prints what
-saves cost.
-"""
+"""Processes that save and restore a sharded state together; `Group` calls the functions of this module in them."""
 
 import contextlib
 import errno
 import faulthandler
-import itertools
-import json
 import logging
-import math
+import multiprocessing
 import os
-import queue
-import random
 import resource
 import signal
-import statistics
-import subprocess
-import sys
-import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, cached_property
+from contextlib import AbstractContextManager
+from functools import cache
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from forked import PRELOADED
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from several import free_port
 
-from mnist_jax.checkpoint import integrity, orbax_io
-from mnist_jax.checkpoint.checkpointer import Checkpoint, Checkpointer, SaveError, list_checkpoints
-from mnist_jax.checkpoint.integrity import CheckpointError, CorruptCheckpointError
-
-START_S = 60
+from mnist_jax.checkpoint import integrity
+from mnist_jax.checkpoint.checkpoint import Checkpoint
+from mnist_jax.checkpoint.checkpointer import Checkpointer
+from mnist_jax.checkpoint.integrity import CorruptCheckpointError, SaveError
 
 
 class HungError(Exception):
@@ -51,333 +39,305 @@ class EndedError(Exception):
     """A process ended."""
 
 
-# ---- From outside ---------------------------------------------------------------------------------------------------
-
-
 class Group:
-    """Processes that meet, with some devices each, and do what they are told.
-
-    One interpreter imports JAX and Orbax and forks them before either has a thread, which saves a second for each.
-    """
+    """Processes with some devices each, forked from a server that has imported JAX and Orbax."""
 
     def __init__(self, processes: int, devices: int) -> None:
         """Start them."""
-        environment = {
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "OPENBLAS_NUM_THREADS": "1",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        }
-        self.name = f"{processes}x{devices}"
-        self.is_broken = False
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the processes
-        requests, answers = ([os.pipe() for _ in range(processes)] for _ in range(2))
-        theirs = [descriptor for pair in zip(requests, answers, strict=True) for descriptor in (pair[0][0], pair[1][1])]
-        self._parent = subprocess.Popen(
-            [sys.executable, __file__, "group", f"127.0.0.1:{free_port()}", *map(str, theirs)],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=self.log,
-            stderr=self.log,
-            pass_fds=theirs,
-            start_new_session=True,
-        )
-        for descriptor in theirs:
-            os.close(descriptor)
-        self._requests = [os.fdopen(pair[1], "w") for pair in requests]
-        self._answers: list[queue.SimpleQueue[str]] = [queue.SimpleQueue() for _ in answers]
-        self._readers = [
-            threading.Thread(target=self._read, args=(os.fdopen(pair[0]), found))
-            for pair, found in zip(answers, self._answers, strict=True)
-        ]
-        for reader in self._readers:
-            reader.start()
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([*PRELOADED, "sharded"])  # The tests of a worker share one server.
+        self.name, self.size, self.is_broken = f"{processes}x{devices}", processes, False
+        coordinator = f"127.0.0.1:{free_port()}"
+        self._connections, self._processes = [], []
+        for index in range(processes):
+            ours, theirs = context.Pipe()
+            arguments = (coordinator, processes, index, devices, theirs)
+            self._processes.append(context.Process(target=work, args=arguments, daemon=True))
+            self._processes[-1].start()
+            theirs.close()
+            self._connections.append(ours)
 
-    @cached_property
-    def pids(self) -> list[int]:
-        """Their numbers, which they tell first."""
-        return [self._next(index, START_S) for index in range(len(self._answers))]
+    def send(self, name: str, **arguments: Any) -> None:
+        """Make all processes call a function."""
+        for connection in self._connections:
+            connection.send((name, arguments))
 
-    @staticmethod
-    def _read(file: TextIO, found: queue.SimpleQueue[str]) -> None:
-        with file:
-            for line in file:
-                found.put(line)
-        found.put("{}")  # It ended.
-
-    def send(self, name: str, *, to: int | None = None, **arguments: Any) -> None:
-        """Have all processes, or one, call a function."""
-        for file in self._requests if to is None else [self._requests[to]]:
-            with contextlib.suppress(BrokenPipeError):
-                file.write(json.dumps({"call": name, "arguments": arguments}) + "\n")
-                file.flush()
-
-    def answer(self, index: int, timeout_s: float = 60) -> Any:
-        """Return what a process answers next.
+    def answer(self, index: int, timeout_s: float = 90) -> Any:
+        """Return the next answer of a process.
 
         Raises:
-            HungError: nothing came in time.
-            EndedError: it ended, and answers no more.
+            HungError: it did not come in time.
+            EndedError: the process ended.
         """
-        assert self.pids
-        return self._next(index, timeout_s)
-
-    def _next(self, index: int, timeout_s: float) -> Any:
         try:
-            found = json.loads(self._answers[index].get(timeout=timeout_s))
-        except queue.Empty:
+            if not self._connections[index].poll(timeout_s):
+                self.is_broken = True
+                os.kill(self._processes[index].pid or 0, signal.SIGUSR1)  # It prints where its threads are.
+                raise HungError(f"process {index} of {self.name} does not answer")
+            result, error = self._connections[index].recv()
+        except (EOFError, ConnectionResetError) as ended:
             self.is_broken = True
-            stacks = self._stacks() if "pids" in self.__dict__ else ""
-            raise HungError(f"process {index} of {self.name} does not answer:\n{stacks}") from None
-        if not found:
-            self.is_broken = True
-            raise EndedError(f"process {index} of {self.name} ended:\n{self.stderr()}")
-        assert "error" not in found, f"process {index} of {self.name}: {found['error']}"
-        return found["result"]
+            raise EndedError(f"process {index} of {self.name} ended") from ended
+        assert not error, f"process {index} of {self.name}: {error}"
+        return result
 
-    def _stacks(self) -> str:
-        """Return where all their threads are."""
-        seen = len(self.stderr())
-        for pid in self.pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGUSR1)
-        time.sleep(0.5)
-        return self.stderr()[seen:]
-
-    def call(self, name: str, *, timeout_s: float = 60, **arguments: Any) -> list[Any]:
-        """Have all processes call a function, and return what each of them returns."""
+    def call(self, name: str, *, timeout_s: float = 90, **arguments: Any) -> list[Any]:
+        """Make all processes call a function, and return the results."""
         self.send(name, **arguments)
-        return [self.answer(index, timeout_s) for index in range(len(self.pids))]
+        return [self.answer(index, timeout_s) for index in range(self.size)]
 
-    def call_one(self, index: int, name: str, *, timeout_s: float = 60, **arguments: Any) -> Any:
-        """Have one process call a function."""
-        self.send(name, to=index, **arguments)
+    def call_one(self, index: int, name: str, *, timeout_s: float = 90, **arguments: Any) -> Any:
+        """Make one process call a function."""
+        self._connections[index].send((name, arguments))
         return self.answer(index, timeout_s)
 
-    def stderr(self) -> str:
-        """Return what they wrote to stderr."""
-        self.log.seek(0)
-        return self.log.read()
-
     def kill(self, index: int) -> None:
-        """End one of them as the kernel does."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pids[index], signal.SIGKILL)
+        """Kill one of them."""
+        self._processes[index].kill()
 
     def close(self) -> None:
-        """End them all at once."""
-        os.killpg(self._parent.pid, signal.SIGKILL)  # Not by their numbers: those of the dead may be others' by now.
-        self._parent.wait()
-        for reader, file in zip(self._readers, self._requests, strict=True):
-            reader.join()
-            with contextlib.suppress(BrokenPipeError):
-                file.close()
-        self.log.close()
+        """Kill them all."""
+        for process in self._processes:
+            process.kill()
+        for process, connection in zip(self._processes, self._connections, strict=True):
+            process.join()
+            connection.close()
 
 
-# ---- A state of all kinds of leaves ---------------------------------------------------------------------------------
+def work(coordinator: str, count: int, index: int, devices: int, connection: Connection) -> None:
+    """Answer the requests of a `Group`, in one of its processes."""
+    global _connection
+    _connection = connection
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    os.environ.update(JAX_PLATFORMS="cpu", XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
+    if count > 1:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(coordinator, count, index, initialization_timeout=60)
+    while True:
+        name, arguments = connection.recv()
+        try:
+            result, error = globals()[name](**arguments), None
+        except Exception:
+            result, error = None, traceback.format_exc()
+        connection.send((result, error))
+
+
+# ---- A state with all kinds of leaves -------------------------------------------------------------------------------
 
 
 @cache
-def host_state(seed: int) -> dict[str, Any]:
-    """Return a state as numpy arrays, whole in each process; of keys their data."""
-    rng = np.random.default_rng(seed)
-    key_data = jax.random.key_data(jax.random.split(jax.random.key(seed), 24))
+def host_state() -> dict[str, Any]:
+    """Return the state as numpy arrays, complete in each process; key data for keys."""
+    rng = np.random.default_rng(7)
     return {
-        "large": rng.standard_normal((768, 192), np.float32),
-        "wide": rng.standard_normal((96, 1536), np.float32).astype(jnp.bfloat16),
-        "both": rng.integers(0, 1000, (480, 384), np.int32),
-        "thirds": rng.standard_normal((24 * 7, 24), np.float32),
+        "large": rng.standard_normal((768, 96), np.float32),
+        "wide": rng.standard_normal((96, 768), np.float32).astype(jnp.bfloat16),
+        "both": rng.integers(0, 1000, (240, 192), np.int32),
         "small": rng.standard_normal((24, 3), np.float32),
-        "biases": {"one": rng.standard_normal(48, np.float32), "scalar": np.float32(rng.standard_normal())},
+        "biases": {"one": rng.standard_normal(48, np.float32), "scalar": np.float32(0.1)},
         "replicated": rng.standard_normal((300, 100), np.float32),
-        "keys": np.asarray(key_data),
-        "key": np.asarray(key_data[0]),
-        "step": seed,
+        "keys": rng.integers(0, 2**32, (24, 2), np.uint32),
+        "columns": np.zeros((0, 24), np.float32),
+        "rows": np.zeros((0, 24), np.float32),
+        "step": 7,
         "rate": 0.5,
         "wide_host": rng.integers(0, 2**60, 10),
-        "host_scalar": np.float64(rng.standard_normal()),
-        "host_empty": np.zeros((3, 0), np.int64),
+        "host_scalar": np.float64(1 / 3),
         "nothing": None,
     }
 
 
-HOST = ("step", "rate", "wide_host", "host_scalar", "host_empty", "nothing")
 SPLIT = {
     "large": P("fsdp"),
     "wide": P(None, "fsdp"),
     "both": P("fsdp", "data"),
-    "thirds": P("fsdp"),
     "small": P("fsdp"),
     "biases": {"one": P("fsdp"), "scalar": P()},
     "replicated": P(),
     "keys": P("fsdp"),
-    "key": P(),
+    "columns": P(None, "fsdp"),
+    "rows": P("fsdp"),
 }
 
 
-def mesh_of(name: str, devices: int | None = None) -> Mesh:
+def make_mesh(name: str, devices: int | None = None) -> Mesh:
     """Return a mesh with the axes `data` and `fsdp` over the first devices: 1 by n, or 2 by n / 2."""
     chosen = np.asarray(jax.devices()[:devices])
     return Mesh(chosen.reshape(1, -1) if name == "line" else chosen.reshape(-1, 2).T, ("data", "fsdp"))
 
 
-def sharded(seed: int, mesh: Mesh, spec: str) -> dict[str, Any]:
-    """Return the state of a seed on a mesh; no process sends anything to another."""
-    host = host_state(seed)
-    state = {name: leaf for name, leaf in host.items() if name in HOST}
+def make_state(mesh: Mesh, spec: str) -> dict[str, Any]:
+    """Return the state on a mesh, "split" or "replicated". No process sends anything to another."""
+
+    def place(leaf: np.ndarray, partition: P) -> jax.Array:
+        return put(leaf, NamedSharding(mesh, partition if spec == "split" else P()))
+
+    state = dict(host_state())
     for name, specs in SPLIT.items():
-        shardings = jax.tree.map(
-            lambda each: NamedSharding(mesh, each if spec == "split" else P()),
-            specs,
-            is_leaf=lambda leaf: isinstance(leaf, P),
-        )
-        state[name] = jax.tree.map(_put, host[name], shardings)
-        if name in ("key", "keys"):
-            state[name] = jax.jit(jax.random.wrap_key_data, out_shardings=shardings)(state[name])
+        state[name] = jax.tree.map(place, state[name], specs)
+    state["keys"] = jax.jit(jax.random.wrap_key_data, out_shardings=state["keys"].sharding)(state["keys"])
     return state
 
 
-def _put(leaf: np.ndarray, sharding: NamedSharding) -> jax.Array:
+def put(leaf: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Return an array with a sharding over the devices of all processes."""
     return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
 
 def abstract(state: Any) -> Any:
-    """Return the state without its values."""
-    return jax.tree.map(
-        lambda leaf: (
-            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-            if isinstance(leaf, jax.Array)
-            else leaf
-        ),
-        state,
-    )
+    """Return the state without the values of its arrays."""
+
+    def describe(leaf: Any) -> Any:
+        is_array = isinstance(leaf, jax.Array)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) if is_array else leaf
+
+    return jax.tree.map(describe, state)
 
 
 def differences(found: Any, wanted: Any) -> list[str]:
-    """Return the names of the leaves whose type, sharding or bits on this process's devices differ."""
-    if jax.tree.structure(found) != jax.tree.structure(wanted):
-        return ["structure"]
-    names = [integrity.leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(wanted)]
-    pairs = zip(names, jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
-    return [name for name, one, other in pairs if not _is_same(one, other)]
+    """Return the names of the leaves whose type, sharding or bits on the devices of this process differ."""
+    leaves, others = integrity.named_leaves(found), integrity.named_leaves(wanted)
+    return [name for name in leaves.keys() | others.keys() if _bits(leaves[name]) != _bits(others[name])]
 
 
-def _is_same(found: Any, wanted: Any) -> bool:
-    if type(found) is not type(wanted):
-        return False
-    if not isinstance(wanted, jax.Array):
-        return np.asarray(found).dtype == np.asarray(wanted).dtype and _bits(found) == _bits(wanted)
-    if found.dtype != wanted.dtype or found.sharding != wanted.sharding:
-        return False
-    one, other = (integrity.raw(leaf).addressable_shards for leaf in (found, wanted))
-    return len(one) == len(other) and all(_bits(a.data) == _bits(b.data) for a, b in zip(one, other, strict=True))
+def _bits(leaf: Any) -> list[Any]:
+    if not isinstance(leaf, jax.Array):
+        return [type(leaf), np.asarray(leaf).dtype, np.asarray(leaf).tobytes()]
+    shards = [np.asarray(shard.data).tobytes() for shard in integrity.raw(leaf).addressable_shards]
+    return [leaf.shape, leaf.dtype, leaf.sharding, *shards]
 
 
-def _bits(leaf: Any) -> tuple[tuple[int, ...], bytes]:
-    return np.shape(leaf), np.asarray(leaf).tobytes()
+# ---- Functions to call in a process ---------------------------------------------------------------------------------
 
 
-def digest_of(state: Any) -> str:
-    """Return the digest of a state that this process holds whole."""
-    return integrity.json_sha256(integrity.digest_leaves(state))
-
-
-# ---- In a process: what it can be told ------------------------------------------------------------------------------
-
-
-def write(directory: str) -> dict[str, Any]:
-    """Save a state of its own for each mesh and spec, and tell their digests."""
+def write(directory: str) -> dict[str, str]:
+    """Save the state once for each mesh and spec, and return the digests."""
     checkpointer = Checkpointer(directory, keep=100, timeout_s=60)
-    digests = {}
     for step, (mesh, spec) in enumerate(_layouts(), 1):
-        digests[step] = checkpointer.save_and_wait(step, sharded(7, mesh, spec), metadata={"step": step})
+        checkpointer.save(step, make_state(mesh, spec), metadata={"step": step}, wait=True)
     checkpointer.close()
-    return {"digests": digests, "process": [jax.process_index(), jax.process_count(), jax.device_count()]}
+    return {str(step): checkpointer.state_sha256(step) for step in checkpointer.steps}
 
 
 def _layouts() -> Iterator[tuple[Mesh, str]]:
-    """Yield the meshes and specs of this layout."""
-    yield mesh_of("line"), "split"
-    yield mesh_of("line"), "replicated"
+    yield make_mesh("line"), "split"
+    yield make_mesh("line"), "replicated"
     if jax.device_count() > 1:
-        yield mesh_of("grid"), "split"
+        yield make_mesh("grid"), "split"
     if jax.process_count() == 1 and jax.device_count() == 8:
-        yield mesh_of("line", 6), "split"  # no power of two: a chunk lies in two shards
+        yield make_mesh("line", 6), "split"  # no power of two: a chunk lies in two shards
 
 
 def read(paths: list[str]) -> list[Any]:
-    """Tell of each checkpoint, read into the meshes and specs of this layout in turn, which leaves are other."""
+    """Read checkpoints into the meshes and specs of this process in turn; return what differs, and the metadata."""
     layouts = list(_layouts())
     found = []
     for number, path in enumerate(paths):
-        wanted = sharded(7, *layouts[number % len(layouts)])
+        wanted = make_state(*layouts[number % len(layouts)])
         state, metadata = Checkpoint(Path(path)).read(abstract(wanted))
         found.append([differences(state, wanted), metadata])
     return found
 
 
 def expected_digest() -> str:
-    """Tell the digest of the state, made on the host of one process."""
-    host = host_state(7)
-    keys = {name: jax.random.wrap_key_data(host[name]) for name in ("key", "keys")}
-    return digest_of({**host, **keys})
+    """Return the digest of the state, computed on the host of one process."""
+    keys = jax.random.wrap_key_data(host_state()["keys"])
+    return integrity.json_sha256(integrity.digest_leaves({**host_state(), "keys": keys}))
+
+
+def mixed(directory: str) -> list[list[str]]:
+    """Save leaves on different devices of this process, read them in other layouts, and return what differs."""
+    line, grid, three = make_mesh("line"), make_mesh("grid"), Mesh(np.asarray(jax.devices()[5:8]), "x")
+    first, last = (jax.sharding.SingleDeviceSharding(jax.devices()[number]) for number in (0, -1))
+    shapes = {"rows": (24, 1000), "blocks": (8, 8), "keys": (24, 2)}
+    layouts = (
+        {"rows": NamedSharding(three, P("x")), "blocks": NamedSharding(grid, P("fsdp", "data")), "keys": last},
+        {"rows": first, "blocks": last, "keys": NamedSharding(line, P("fsdp"))},
+    )
+    checkpointer, states = Checkpointer(directory), []
+    for step, layout in enumerate(layouts):
+        values = {name: np.arange(np.prod(shape), dtype=np.uint32).reshape(shape) for name, shape in shapes.items()}
+        states.append({name: put(leaf, layout[name]) for name, leaf in values.items()})
+        states[-1]["keys"] = jax.random.wrap_key_data(states[-1]["keys"])
+        checkpointer.save(step, states[-1], wait=True)
+    checkpointer.close()
+    return [
+        differences(Checkpoint(Path(directory, str(step))).read(like)[0], state)
+        for step in (0, 1)
+        for state in states
+        for like in (state, abstract(state))
+    ]
 
 
 def try_read(path: str) -> str:
-    """Tell how reading goes."""
-    like = abstract(sharded(7, mesh_of("line"), "split"))
+    """Return "intact", or the kind of corruption."""
     try:
-        Checkpoint(Path(path)).read(like)
+        Checkpoint(Path(path)).read(abstract(make_state(make_mesh("line"), "split")))
     except CorruptCheckpointError as error:
-        return f"corrupt {error.kind}"
-    return "good"
+        return error.kind
+    return "intact"
 
 
-# A checkpointer that stays from one call to the next
-_checkpointer: Checkpointer
-
-
-def open_checkpointer(directory: str, options: dict[str, Any]) -> bool:
-    """Open the directory; the calls below use it."""
-    global _checkpointer
-    _checkpointer = Checkpointer(directory, **options)
-    return _checkpointer.is_primary
+def open_checkpointer(directory: str, timeout_s: int = 60) -> None:
+    """Open a directory for the functions below."""
+    global _checkpointer, _state
+    _checkpointer = Checkpointer(directory, timeout_s=timeout_s)
+    _state = make_state(make_mesh("line"), "split")
 
 
 def close_checkpointer() -> None:
-    """Let go of it."""
+    """Close it."""
     _checkpointer.close()
 
 
-def save(step: int, fault: str | None = None, processes: Sequence[int] = ()) -> Any:
-    """Save with `save` and `wait`, with something broken in some processes, and tell the results."""
-    state = sharded(7, mesh_of("line"), "split")
-    with _broken(fault, processes):
-        _checkpointer.save(step, state, metadata={"step": step})
+def save(step: int, wait: bool, fault: str | None = None, processes: Sequence[int] = ()) -> list[str]:
+    """Save, with a fault in some processes, and return the types of the results."""
+    is_faulty = fault is not None and jax.process_index() in processes
+    with FAULTS[fault]() if is_faulty else contextlib.nullcontext(), contextlib.suppress(SaveError):
+        _checkpointer.save(step, _state, metadata={"step": step}, wait=wait)
         _checkpointer.wait()
-    results = [[type(result).__name__, str(result)] for result in _checkpointer.results()]
-    return {"results": results, "steps": _checkpointer.steps}
+    return [type(result).__name__ for result in _checkpointer.results()]
 
 
-def save_and_wait(step: int, fault: str | None = None, processes: Sequence[int] = ()) -> str:
-    """Save, and tell the digest or the error."""
-    state = sharded(7, mesh_of("line"), "split")
-    with _broken(fault, processes):
-        try:
-            return _checkpointer.save_and_wait(step, state)
-        except SaveError as error:
-            return f"SaveError: {error}"
+def digest(step: int) -> str:
+    """Return the digest of the state in a checkpoint."""
+    return _checkpointer.state_sha256(step)
 
 
-def _broken(fault: str | None, processes: Sequence[int]) -> contextlib.AbstractContextManager[None]:
-    return FAULTS[fault]() if fault and jax.process_index() in processes else contextlib.nullcontext()
+def restore() -> list[Any]:
+    """Restore on this process alone; return the step, what differs, and what was quarantined."""
+    restored = _checkpointer.restore(abstract(_state))
+    assert restored is not None
+    quarantined = [f"{error.step} {error.kind}" for error, _ in restored.quarantined]
+    return [restored.step, differences(restored.state, _state), quarantined]
 
 
-def programs_of_a_save(directory: str) -> list[str]:
-    """Tell what is compiled in the first save of replicated leaves after `prepare`."""
-    sharding = NamedSharding(mesh_of("line"), P())
-    state = {f"leaf{number}": _put(np.zeros((40 + 8 * number, 16), np.float32), sharding) for number in range(4)}
+def stop_in_save(directory: str, where: str, who: int) -> None:
+    """Save once, and start another save, in which one process stops for ever in a function and says so."""
+    open_checkpointer(directory)
+    _checkpointer.save(1, _state, wait=True)
+    _checkpointer.close()
+    open_checkpointer(directory, timeout_s=5)
+
+    def stay(*_: Any, **__: Any) -> None:
+        _connection.send((where, None))
+        time.sleep(600)
+
+    if jax.process_index() == who:
+        setattr(integrity, where, stay)
+    _checkpointer.save(2, _state)
+
+
+def wait_for_save() -> list[str]:
+    """Wait for the save, and return the types of the results."""
+    _checkpointer.wait()
+    return [type(result).__name__ for result in _checkpointer.results()]
+
+
+def compiled_by_a_save(directory: str) -> list[str]:
+    """Return what the first save of replicated leaves compiles after `prepare`."""
+    sharding = NamedSharding(make_mesh("line"), P())
+    state = {f"leaf{number}": put(np.zeros((40 + 8 * number, 16), np.float32), sharding) for number in range(4)}
     checkpointer = Checkpointer(directory)
     checkpointer.prepare(state)
     names = []
@@ -387,345 +347,104 @@ def programs_of_a_save(directory: str) -> list[str]:
             if record.getMessage().startswith("Compiling"):
                 names.append(record.getMessage()[:80])
 
-    logger, handler = logging.getLogger("jax._src.interpreters.pxla"), Handler()
-    logger.addHandler(handler)
-    jax.config.update("jax_log_compiles", True)  # `jax.log_compiles()` is of one thread.
-    checkpointer.save_and_wait(1, state)
+    logging.getLogger("jax._src.interpreters.pxla").addHandler(Handler())
+    jax.config.update("jax_log_compiles", True)  # `jax.log_compiles()` affects one thread.
+    checkpointer.save(1, state, wait=True)
     jax.config.update("jax_log_compiles", False)
-    logger.removeHandler(handler)
     checkpointer.close()
     return names
 
 
-def restore() -> Any:
-    """Tell what process 0 restores alone."""
-    wanted = sharded(7, mesh_of("line"), "split")
-    restored = _checkpointer.restore(abstract(wanted))
-    if restored is None:
-        return None
-    quarantined = [f"{error.step} {error.kind}" for error, _ in restored.quarantined]
-    return {"step": restored.step, "differences": differences(restored.state, wanted), "quarantined": quarantined}
+def train(directory: str, saves: int, steps_per_save: int) -> list[Any]:
+    """Train with a collective in each update and donated buffers, and save in the background.
+
+    Returns the saved steps, those with wrong values, and the number of updates during saves.
+    """
+    mesh = make_mesh("line")
+    shardings = {"w": NamedSharding(mesh, P("fsdp")), "total": NamedSharding(mesh, P())}
+    values = {"w": np.arange(64 * 32, dtype=np.float32).reshape(64, 32) / 1000, "total": np.float32(0)}
+    state = {name: put(np.asarray(leaf), shardings[name]) for name, leaf in values.items()}
+
+    def update(state: Any) -> Any:
+        total = jnp.sum(state["w"])  # all-reduce
+        return {"w": state["w"] * 0.999 + jnp.roll(state["w"], 1, axis=0) * 0.001 + 0.001, "total": total}
+
+    update_program = jax.jit(update, donate_argnums=0, out_shardings=shardings)
+    checkpointer = Checkpointer(directory, keep=saves, timeout_s=60)
+    checkpointer.prepare(state)
+    like, expected, updates_during_saves = abstract(state), {}, 0
+    for step in range(1, saves + 1):
+        expected[step] = [_bits(state[name]) for name in like]
+        checkpointer.save(step, state)
+        for _ in range(steps_per_save):  # the same number on all processes, and longer than a save takes
+            state = update_program(state)
+            time.sleep(0.0005)
+            updates_during_saves += checkpointer.is_saving
+    checkpointer.wait()
+    restored = {step: Checkpoint(Path(directory, str(step))).read(like)[0] for step in checkpointer.steps}
+    wrong = [step for step, found in restored.items() if [_bits(found[name]) for name in like] != expected[step]]
+    checkpointer.close()
+    return [checkpointer.steps, wrong, updates_during_saves]
 
 
 # ---- Faults ---------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _patched(place: Any, name: str, replacement: Callable[..., Any]) -> Iterator[None]:
-    original = getattr(place, name)
-    setattr(place, name, replacement(original))
+def _patched(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, replacement)
     try:
         yield
     finally:
-        setattr(place, name, original)
+        setattr(owner, name, original)
 
 
-def _failing(number: int, when: Callable[..., bool] = lambda *_, **__: True) -> Callable[..., Any]:
-    """Return what makes a function fail as a disk does."""
+def _failing(owner: Any, name: str, number: int, *, only_unfinished: bool = False) -> AbstractContextManager[None]:
+    """Make a function fail as a disk does."""
+    original = getattr(owner, name)
 
-    def replace(original: Callable[..., Any]) -> Callable[..., Any]:
-        def function(*args: Any, **kwargs: Any) -> Any:
-            if when(*args, **kwargs):
-                raise OSError(number, os.strerror(number), str(args[0]) if args else None)
-            return original(*args, **kwargs)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        if not only_unfinished or str(args[0]).endswith(".orbax-checkpoint-tmp"):
+            raise OSError(number, os.strerror(number))
+        return original(*args, **kwargs)
 
-        return function
-
-    return replace
+    return _patched(owner, name, function)
 
 
 @contextlib.contextmanager
-def _limited(kind: int, limit: int) -> Iterator[None]:
-    """Lower a limit of this process."""
-    soft, hard = resource.getrlimit(kind)
-    resource.setrlimit(kind, (limit, hard))
+def _limited_file_size(limit: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
         yield
     finally:
-        resource.setrlimit(kind, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def _is_unfinished(path: Any, *_: Any, **__: Any) -> bool:
-    return os.fspath(path).endswith(".orbax-checkpoint-tmp") if isinstance(path, str | os.PathLike) else False
+def _vanishing_lock_file() -> AbstractContextManager[None]:
+    """Let `os.walk` return a file that the other process removes before it is opened."""
+    original = os.walk
 
-
-FAULTS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
-    # The directory cannot be looked at before the save.
-    "prepare": lambda: _patched(Path, "mkdir", lambda _: _failing(errno.EIO)(None)),
-    # The directory of the step cannot be made.
-    "create": lambda: _patched(os, "mkdir", _failing(errno.ENOSPC, _is_unfinished)),
-    # The shards cannot be fetched.
-    "hash": lambda: _patched(integrity, "hash_shards", lambda _: _out_of_memory),
-    # TensorStore cannot write its files: the limit comes as EFBIG.
-    "data": lambda: _limited(resource.RLIMIT_FSIZE, 20_000),
-    # The files cannot be read again, or fsynced.
-    "describe": lambda: _patched(integrity, "describe_file", _failing(errno.EIO)),
-    # TensorStore in the other process removes its lock; no fault, but it looks like one.
-    "lock": lambda: _patched(os, "walk", _with_a_file_that_is_gone),
-    # The manifest cannot be written.
-    "seal": lambda: _patched(integrity, "write_manifest", _failing(errno.ENOSPC)),
-    "fsync": lambda: _patched(os, "fsync", _failing(errno.EIO)),
-    "rename": lambda: _patched(os, "rename", _failing(errno.EIO, _is_unfinished)),
-}
-
-
-def _with_a_file_that_is_gone(walk: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `os.walk`, which is told of a file that the other process removes before it is looked at."""
-
-    def function(top: Any, *args: Any, **kwargs: Any) -> Any:
-        for parent, directories, files in walk(top, *args, **kwargs):
+    def walk(top: Any, *args: Any, **kwargs: Any) -> Any:
+        for parent, directories, files in original(top, *args, **kwargs):
             is_other = parent.endswith(f"ocdbt.process_{1 - jax.process_index()}")
             yield parent, directories, [*files, *["manifest.ocdbt.__lock"] * is_other]
 
-    return function
+    return _patched(os, "walk", walk)
 
 
 def _out_of_memory(*_: Any, **__: Any) -> Any:
     raise MemoryError("not enough memory to fetch a shard")
 
 
-def stop_in_save(directory: str, where: str, who: int) -> None:
-    """Save once, and begin another save, in which one process comes to a place, says so and stays there."""
-    state = sharded(7, mesh_of("line"), "split")
-    open_checkpointer(directory, {"timeout_s": 60})
-    _checkpointer.save_and_wait(1, state)
-    _checkpointer.close()
-    open_checkpointer(directory, {"timeout_s": 5})
-
-    def stay(*_: Any, **__: Any) -> None:
-        answer(where)
-        time.sleep(600)
-
-    if jax.process_index() == who:
-        place, name = PLACES[where]
-        setattr(place, name, stay)
-    _checkpointer.save(2, state)
-
-
-PLACES = {
-    "hashing": (integrity, "hash_shards"),
-    "hashed": (integrity, "describe_file"),
-    "sealing": (integrity, "write_manifest"),
-    "sealed": (integrity, "fsync_tree"),
+FAULTS: dict[str | None, Callable[[], AbstractContextManager[None]]] = {
+    "prepare": lambda: _failing(Path, "mkdir", errno.EIO),
+    "create": lambda: _failing(os, "mkdir", errno.ENOSPC, only_unfinished=True),
+    "hash": lambda: _patched(integrity, "hash_shards", _out_of_memory),
+    "write": lambda: _limited_file_size(20_000),  # TensorStore fails with EFBIG.
+    "fsync": lambda: _failing(os, "fsync", errno.EIO),
+    "seal": lambda: _failing(integrity, "write_manifest", errno.ENOSPC),
+    "rename": lambda: _failing(os, "rename", errno.EIO, only_unfinished=True),
+    "vanishing lock file": _vanishing_lock_file,
 }
-
-
-def wait_for_save() -> list[str]:
-    """Wait, and tell what came of the save."""
-    _checkpointer.wait()
-    return [type(result).__name__ for result in _checkpointer.results()]
-
-
-def saves_for_ever(directory: str, first: int) -> None:
-    """Save step after step, and say so before each, until something kills this process."""
-    checkpointer = Checkpointer(directory, keep=3, timeout_s=5)
-    state = sharded(7, mesh_of("line"), "split")
-    for step in itertools.count(first):
-        answer(step)
-        checkpointer.save(step, state, metadata={"step": step})
-        checkpointer.wait()
-
-
-def empties(directory: str) -> list[str]:
-    """Save and read leaves without elements, and tell which are other afterwards."""
-    mesh = mesh_of("line")
-    specs = {"split": P(None, "fsdp"), "replicated": P(), "rows": P("fsdp")}
-    state: dict[str, Any] = {
-        name: _put(np.zeros((0, 24), np.float32), NamedSharding(mesh, spec)) for name, spec in specs.items()
-    }
-    state["one"] = _put(np.arange(24.0, dtype=np.float32), NamedSharding(mesh, P("fsdp")))
-    checkpointer = Checkpointer(directory, timeout_s=60)
-    checkpointer.save_and_wait(1, state)
-    checkpointer.close()
-    found, _ = Checkpoint(Path(directory, "1")).read(abstract(state))
-    return differences(found, state)
-
-
-def count_barriers(step: int) -> tuple[list[str], int]:
-    """Save, and tell at which barriers Orbax waited, and at how many a process arrives whose part failed."""
-    keys = []
-    original = orbax_io.Writer._arrive
-
-    def arrive(self: Any, *, key: str = "", timeout_ms: int) -> None:
-        keys.append(key)
-        original(self, key=key, timeout_ms=timeout_ms)
-
-    with _patched(orbax_io.Writer, "_arrive", lambda _: arrive):
-        # Orbax keeps the bound method that it was given, so it has to be made again.
-        open_checkpointer(str(_checkpointer.directory), {"timeout_s": 60})
-        save_and_wait(step)
-    return keys, orbax_io._BARRIERS
-
-
-# ---- Training beside it ---------------------------------------------------------------------------------------------
-
-
-def train(directory: str, saves: int, steps_per_save: int) -> Any:
-    """Train with a collective in each update and donated buffers, save in the background, and tell what went on."""
-    mesh = mesh_of("line")
-    split, whole = NamedSharding(mesh, P("fsdp")), NamedSharding(mesh, P())
-    values = np.arange(64 * 32, dtype=np.float32).reshape(64, 32) / 1000
-    state = {"w": _put(values, split), "total": _put(np.zeros((), np.float32), whole)}
-
-    def update(state: Any) -> Any:
-        total = jnp.sum(state["w"])  # all-reduce
-        return {"w": state["w"] * 0.999 + jnp.roll(state["w"], 1, axis=0) * 0.001 + 0.001, "total": total}
-
-    step_program = jax.jit(update, donate_argnums=0, out_shardings={"w": split, "total": whole})
-    checkpointer = Checkpointer(directory, keep=saves, timeout_s=60)
-    checkpointer.prepare(state)
-    expected, updates_during_saves = {}, 0
-    for step in range(1, saves + 1):
-        # What is on this process's devices now, before the buffers are given away
-        local = {name: _bits(leaf.addressable_shards[0].data) for name, leaf in state.items()}
-        expected[step] = local
-        checkpointer.save(step, state)
-        for _ in range(steps_per_save):  # as long as the save takes, or the collectives of both would not meet
-            state = step_program(state)
-            time.sleep(0.0005)
-            updates_during_saves += checkpointer.is_saving
-    checkpointer.wait()
-    results = [str(result) if isinstance(result, SaveError) else "Saved" for result in checkpointer.results()]
-    like = {"w": jax.ShapeDtypeStruct((64, 32), np.float32, sharding=split)}
-    like["total"] = jax.ShapeDtypeStruct((), np.float32, sharding=whole)
-    wrong = []
-    for step in checkpointer.steps:
-        found, _ = Checkpoint(Path(directory, str(step))).read(like)
-        if expected[step] != {name: _bits(leaf.addressable_shards[0].data) for name, leaf in found.items()}:
-            wrong.append(step)
-    saved = len(checkpointer.steps)
-    checkpointer.close()
-    return {
-        "saved": saved,
-        "wrong": wrong,
-        "results": sorted(set(results)),
-        "updates_during_saves": updates_during_saves,
-    }
-
-
-def work(coordinator: str, count: int, index: int, requests: int, answers: int) -> None:
-    """Meet the others, and do what is asked for."""
-    global _answers
-    _answers = os.fdopen(answers, "w")
-    answer(os.getpid())
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
-    if count > 1:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(coordinator, count, index, initialization_timeout=60)
-    jax.devices()
-    with os.fdopen(requests) as lines:
-        for line in lines:
-            request = json.loads(line)
-            try:
-                result = globals()[request["call"]](**request["arguments"])
-            except Exception:
-                answer(error=traceback.format_exc())
-            else:
-                answer(result)
-
-
-def answer(result: Any = None, **fields: Any) -> None:
-    """Answer what was asked, or say how far it is."""
-    print(json.dumps({"result": result, **fields}), file=_answers, flush=True)
-
-
-def main(coordinator: str, *descriptors: str) -> None:
-    """Fork the processes, and wait for them."""
-    numbers = list(map(int, descriptors))
-    pairs = list(zip(numbers[::2], numbers[1::2], strict=True))
-    for index, (requests, answers) in enumerate(pairs):
-        if os.fork() == 0:
-            for descriptor in set(numbers) - {requests, answers}:
-                os.close(descriptor)
-            work(coordinator, len(pairs), index, requests, answers)
-            os._exit(0)  # The others may be gone.
-    for descriptor in numbers:
-        os.close(descriptor)
-    for _ in pairs:
-        os.wait()
-
-
-# ---- Campaigns ------------------------------------------------------------------------------------------------------
-
-
-def sweep(kills: str) -> None:
-    """Kill one of two processes at random moments of saves, each in turn, in one directory, and print what was lost."""
-    counts = dict.fromkeys(("kills", "in a save", "restorable", "unfinished listed", "wrong", "lost"), 0)
-    with tempfile.TemporaryDirectory() as directory:
-        wanted = sharded(7, mesh_of("line"), "split")
-        first, durations = 1, [0.3]
-        for number in range(int(kills)):
-            group = Group(2, 1)
-            try:
-                group.send("saves_for_ever", directory=directory, first=first)
-                for _ in range(3):  # The first save is slower.
-                    started = time.monotonic()
-                    last = group.answer(number % 2)
-                    durations.append(time.monotonic() - started)
-                time.sleep(random.uniform(0, statistics.median(durations[-20:])))
-                group.kill(number % 2)
-                time.sleep(0.05)
-            finally:
-                group.close()
-            unfinished = [path.name for path in Path(directory).iterdir() if path.name.startswith(f"{last}.")]
-            counts["kills"] += 1
-            counts["in a save"] += bool(unfinished)
-            for checkpoint in list_checkpoints(Path(directory)):
-                try:
-                    checkpoint.verify()
-                except CheckpointError:
-                    counts["unfinished listed"] += 1
-            checkpointer = Checkpointer(directory)
-            restored = checkpointer.restore(abstract(wanted))
-            counts["restorable"] += restored is not None and not restored.quarantined
-            counts["wrong"] += restored is not None and bool(differences(restored.state, wanted))
-            counts["lost"] += restored is None or restored.step < last - 1
-            checkpointer.close()
-            first = restored.step + 1 if restored else 1
-            print(json.dumps(counts), flush=True)
-
-
-def cost(directory: str, megabytes: int, saves: int) -> Any:
-    """Save a large split state, and tell seconds of the caller and until committed, bytes hashed and memory taken."""
-    sharding = NamedSharding(mesh_of("line"), P("fsdp"))
-    rows = megabytes * 2**18 // (8 * 1024)
-    host = np.random.default_rng(0).standard_normal((rows // 24 * 24, 1024), np.float32)
-    state = {f"leaf{number}": _put(host + number, sharding) for number in range(8)}
-    jax.block_until_ready(state)
-    checkpointer = Checkpointer(directory, keep=2)
-    checkpointer.prepare(state)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    waits, commits = [], []
-    for step in range(1, saves + 1):
-        started = time.monotonic()
-        checkpointer.save(step, state)
-        waits.append(time.monotonic() - started)
-        checkpointer.wait()
-        commits.append(time.monotonic() - started)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    checkpointer.close()
-    part = json.loads(Path(directory, str(saves), "state", f"hashes.{jax.process_index()}.json").read_text())
-    hashed = sum(
-        len(row["chunks"]) * row["itemsize"] * math.prod(row["raw_shape"]) // math.prod(row["counts"])
-        for row in part["leaves"].values()
-    )
-    total = sum(leaf.nbytes for leaf in state.values())
-    return {"MB": total / 1e6, "hashed MB": hashed / 1e6, "wait ms": [round(1e3 * wait, 1) for wait in waits],
-            "commit ms": [round(1e3 * commit) for commit in commits], "peak MB more": peak / 1e3}  # fmt: skip
-
-
-def costs(megabytes: str = "200", saves: str = "6") -> None:
-    """Print what saves of a split state cost, small and large, with one process and with two."""
-    for size in (1, int(megabytes)):
-        for processes, devices in ((1, 1), (1, 2), (2, 1)):
-            with tempfile.TemporaryDirectory() as directory:
-                group = Group(processes, devices)
-                try:
-                    for row in group.call("cost", directory=directory, megabytes=size, saves=int(saves)):
-                        print(group.name, json.dumps(row), flush=True)
-                finally:
-                    group.close()
-
-
-if __name__ == "__main__":
-    {"group": main, "sweep": sweep, "costs": costs}[sys.argv[1]](*sys.argv[2:])

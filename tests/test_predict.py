@@ -6,104 +6,78 @@ import sys
 import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 from runs import snapshot
 
-from mnist_jax import predict, train
-from mnist_jax.config import Config
-from mnist_jax.runtime.preemption import StopSignal
+from mnist_jax import predict
 from mnist_jax.training import data
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    """A run on the built-in digits."""
-    workdir = tmp_path_factory.mktemp("finished") / "run"
-    with StopSignal() as stop:
-        assert train.run(Config(dataset="digits", steps=66, batch_size=64), workdir, stop) == 0
-    return workdir
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> list[Path]:
-    """Built-in digits as a person might have them: large, dark on light."""
-    folder, dataset = tmp_path_factory.mktemp("pictures"), data.load("digits", notify=print)
+def images(tmp_path_factory) -> list[Path]:
+    """Built-in digits as photos: large, dark on light."""
+    folder, dataset = tmp_path_factory.mktemp("images"), data.load("digits", notify=print)
     paths = [folder / f"{number}-is-{dataset.test_labels[number]}.png" for number in range(20)]
     for path, image in zip(paths, dataset.test_images[:20], strict=True):
         Image.fromarray(255 - image[..., 0]).resize((160, 160), Image.Resampling.BICUBIC).save(path)
     return paths
 
 
-def told(*args: object, capfd) -> tuple[int, str, str]:
+def run(*args: object, capfd) -> tuple[int, str, str]:
     return predict.main([*map(str, args)]), *capfd.readouterr()
 
 
-def test_most_pictures_are_taken_for_what_they_are(finished, pictures, capfd):
-    before = snapshot(finished)
-    code, out, err = told(finished, *pictures, capfd=capfd)
+def test_predictions_are_mostly_correct(small_run, images, capfd):
+    before = snapshot(small_run.workdir)
+    code, out, err = run(small_run.workdir, *images, "--json", capfd=capfd)
     assert (code, err) == (0, "")
-    assert snapshot(finished) == before
-    lines = out.splitlines()
-    assert [line.partition(": ")[0] for line in lines] == [str(path) for path in pictures]
-    answers = [line.partition(": ")[2].split()[0] for line in lines]
-    assert sum(path.stem.endswith(answer) for path, answer in zip(pictures, answers, strict=True)) >= 17
+    found = json.loads(out)
+    assert [prediction["image"] for prediction in found] == [str(path) for path in images]
+    assert sum(path.stem.endswith(row["answer"]) for path, row in zip(images, found, strict=True)) >= 17
+    for row in found:
+        probabilities = row["probabilities"]
+        assert list(probabilities) == list("0123456789")
+        assert sum(probabilities.values()) == pytest.approx(1, rel=1e-5)
+        first, second, *_ = sorted(probabilities.values(), reverse=True)
+        assert (row["probability"], probabilities[row["answer"]]) == (first, first)
+        assert (row["runner_up_probability"], probabilities[row["runner_up"]]) == (second, second)
+
+    code, text, _ = run(small_run.workdir, *images, capfd=capfd)
+    answers = [line.removeprefix(f"{path}: ")[0] for path, line in zip(images, text.splitlines(), strict=True)]
+    assert (code, answers) == (0, [row["answer"] for row in found])
+    assert snapshot(small_run.workdir) == before
 
 
-def test_for_programs_there_are_all_ten_probabilities(finished, pictures, capfd):
-    code, out, _ = told(finished, *pictures[:3], "--json", capfd=capfd)
-    assert code == 0
-    for path, found in zip(pictures, json.loads(out), strict=False):
-        assert found["image"] == str(path)
-        assert found["error"] is None
-        assert list(found["probabilities"]) == list("0123456789")
-        first, second, *_ = sorted(found["probabilities"].values(), reverse=True)
-        assert (found["probability"], found["runner_up_probability"]) == (first, second)
-        assert found["probabilities"][found["answer"]] == first
-        assert found["probabilities"][found["runner_up"]] == second
-        np.testing.assert_allclose(sum(found["probabilities"].values()), 1, rtol=1e-5)
-
-
-def test_what_cannot_be_read_is_an_error_each_and_the_others_are_answered(finished, pictures, tmp_path):
-    (tmp_path / "empty.png").touch()
+def test_unreadable_images_do_not_stop_the_others(small_run, images, tmp_path):
     (tmp_path / "text.png").write_text("seven")
     (tmp_path / "huge.png").write_bytes(bytes(2**26 + 1))
-    Image.new("RGB", (50, 50), "white").save(tmp_path / "blank.jpg")
-    bad = [tmp_path / name for name in ("empty.png", "text.png", "nothing.png", "blank.jpg", "huge.png")]
-    command = [sys.executable, "-m", "mnist_jax.predict", finished, pictures[0], *bad, tmp_path, pictures[1]]
-    ended = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
+    bad = [tmp_path / "text.png", tmp_path / "nothing.png", tmp_path / "huge.png", tmp_path]
+    command = [sys.executable, "-m", "mnist_jax.predict", small_run.workdir, images[0], *bad, images[1], "--json"]
+    ended = subprocess.run(
+        [*map(str, command)], env={**os.environ, **small_run.environment}, capture_output=True, text=True, timeout=120
+    )
     assert ended.returncode == 1
-    assert [line.partition(": ")[0] for line in ended.stdout.splitlines()] == [str(path) for path in pictures[:2]]
-    reasons = {
-        "empty.png": "it is empty",
-        "text.png": "it is neither PNG nor JPEG",
-        "nothing.png": "it cannot be read (No such file or directory)",
-        "blank.jpg": "nothing is drawn on it: all of it has nearly the same colour",
-        "huge.png": "it has more than 67 MB",
-    }
-    wanted = [f"error: {tmp_path / name}: {reason}" for name, reason in reasons.items()]
-    assert ended.stderr.splitlines() == [*wanted, f"error: {tmp_path}: it cannot be read (Is a directory)"]
+    errors = {row["image"]: row["error"] for row in json.loads(ended.stdout) if row["error"]}
+    assert list(errors) == [str(path) for path in bad]
+    assert [line.partition(": ")[2] for line in ended.stderr.splitlines()] == [
+        f"{path}: {error}" for path, error in errors.items()
+    ]
 
 
-def test_a_pipe_to_which_nobody_writes_is_left_at_a_signal(finished, tmp_path, capfd):
+def test_signal_ends_wait_for_a_pipe(small_run, tmp_path, capfd):
     os.mkfifo(tmp_path / "pipe.png")
     threading.Timer(1, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
-    assert told(finished, tmp_path / "pipe.png", capfd=capfd) == (143, "", "SIGTERM: stopped before the end\n")
-    (tmp_path / "pipe.png").open("wb").close()  # So that the thread that waits there ends.
+    code, out, err = run(small_run.workdir, tmp_path / "pipe.png", capfd=capfd)
+    assert (code, out) == (143, "")
+    assert "SIGTERM" in err
+    (tmp_path / "pipe.png").open("wb").close()  # So that the waiting thread ends.
 
 
-def test_an_error_is_told_to_programs_as_well(finished, tmp_path, capfd):
-    (tmp_path / "empty.png").touch()
-    code, out, err = told(finished, tmp_path / "empty.png", "--json", capfd=capfd)
-    [found] = json.loads(out)
-    assert (code, found["error"], found["answer"]) == (1, "it is empty", None)
-    assert "it is empty" in err
-
-
-def test_without_a_picture_or_a_run_there_is_nothing_to_do(finished, pictures, tmp_path, capfd):
-    assert told(finished, capfd=capfd)[0] == 2
-    code, _, err = told(tmp_path, pictures[0], capfd=capfd)
-    assert (code, err) == (2, f"error: there is no run in {tmp_path}\n")
+def test_missing_images_or_run_are_usage_errors(small_run, images, tmp_path, capfd):
+    assert run(small_run.workdir, capfd=capfd)[0] == 2
+    code, _, err = run(tmp_path, images[0], capfd=capfd)
+    assert code == 2
+    assert str(tmp_path) in err

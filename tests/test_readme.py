@@ -1,116 +1,95 @@
-import os
+import importlib
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tyro
 
+from benchmarks.__main__ import Options as BenchmarkOptions
 from mnist_jax.__main__ import COMMANDS
 from mnist_jax.cli import ExitCode
 
 README = Path(__file__).parents[1] / "README.md"
 PAGES = [README, *sorted((README.parent / "docs").glob("*.md"))]
+LOOP, ORBAX = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
-def the_loop() -> str:
-    return programs()[0]
-
-
-def programs() -> list[str]:
-    """Return the loop of the README, and the lines that read a checkpoint with Orbax alone."""
-    return re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-
-
-def run(directory, program: str) -> subprocess.Popen[str]:
+def run(program: str, directory: Path) -> list[str]:
+    """Run a program in a directory, and return its output."""
     directory.mkdir(exist_ok=True)
     command = [sys.executable, "-W", "error", "-u", "-c", program]
-    return subprocess.Popen(command, cwd=directory, stdout=subprocess.PIPE, text=True)
+    return subprocess.run(command, cwd=directory, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
 
 
-def test_the_loop_of_the_readme_is_short():
-    assert len([line for line in the_loop().splitlines() if line]) <= 25
+def section(title: str) -> str:
+    return README.read_text().partition(f"## {title}")[2].partition("##")[0]
 
 
-def test_the_loop_of_the_readme_ends_alike_with_and_without_a_stop(tmp_path):
-    whole, _ = run(tmp_path / "whole", the_loop()).communicate()
-    # A stop after 1,700 steps, sent from within, where no timing can miss it.
+def test_the_loop_resumes_exactly(tmp_path):
+    assert len([line for line in LOOP.splitlines() if line]) <= 25
     line = "        if step % 500 == 0:\n"
-    assert line in the_loop()
-    stop_itself = "        if step == 1700: import os, signal; os.kill(os.getpid(), signal.SIGTERM)\n"
-    stopping = the_loop().replace(line, stop_itself + line)
-    stopped, _ = run(tmp_path / "cut", stopping).communicate()
-    assert stopped.splitlines()[-1].split()[0] == "1700"
-    resumed, _ = run(tmp_path / "cut", the_loop()).communicate()
-    assert stopped.splitlines()[0].startswith("the checkpoint of step 500 was saved")
-    assert resumed.splitlines()[-1] == whole.splitlines()[-1]
-    step, sha256 = resumed.splitlines()[-1].split()
-    assert (step, len(sha256)) == ("3000", 64)
+    loop = LOOP.replace("step < 3000", "step < 1200")
+    stopping = loop.replace(
+        line, "        if step == 700: import os, signal; os.kill(os.getpid(), signal.SIGTERM)\n" + line
+    )
+    assert LOOP != loop != stopping
+    whole = run(loop, tmp_path / "whole")
+    stopped = run(stopping, tmp_path / "stopped")
+    assert stopped[-1].split()[0] == "700"
+    assert any("500" in result for result in stopped[:-1])
+    resumed = run(loop, tmp_path / "stopped")
+    assert resumed[-1] == whole[-1]
+    step, sha256 = resumed[-1].split()
+    assert (step, len(sha256)) == ("1200", 64)
 
 
-def test_orbax_alone_reads_a_run_as_the_readme_says(trained_run):
-    read = programs()[1]
-    assert "mnist_jax" not in read
-    head = f"from pathlib import Path\nimport sys\ncheckpoints = Path({str(trained_run.workdir / 'checkpoints')!r})\n"
-    lines = [f"print(sorted({line}))" if line.startswith(("ocp.", "v1.")) else line for line in read.splitlines()]
-    program = head + "\n".join(lines) + "\nassert 'mnist_jax' not in sys.modules"
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+def test_orbax_alone_reads_a_checkpoint(reference, shared_folder, tmp_path):
+    checkpoints = shared_folder / "reference" / "checkpoints"
+    lines = [f"print(sorted({line}))" if line.startswith(("ocp.", "v1.")) else line for line in ORBAX.splitlines()]
+    head = f"from pathlib import Path\nimport sys\ncheckpoints = Path({str(checkpoints)!r})\n"
+    program = head + "\n".join(lines).replace("702", "200") + "\nassert 'mnist_jax' not in sys.modules"
+    ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
     state, items, loaded = ended.stdout.splitlines()
     assert "'params'" in state
     assert items == "['state']"
     assert "'params'" in loaded
 
 
-@pytest.fixture(scope="module")
-def helps() -> dict[str, str]:
-    """What --help says of each command, in a terminal of 80 columns."""
-    modules = {name: f"mnist_jax.{name}" for name in COMMANDS} | {"benchmark": "benchmarks"}
-
-    def ask(module: str) -> str:
-        command = [sys.executable, "-m", module, "--help"]
-        environment = {**os.environ, "COLUMNS": "80"}
-        return subprocess.run(
-            command, cwd=README.parent, env=environment, capture_output=True, text=True, check=True
-        ).stdout
-
-    return {name: ask(module) for name, module in modules.items()}
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_each_flag_that_is_named_exists(page, helps):
+def test_flags_and_commands_exist(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    helps = {}
+    for name in COMMANDS:
+        package = ".__main__" if name in ("demo", "report") else ""
+        with pytest.raises(SystemExit):
+            importlib.import_module(f"mnist_jax.{name}{package}").main(["--help"])
+        helps[name] = capsys.readouterr().out
+        assert max(map(len, helps[name].splitlines()[1:])) <= 80, name
+    with pytest.raises(SystemExit):
+        tyro.cli(BenchmarkOptions, args=["--help"])
+    helps["benchmark"] = capsys.readouterr().out
     flags = set(re.findall(r"^│ (?:-h, )?(--[a-z0-9-]+)", "".join(helps.values()), re.MULTILINE))
-    assert set(re.findall(r"--[a-z][a-z0-9-]+", page.read_text())) <= flags
+    for page in PAGES:
+        assert set(re.findall(r"--[a-z][a-z0-9-]+", page.read_text())) <= flags, page
+    listed = re.findall(r"^\| `([a-z]+) ", section("What to do with a run"), re.MULTILINE)
+    assert set(listed) == {*COMMANDS} - {"train"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_each_file_that_is_named_is_there(page):
+def test_files_exist(page):
     text = page.read_text()
     links = re.findall(r"\]\(([^):]+)\)|(?:src|srcset)=\"([^\":]+)\"", text)
     assert all((page.parent / path).is_file() for link in links for path in link if path)
     modules = re.findall(r"`([a-z_/]+\.py)`", text)
     roots = README.parent, README.parent / "mnist_jax"
     assert all(any((root / module).is_file() for root in roots) for module in modules)
-    scripts = re.findall(r"scripts/[a-z.]+[a-z]", text)
-    assert all((README.parent / script).is_file() for script in scripts)
+    assert all((README.parent / script).is_file() for script in re.findall(r"scripts/[a-z.]+[a-z]", text))
 
 
-def test_each_command_is_in_the_table_and_its_help_fits_a_terminal(helps):
-    table = README.read_text().partition("## What to do with a run")[2].partition("##")[0]
-    assert set(re.findall(r"^\| `([a-z]+) ", table, re.MULTILINE)) == {*COMMANDS} - {"train"}
-    for name in COMMANDS:
-        assert max(map(len, helps[name].splitlines()[1:])) <= 80, name
-
-
-def test_each_exit_code_is_in_the_table():
-    table = README.read_text().partition("## When something goes wrong")[2].partition("##")[0]
-    codes = {int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)}
-    assert codes == set(ExitCode)
-
-
-def test_each_digest_is_one():
-    digests = re.findall(r"state_sha256=(\S*)", README.read_text())
-    assert len(digests) >= 2
-    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests)
+def test_exit_codes_are_in_the_table():
+    codes = re.findall(r"^\| (\d+) \|", section("When something goes wrong"), re.MULTILINE)
+    assert set(map(int, codes)) == set(ExitCode)
 
 
 def test_the_readme_is_read_in_five_minutes():

@@ -13,93 +13,33 @@ from mnist_jax.config import Config
 from mnist_jax.runtime import devices
 from mnist_jax.training import data, train_state, train_step
 from mnist_jax.training import trainer as trainer_module
-from mnist_jax.training.model import MODELS
+from mnist_jax.training.model import MODELS, Network
 from mnist_jax.training.train_step import TrainData
 from mnist_jax.training.trainer import Trainer
 
-STEPS = 20
+DIGITS = data.load("digits", notify=print)
+MODELS["tiny"] = Network(features=(8,), kernel_sizes=(5,), hidden=32)
+# Each kind of convolution, dropout and normalization.
+MODELS["tiny-large"] = Network(
+    features=(2, 3), kernel_sizes=(5, 3), unpooled=(2,), hidden=8, batch_norm=True, dropout=0.5
+)
 
 
-def trainer_on(count: int, *, model: str = "cnn", batch_size: int = 32) -> Trainer:
-    dataset = data.load("digits", notify=print)
+def trainer_on(count: int, *, model: str) -> Trainer:
     mesh = Mesh(np.asarray(jax.devices()[:count]), (devices.BATCH_AXIS,))
-    config = Config(model=model, dataset="digits", batch_size=batch_size, steps=100)
-    return Trainer(config, mesh, train_size=len(dataset.train_labels), test_size=len(dataset.test_labels))
-
-
-def place(trainer: Trainer, *arrays: np.ndarray) -> Any:
-    return jax.device_put(arrays, devices.replicated(trainer.mesh))
+    config = Config(model=model, dataset="digits", batch_size=32, steps=100)
+    return Trainer(config, mesh, train_size=len(DIGITS.train_labels), test_size=len(DIGITS.test_labels))
 
 
 def epoch_data(trainer: Trainer) -> TrainData:
-    dataset = data.load("digits", notify=print)
-    images, labels = place(trainer, dataset.train_images, dataset.train_labels)
-    return TrainData(images, labels, trainer.epoch_order(np.int32(0)))
-
-
-def evaluate(trainer: Trainer, variables: Any) -> list[float]:
-    """Return loss, right answers and images over the whole test set."""
-    dataset = data.load("digits", notify=print)
-    images, labels = place(trainer, dataset.test_images, dataset.test_labels)
-    firsts = range(0, len(dataset.test_labels), trainer.eval_call_images)
-    parts = [trainer.evaluate(variables, images, labels, np.int32(first))[0] for first in firsts]
-    return [sum(float(value) for value in values) for values in zip(*map(jax.tree.leaves, parts), strict=True)]
+    return TrainData(*trainer.put(DIGITS)[:2], trainer.epoch_order(np.int32(0)))
 
 
 def numbers(tree: Any) -> list[np.ndarray]:
-    """Return the leaves, of keys their numbers."""
+    """Return the leaves; of random keys, their data."""
     leaves = jax.tree.leaves(tree)
     is_key = [jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves]
     return [np.asarray(jax.random.key_data(leaf) if key else leaf) for leaf, key in zip(leaves, is_key, strict=True)]
-
-
-@pytest.fixture(scope="module")
-def trainer() -> Trainer:
-    return trainer_on(1)
-
-
-def test_the_state_is_created_as_the_abstract_state_says(trainer):
-    abstract, state = trainer.abstract_state, trainer.init_state()
-    assert jax.tree.structure(abstract) == jax.tree.structure(state)
-    for wanted, leaf in zip(jax.tree.leaves(abstract), jax.tree.leaves(state), strict=True):
-        assert (leaf.shape, leaf.dtype) == (wanted.shape, wanted.dtype)
-        assert leaf.sharding == wanted.sharding == devices.replicated(trainer.mesh)
-
-
-def test_the_jitted_functions_compute_what_the_pure_functions_do(trainer):
-    config, model = trainer.config, MODELS["cnn"].clone(for_cpu=True)
-    schedule = train_state.make_schedule(config, trainer.total_steps)
-    optimizer = train_state.make_optimizer(config, schedule)
-    sharding = devices.split_over_batch(trainer.mesh)
-    on_batch = {"model": model, "batch_sharding": sharding}
-    compiled = partial(jax.jit, compiler_options=trainer_module.CPU_OPTIONS)
-    train = compiled(partial(train_step.train_steps, optimizer=optimizer, batch_size=config.batch_size, **on_batch))
-
-    state = compiled(lambda: train_state.create(config, model, optimizer))()
-    assert_equal(trainer.init_state(), state)
-    for epoch in (0, 3):
-        np.testing.assert_array_equal(
-            trainer.epoch_order(np.int32(epoch)), train_step.epoch_order(config.seed, epoch, trainer.train_size)
-        )
-    training = epoch_data(trainer)
-    trained = train(state, training, np.int32(3))
-    assert_equal(trainer.train_steps(trainer.init_state(), training, np.int32(3)), trained)
-
-    variables = trained[0].variables
-    dataset = data.load("digits", notify=print)
-    images, labels = place(trainer, dataset.test_images, dataset.test_labels)
-    plainly = compiled(partial(train_step.evaluate, size=trainer.eval_call_images, **on_batch))
-    on_devices = jax.device_put(variables, devices.replicated(trainer.mesh))
-    assert_equal(
-        trainer.evaluate(on_devices, images, labels, np.int32(0)),
-        plainly(variables, images, labels, np.int32(0)),
-    )
-    for step in (0, 30, 99):
-        assert float(trainer.learning_rate(np.int32(step))) == float(jax.jit(schedule)(np.int32(step)))
-    good = devices.local_replica(trainer.init_state())
-    assert trainer.is_finite(good)
-    bad = good.metrics.replace(loss=jnp.float32(np.nan))
-    assert not trainer.is_finite(good.replace(metrics=bad))
 
 
 def assert_equal(found: Any, wanted: Any) -> None:
@@ -109,32 +49,90 @@ def assert_equal(found: Any, wanted: Any) -> None:
         np.testing.assert_array_equal(one, other)
 
 
-def test_training_takes_the_buffers_of_the_state_and_its_metric_sums_outlive_the_next_call(trainer):
+@pytest.fixture(scope="module")
+def trainer() -> Trainer:
+    return trainer_on(1, model="tiny")
+
+
+def test_the_initial_state_is_as_the_abstract_state_says(trainer):
+    abstract, state = trainer.abstract_state, trainer.init_state()
+    assert jax.tree.structure(abstract) == jax.tree.structure(state)
+    for wanted, leaf in zip(jax.tree.leaves(abstract), jax.tree.leaves(state), strict=True):
+        assert (leaf.shape, leaf.dtype) == (wanted.shape, wanted.dtype)
+        assert leaf.sharding == wanted.sharding == devices.replicated(trainer.mesh)
+
+
+def test_compiled_functions_have_the_bits_of_the_pure_functions(trainer):
+    config, model = trainer.config, MODELS["tiny"].clone(for_cpu=True)
+    schedule = train_state.make_schedule(config, trainer.total_steps)
+    optimizer = train_state.make_optimizer(config, schedule)
+    on_batch = {"model": model, "batch_sharding": devices.split_over_batch(trainer.mesh)}
+    compiled = partial(jax.jit, compiler_options=trainer_module.CPU_OPTIONS)
+    training = epoch_data(trainer)
+    np.testing.assert_array_equal(training.order, train_step.epoch_order(config.seed, 0, trainer.train_size))
+
+    train = compiled(partial(train_step.train_steps, config=config, optimizer=optimizer, **on_batch))
+    wanted = train(trainer.init_state(), training, np.int32(3))
+    trained = trainer.train_steps(trainer.init_state(), training, np.int32(3))
+    assert_equal(trained, wanted)
+
+    evaluate = compiled(partial(train_step.evaluate, size=trainer.eval_call_images, **on_batch))
+    arguments = trained[0].variables, *trainer.put(DIGITS)[2:], np.int32(0)
+    assert_equal(trainer.evaluate(*arguments), evaluate(*arguments))
+    for step in (0, 30, 99):
+        assert float(trainer.learning_rate(np.int32(step))) == float(jax.jit(schedule)(np.int32(step)))
+    good = devices.local_replica(trained[0])
+    assert trainer.is_finite(good)
+    assert not trainer.is_finite(good.replace(metrics=good.metrics.replace(loss=jnp.float32(np.nan))))
+
+
+def test_training_donates_the_state_and_keeps_its_metric_sums(trainer):
     state, training = trainer.init_state(), epoch_data(trainer)
     after, sums = trainer.train_steps(state, training, np.int32(2))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-    held = [float(value) for value in jax.tree.leaves(sums)]
-    trainer.train_steps(after, training, np.int32(2))
+    held = numbers(sums)
+    last, _ = trainer.train_steps(after, training, np.int32(2))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(after))
-    assert [float(value) for value in jax.tree.leaves(sums)] == held
+    assert numbers(sums) == held
+    assert (int(sums.images), int(last.metrics.images)) == (64, 128)
     assert not any(leaf.is_deleted() for leaf in training)
 
 
+def test_a_short_training_learns_the_digits(trainer):
+    state, dataset = trainer.init_state(), trainer.put(DIGITS)
+
+    def accuracy() -> float:
+        sums, _ = trainer.evaluate(state.variables, dataset.test_images, dataset.test_labels, np.int32(0))
+        return int(sums.correct) / int(sums.images)
+
+    assert accuracy() < 0.3
+    for step in range(0, 2 * trainer.steps_per_epoch, 22):
+        state, _ = trainer.advance(state, dataset, step=step, n=22)
+    assert accuracy() > 0.8
+
+
 def train_on(counts: list[int]) -> list[dict[str, Any]]:
-    """Return how the first steps of a training go, for each number of devices."""
+    """Return the results of a short training on each number of devices, with the dropout of two seeds."""
     trainer_module.EVAL_CALL_IMAGES = 90  # so that an evaluation takes several calls, and 4 does not divide it
     results = []
-    for number in counts:
-        trainer = trainer_on(number)
-        training = epoch_data(trainer)
-        state, sums = trainer.train_steps(trainer.init_state(), training, np.int32(STEPS))
+    initial = jax.tree.map(jax.device_get, trainer_on(1, model="tiny-large").init_state().replace(rng=None))
+    for count in counts:
+        trainer = trainer_on(count, model="tiny-large")
+        training, (*_, images, labels) = epoch_data(trainer), trainer.put(DIGITS)
+        losses = []
+        for seed in (0, 1):
+            state = jax.device_put(initial.replace(rng=jax.random.key(seed)), devices.replicated(trainer.mesh))
+            state, sums = trainer.train_steps(state, training, np.int32(1))
+            losses.append(float(sums.loss))
+        state, sums = trainer.train_steps(state, training, np.int32(19))
+        firsts = range(0, len(labels), trainer.eval_call_images)
+        parts = [trainer.evaluate(state.variables, images, labels, np.int32(first))[0] for first in firsts]
         results.append(
             {
+                "first losses": losses,
                 "loss": float(sums.loss),
-                "evaluation": evaluate(trainer, state.variables),
+                "evaluation": [sum(map(float, values)) for values in zip(*map(jax.tree.leaves, parts), strict=True)],
                 "eval_call_images": trainer.eval_call_images,
-                "step": int(state.step),
-                "replicas": sorted({len(leaf.addressable_shards) for leaf in jax.tree.leaves(state)}),
                 "replicated": all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves((state, sums))),
                 "equal": all(
                     np.array_equal(shard.data, leaf.addressable_shards[0].data)
@@ -147,71 +145,50 @@ def train_on(counts: list[int]) -> list[dict[str, Any]]:
     return results
 
 
-def test_two_and_four_devices_share_each_batch_and_train_as_one_device_does():
+def test_four_devices_share_each_batch_and_train_like_one():
     four = "--xla_force_host_platform_device_count=4"
-    one, *others = in_new_process(train_on, [1, 2, 4], XLA_FLAGS=four, JAX_PLATFORMS="cpu")
-    assert [found["eval_call_images"] for found in (one, *others)] == [90, 90, 92]
-    assert one["step"] == STEPS
-    assert one["loss"] / (STEPS * 32) < 2.0  # It learns: at chance it would be 2.3.
-    for number, found in zip((2, 4), others, strict=True):
-        assert found["step"] == STEPS
-        assert found["replicas"] == [number]
-        assert found["replicated"]
-        assert found["equal"]
-        # Each device computes its share of the batch; the update of the parameters, a few percent, all of them do.
-        assert found["flops"] < 1.15 * one["flops"] / number
-        # The devices' sums are added up in another order: a rounding of 6e-8 in the gradients, which Adam, dividing
-        # by their size, and 20 updates of 7e-3 make some thousand times larger.
-        np.testing.assert_allclose(found["loss"], one["loss"], rtol=1e-4)
-        np.testing.assert_allclose(found["evaluation"][0], one["evaluation"][0], rtol=1e-3)
-        assert found["evaluation"][2] == one["evaluation"][2] == 359
-
-
-def first_losses(model: str, counts: list[int]) -> list[list[float]]:
-    """Return the loss of the first update for each number of devices, with the dropout of two seeds."""
-    losses = []
-    for number in counts:
-        trainer = trainer_on(number, model=model)
-        training = epoch_data(trainer)
-        losses.append([])
-        for seed in (0, 1):
-            state = trainer.init_state()
-            key = jax.device_put(jax.random.key(seed), devices.replicated(trainer.mesh))
-            _, sums = trainer.train_steps(state.replace(rng=key), training, np.int32(1))
-            losses[-1].append(float(sums.loss))
-    return losses
-
-
-@pytest.mark.parametrize("model", ["cnn-large"])  # It has both.
-def test_dropout_drops_the_same_units_and_a_batch_is_normalized_whole_whatever_the_number_of_devices(model):
-    four = "--xla_force_host_platform_device_count=4"
-    one, *others = in_new_process(first_losses, model, [1, 4], XLA_FLAGS=four, JAX_PLATFORMS="cpu")
-    assert abs(one[0] - one[1]) > 1e-3 * one[0]  # Other masks are seen in the loss.
-    for found in others:
-        # The same update but for the order of float32 sums.
-        np.testing.assert_allclose(found, one, rtol=1e-5)
+    one, found = in_new_process(train_on, [1, 4], XLA_FLAGS=four, JAX_PLATFORMS="cpu")
+    assert [one["eval_call_images"], found["eval_call_images"]] == [90, 92]
+    assert found["replicated"]
+    assert found["equal"]
+    # Each device computes its share of the batch. All devices compute the update of the parameters, a few percent.
+    assert found["flops"] < 1.15 * one["flops"] / 4
+    # The same dropout masks, and normalization by the whole batch: only the order of float32 sums differs.
+    assert abs(one["first losses"][0] - one["first losses"][1]) > 1e-3 * one["first losses"][0]
+    np.testing.assert_allclose(found["first losses"], one["first losses"], rtol=1e-5)
+    # Adam divides by the size of the gradients, and 20 updates of 7e-3 make the roundings some thousand times larger.
+    np.testing.assert_allclose(found["loss"], one["loss"], rtol=1e-4)
+    np.testing.assert_allclose(found["evaluation"][0], one["evaluation"][0], rtol=1e-3)
+    assert found["evaluation"][2] == one["evaluation"][2] == 359
 
 
 def sha256_of_a_training() -> list[Any]:
-    """Return the bits that a short training ends in, and how many programs came from the cache on disk."""
+    """Return a digest of the bits of a short training, and whether its program came from the cache on disk."""
     devices.enable_compilation_cache()
-    hits = []
+    hits: list[str] = []
     jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if "cache_hits" in event else None)
-    trainer = trainer_on(1)
-    trainer.compile()
+    trainer = trainer_on(1, model="cnn")  # Its operations are large enough to be divided among threads.
+    assert trainer.train_steps
     found = len(hits)
-    training = epoch_data(trainer)
-    state, *_ = trainer.train_steps(trainer.init_state(), training, np.int32(STEPS))
-    digest = hashlib.sha256(b"".join(leaf.tobytes() for leaf in numbers(state))).hexdigest()
-    return [digest, found]
+    rng = np.random.default_rng(0)
+
+    def draw(leaf: Any) -> Any:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.key(0)
+        return rng.uniform(0, 0.1, leaf.shape).astype(leaf.dtype)
+
+    order = jnp.arange(trainer.train_size, dtype=jnp.int32)
+    training = TrainData(*trainer.put(DIGITS)[:2], order)
+    arguments = jax.device_put((jax.tree.map(draw, trainer.abstract_state), training), devices.replicated(trainer.mesh))
+    state, _ = trainer.train_steps(*arguments, np.int32(20))
+    return [hashlib.sha256(b"".join(leaf.tobytes() for leaf in numbers(state))).hexdigest(), found]
 
 
-def test_a_program_compiled_under_a_thread_pool_of_another_size_ends_in_the_same_bits(tmp_path):
+def test_programs_compiled_for_another_number_of_threads_have_the_same_bits(tmp_path):
     shared, fresh = ({"JAX_COMPILATION_CACHE_DIR": str(tmp_path / name)} for name in ("shared", "fresh"))
-    one = {"PJRT_NPROC": "1", "JAX_PLATFORMS": "cpu"}
-    two = {"PJRT_NPROC": "2", "JAX_PLATFORMS": "cpu"}
+    one, two = ({"PJRT_NPROC": threads, "JAX_PLATFORMS": "cpu"} for threads in ("1", "2"))
     in_new_process(sha256_of_a_training, **one, **shared)
-    from_cache, programs_found = in_new_process(sha256_of_a_training, **two, **shared)
-    compiled, programs_before = in_new_process(sha256_of_a_training, **two, **fresh)
-    assert (programs_found, programs_before) == (5, 0)
+    from_cache, found = in_new_process(sha256_of_a_training, **two, **shared)
+    compiled, found_in_none = in_new_process(sha256_of_a_training, **two, **fresh)
+    assert (found, found_in_none) == (1, 0)
     assert from_cache == compiled

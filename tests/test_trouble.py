@@ -1,33 +1,41 @@
-"""Trouble with resources is no damage: nothing is moved or lost, and the run is carried on when the trouble is over."""
+"""Exhausted resources are no corruption: nothing is moved or lost, and the run resumes when they are back."""
 
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
-from faults import SHORTAGES, UNFINISHED, FaultyRun, fill, short_at_restore, short_at_saves
-from runs import Ended, Run, end
+from faults import (
+    RESOURCES,
+    UNFINISHED,
+    CannotMountError,
+    exhausted_at_restore,
+    exhausted_at_saves,
+    fill,
+    small_disk,
+)
+from runs import Ended, Run
 
 from mnist_jax.checkpoint import integrity
-from mnist_jax.checkpoint.checkpointer import Checkpointer, list_checkpoints
+from mnist_jax.checkpoint.checkpoint import list_checkpoints
+from mnist_jax.checkpoint.checkpointer import Checkpointer
 from mnist_jax.checkpoint.integrity import ReadError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits, mounts and priorities are those of Linux")
 
 ARGS = (
     *("--dataset", "digits", "--steps", "60", "--checkpoint-every-steps", "20"),
-    # The first evaluation imports what writes for TensorBoard: before any limit is set.
+    # The first evaluation imports TensorBoard: before any limit is set.
     *("--eval-every-steps", "30", "--log-every-steps", "7"),
 )
 IS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
-# Root may start threads without limit. Another user may here do all that root may, but for that.
+# Root may start any number of threads. This user has the other rights of root, but not that one.
 AS_ANOTHER_USER = (
     *("setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"),
     *("--inh-caps=-all,+dac_override", "--ambient-caps=-all,+dac_override"),
@@ -44,49 +52,33 @@ def undisturbed(tmp_path_factory, environment) -> Run:
 
 
 @pytest.fixture
-def faulty_run(tmp_path, environment) -> Callable[..., FaultyRun]:
-    def make(*faults, workdir: Path = tmp_path / "run", prefix: tuple[str, ...] = ()) -> FaultyRun:
-        return FaultyRun(workdir, environment, faults=faults, prefix=prefix)
-
-    return make
-
-
-@pytest.fixture
-def interrupted(undisturbed, tmp_path) -> Path:
-    """The directory of a run that was killed when step 40 was saved."""
+def interrupted(undisturbed, tmp_path) -> Run:
+    """A run that was killed after the save of step 40."""
     shutil.copytree(undisturbed.workdir, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "60")
-    return tmp_path / "run"
+    return Run(tmp_path / "run", undisturbed.environment)
 
 
 @pytest.fixture
-def mount(tmp_path) -> Iterator[Callable[..., Path]]:
-    """Mount a small disk somewhere."""
+def disk(tmp_path):
+    """A function that mounts a small disk."""
+    with ExitStack() as mounts:
 
-    def at(place: Path, size: str) -> Path:
-        place.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True)
-        if done.returncode:
-            pytest.skip(f"this user may not mount a disk: {done.stderr.decode().strip()}")
-        return place
+        def mount(place: Path, size: str) -> Path:
+            try:
+                return mounts.enter_context(small_disk(place, size))
+            except CannotMountError as error:
+                pytest.skip(f"cannot mount a disk: {error}")
 
-    yield at
-    for place in mounted_under(tmp_path):
-        subprocess.run(["umount", place], check=True)
-
-
-def mounted_under(directory: Path) -> list[str]:
-    """Return where disks are mounted, also where that was renamed since."""
-    places = (line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines())
-    return [place for place in places if Path(place).is_relative_to(directory)]
+        yield mount
 
 
 def limited(kind: str) -> tuple[str, ...]:
-    """Return the beginning of a command that is subject to a limit."""
+    """Return the start of a command that is subject to a limit."""
     if kind != "threads" or not IS_ROOT:
         return ()
     if shutil.which("setpriv") is None:
-        pytest.skip("setpriv is not there, and root is exempt from this limit")
+        pytest.skip("there is no setpriv, and root is exempt from this limit")
     return AS_ANOTHER_USER
 
 
@@ -94,58 +86,58 @@ def files_in(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-def check_finished_like(run: Run, ended: Ended, undisturbed: Run) -> None:
+def check_ends_like(run: Run, ended: Ended, undisturbed: Run) -> None:
     assert ended.code == 0, ended.err
     assert run.events("exit")[-1]["state_sha256"] == undisturbed.events("exit")[-1]["state_sha256"]
     assert run.metrics() == undisturbed.metrics()
 
 
-def test_a_shortage_at_restore_is_not_damage_and_the_next_start_resumes(interrupted, faulty_run, undisturbed):
-    checkpoints = files_in(interrupted / "checkpoints")
-    for kind in SHORTAGES:
-        ended = faulty_run((short_at_restore, kind), prefix=limited(kind)).finish(*ARGS)
+def test_exhausted_resources_at_restore_are_no_corruption(interrupted, undisturbed):
+    checkpoints = files_in(interrupted.workdir / "checkpoints")
+    for kind in RESOURCES:
+        interrupted.faults, interrupted.prefix = ((exhausted_at_restore, kind),), limited(kind)
+        ended = interrupted.finish(*ARGS)
         assert ended.code in RETRIED, (kind, ended)
-        assert ended.code != 74 or "Nothing says that it is damaged" in ended.err, (kind, ended)
-        assert files_in(interrupted / "checkpoints") == checkpoints, kind
-    run = faulty_run()
-    check_finished_like(run, run.finish(*ARGS), undisturbed)
-    [resume] = run.events("resume")
-    assert resume["step"] == 40
-    assert resume["exact"]
+        assert files_in(interrupted.workdir / "checkpoints") == checkpoints, kind
+    run = Run(interrupted.workdir, interrupted.environment)
+    check_ends_like(run, run.finish(*ARGS), undisturbed)
+    assert [event["step"] for event in run.events("resume") if event["exact"]] == [40]
 
 
-@pytest.mark.parametrize("kind", SHORTAGES)
-def test_a_shortage_in_a_save_fails_that_save_only(kind, faulty_run, undisturbed):
-    run = faulty_run((short_at_saves, kind, [40]), prefix=limited(kind))
+@pytest.mark.parametrize("kind", RESOURCES)
+def test_exhausted_resources_fail_one_save_only(kind, new_run, undisturbed):
+    run = new_run()
+    run.faults, run.prefix = ((exhausted_at_saves, kind, [40]),), limited(kind)
     ended = run.finish(*ARGS)
-    # In the midst of C++, or a shortage of memory that came to the training too, which then fails in its own way.
-    if ended.code in RETRIED or (kind == "memory" and ended.code):
-        assert ended.code != 74, ended
-        assert kind != "files", ended
+    # A failure inside C++, or a lack of memory in the training itself, ends the process.
+    if kind != "files" and ended.code not in (0, 74):
+        assert ended.code in RETRIED or kind == "memory", ended
         assert list_checkpoints(run.workdir / "checkpoints")[-1].verify()["step"] == 30
-        ended = faulty_run().finish(*ARGS)
+        run.faults, run.prefix = (), ()
+        ended = run.finish(*ARGS)
     else:
         assert [event["step"] for event in run.events("save_failed")] == [40]
-        assert "warning: the checkpoint of step 40 could not be saved" in ended.err
+        assert "step 40" in ended.err
         assert run.steps()[-2:] == [30, 60]
-    check_finished_like(run, ended, undisturbed)
+    check_ends_like(run, ended, undisturbed)
 
 
-def test_too_few_threads_for_the_last_save_end_with_74_and_the_next_start_resumes(faulty_run, undisturbed):
-    """The last save is made by another thread than those before, which nobody needed until then."""
-    run = faulty_run((short_at_saves, "threads", [60]), prefix=limited("threads"))
+def test_a_failed_last_save_exits_with_74_and_resumes(new_run, undisturbed):
+    """Another thread makes the last save, and it is not started before."""
+    run = new_run()
+    run.faults, run.prefix = ((exhausted_at_saves, "threads", [60]),), limited("threads")
     ended = run.finish(*ARGS)
     assert ended.code == 74, ended
-    assert "The newest checkpoint is of step 40." in ended.err
-    run = faulty_run()
-    check_finished_like(run, run.finish(*ARGS), undisturbed)
+    assert "step 40" in ended.err
+    run.faults, run.prefix = (), ()
+    check_ends_like(run, run.finish(*ARGS), undisturbed)
 
 
 @pytest.mark.parametrize("part", ["read_manifest", "describe_file", "combine", "hash_shards", "known_digests"])
-def test_no_memory_in_any_part_of_a_restore_is_not_damage(part, tmp_path, monkeypatch):
+def test_no_memory_in_a_restore_is_no_corruption(part, tmp_path, monkeypatch):
     state = {"weights": np.arange(1000.0)}
     with closing(Checkpointer(tmp_path / "checkpoints")) as checkpointer:
-        checkpointer.save_and_wait(1, state)
+        checkpointer.save(1, state, wait=True)
         before = files_in(tmp_path)
         monkeypatch.setattr(integrity, part, mock.Mock(side_effect=MemoryError))
         with pytest.raises(ReadError):
@@ -153,95 +145,76 @@ def test_no_memory_in_any_part_of_a_restore_is_not_damage(part, tmp_path, monkey
     assert files_in(tmp_path) == before
 
 
-def test_too_few_files_for_the_start_are_not_a_bad_path(interrupted, faulty_run):
-    """The limit is there from the beginning, and the exit code is one after which schedulers start again."""
-    checkpoints = files_in(interrupted / "checkpoints")
-    for count in (8, 10):
-        ended = faulty_run(prefix=("prlimit", f"--nofile={count}:{count}")).finish(*ARGS)
-        assert ended.code not in (0, 1, 2, 65), (count, ended)
-        assert files_in(interrupted / "checkpoints") == checkpoints
+def test_too_few_files_at_the_start_can_be_retried(interrupted):
+    checkpoints = files_in(interrupted.workdir / "checkpoints")
+    interrupted.prefix = ("prlimit", "--nofile=10:10")
+    ended = interrupted.finish(*ARGS)
+    assert ended.code not in (0, 1, 2, 65), ended
+    assert files_in(interrupted.workdir / "checkpoints") == checkpoints
 
 
-def test_a_disk_with_room_for_one_checkpoint_and_a_half_keeps_the_first(faulty_run, undisturbed, mount, tmp_path):
+def test_a_disk_with_room_for_one_checkpoint_keeps_it(environment, undisturbed, disk, tmp_path):
     size = sum(path.stat().st_blocks * 512 for path in (undisturbed.workdir / "checkpoints/40").rglob("*"))
-    disk = mount(tmp_path / "disk", str(size * 3 // 2 + 100_000))
-    run = faulty_run(workdir=disk / "run")
+    place = disk(tmp_path, str(size * 3 // 2 + 100_000))
+    run = Run(place / "run", environment)
     ended = run.finish(*ARGS)
     assert ended.code == 74, ended
-    assert "The newest checkpoint is of step 20." in ended.err
+    assert "step 20" in ended.err
     failed = {event["step"]: event["error"] for event in run.events("save_failed")}
     assert set(failed) == {30, 40, 60}
     assert all("No space left on device" in error for error in failed.values()), failed
     assert {path.name for path in (run.workdir / "checkpoints").iterdir()} - {"removed"} == {"20"}
-    fill(disk / "ballast")
+    fill(place / "filler")
     full = run.finish(*ARGS)
     assert full.code == 74, full  # and not 2, after which no scheduler starts it again
     assert "No space left on device" in full.err
-    subprocess.run(["mount", "-o", "remount,size=24m", disk], check=True)
-    ended = run.finish(*ARGS)
-    check_finished_like(run, ended, undisturbed)
+    subprocess.run(["mount", "-o", "remount,size=24m", place], check=True)
+    check_ends_like(run, run.finish(*ARGS), undisturbed)
     assert [event["step"] for event in run.events("resume")][-1] == 20
 
 
-def test_a_path_that_a_latin_1_locale_spells_in_another_way_is_refused(tmp_path, environment):
-    if shutil.which("localedef") is None:
-        pytest.skip("localedef is not there")
-    locales = tmp_path / "locales"
-    locales.mkdir()
-    subprocess.run(["localedef", "-i", "en_US", "-f", "ISO-8859-1", locales / "en_US.ISO-8859-1"], check=True)
-    latin_1 = {"LOCPATH": str(locales), "LC_ALL": "en_US.ISO-8859-1", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    told = subprocess.run(
-        [sys.executable, "-c", "import sys; print(sys.getfilesystemencoding())"],
-        env={**os.environ, **latin_1},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert told.stdout == "iso8859-1\n"
-    check_refused(tmp_path / "parent", "ü".encode("latin-1"), {**environment, **latin_1})
-
-
-def test_a_path_that_is_no_utf_8_is_refused(tmp_path, environment):
-    check_refused(tmp_path / "parent", b"a\xffb", {**environment, "LC_ALL": "C.UTF-8"})
-
-
-def check_refused(parent: Path, name: bytes, environment: dict[str, str]) -> None:
-    """Check that a run in a directory is refused in a line, and leaves nothing in any other."""
+@pytest.mark.parametrize("locale", ["Latin-1", "UTF-8"])
+def test_a_path_that_is_not_utf_8_is_refused(locale, tmp_path, environment):
+    variables, name = {"LC_ALL": "C.UTF-8"}, b"a\xffb"
+    if locale == "Latin-1":
+        if shutil.which("localedef") is None:
+            pytest.skip("there is no localedef")
+        subprocess.run(["localedef", "-i", "en_US", "-f", "ISO-8859-1", tmp_path / "en_US.ISO-8859-1"], check=True)
+        variables = {"LOCPATH": str(tmp_path), "LC_ALL": "en_US.ISO-8859-1", "PYTHONUTF8": "0"}
+        variables["PYTHONCOERCECLOCALE"], name = "0", "ü".encode("latin-1")
+    parent = tmp_path / "parent"
     parent.mkdir()
     path = os.path.join(os.fsencode(parent), name)
-    ended = subprocess.run(
-        [sys.executable, "-m", "mnist_jax.train", "--workdir", path, *ARGS],
-        env={**os.environ, **environment},
-        capture_output=True,
-    )
+    command = [sys.executable, "-m", "mnist_jax.train", "--workdir", path, *ARGS]
+    ended = subprocess.run(command, env={**os.environ, **environment, **variables}, capture_output=True)
     assert ended.returncode == 2, ended
     assert ended.stderr.count(b"\n") == 1, ended.stderr
     assert b"UTF-8" in ended.stderr
     assert os.listdir(os.fsencode(parent)) in ([], [name])
-    found = [os.path.join(folder, file) for folder, _, files in os.walk(path) for file in files]
-    assert not [name for name in found if b"checkpoints" in name], found
+    assert not any(b"checkpoints" in folder for folder, _, _ in os.walk(path))
 
 
-def test_a_run_that_may_not_set_its_priority_trains_and_saves(faulty_run):
-    nice = ("nice", "-n", "11")  # below what saves run at; with 15 a busy machine would starve it
+def test_a_run_that_must_not_set_its_priority_saves(new_run):
+    run = new_run()
+    run.prefix = ("nice", "-n", "11")  # below the priority of saves
     if IS_ROOT:
         if shutil.which("setpriv") is None:
-            pytest.skip("setpriv is not there, and root may set any priority")
-        nice = ("setpriv", "--bounding-set=-sys_nice", "--inh-caps=-sys_nice", *nice)
-    run = faulty_run(prefix=nice)
-    ended = end(run.start("--dataset", "digits", "--steps", "10", "--checkpoint-every-steps", "5"), timeout_s=250)
+            pytest.skip("there is no setpriv, and root may set any priority")
+        run.prefix = ("setpriv", "--bounding-set=-sys_nice", "--inh-caps=-sys_nice", *run.prefix)
+    ended = run.finish("--dataset", "digits", "--steps", "10", "--checkpoint-every-steps", "5")
     assert ended.code == 0, ended.err
     assert run.steps() == [5, 10]
     assert not run.events("save_failed")
 
 
-def test_a_leftover_that_cannot_be_removed_is_told_of_once(interrupted, faulty_run, undisturbed, mount):
-    mount(interrupted / "checkpoints" / f"60{UNFINISHED}" / "state", "100k")
-    run = faulty_run()
-    ended = run.finish(*ARGS)
-    check_finished_like(run, ended, undisturbed)
-    assert len(mounted_under(interrupted)) == 1
-    assert [event["step"] for event in run.events("resume")] == [40]
-    assert len(run.events("removal_failed")) == 1
-    assert ended.err.count("could not be removed") == 1
+def test_a_leftover_that_cannot_be_removed_is_reported_once(interrupted, undisturbed, disk):
+    leftover = interrupted.workdir / "checkpoints" / f"60{UNFINISHED}"
+    leftover.mkdir()
+    mounted = disk(leftover, "100k").name
+    ended = interrupted.finish(*ARGS)
+    check_ends_like(interrupted, ended, undisturbed)
+    assert [event["step"] for event in interrupted.events("resume")] == [40]
+    assert len(interrupted.events("removal_failed")) == 1
     assert ended.err.count("\n") == 1, ended.err
+    [left] = interrupted.workdir.rglob(mounted)
+    assert left.is_mount()

@@ -1,4 +1,4 @@
-"""Checkpoints of any JAX state: written by Orbax, with digests, durable commits and quarantine on top.
+"""Checkpoints of any JAX state: Orbax writes the arrays, with digests, durable commits and quarantine on top.
 
-This folder stands alone; lift it into your own project.
+This package imports nothing else of this project; copy it into your own.
 """

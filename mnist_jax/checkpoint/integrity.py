@@ -1,24 +1,21 @@
-"""Digests of a state and of the files of a checkpoint, and the manifest that holds them.
+"""Digests of states and files, the manifest that holds them, and the errors of this package.
 
-The digest of a state depends on the names, shapes, types and bits of its leaves and on nothing else. So the same state
-has the same digest on 1 device and on 8, in 1 process and in 4, replicated or sharded:
+The digest of a state depends only on the names, shapes, types and bits of its leaves. The same state has the same
+digest on 1 device and on 8, in 1 process and in 4, replicated or sharded:
 
-    chunk     a box of a leaf; which boxes there are follows from the leaf's shape and type alone (`chunk_counts`)
+    chunk     a box of a leaf; the shape and type of the leaf determine the boxes (`chunk_counts`)
     leaf      SHA-256 over name, type, shape and number of chunks, and the SHA-256 of each chunk in C order
     state     SHA-256 over the digests of the leaves
 
-Each process hashes chunks of the shards that it holds (`hash_shards`); what all of them found is put together once
-(`combine`). Nothing here needs Orbax.
+Each process hashes chunks of the shards that it holds (`hash_shards`); `combine` merges what all processes found.
 
-The errors of this folder are here as well:
-
-    CheckpointError                     all that can go wrong here
-    ├── SaveError                       a checkpoint could not be written; those before it are untouched
-    │   └── InvalidStateError           the state was not worth writing: the caller's `valid` came out false
-    ├── ReadError                       a checkpoint cannot be read here and now; nothing says that it is damaged
+    CheckpointError
+    ├── SaveError                       a checkpoint could not be written; older ones are untouched
+    │   └── InvalidStateError           the state was not worth saving: the caller's `valid` was false
+    ├── ReadError                       a checkpoint cannot be read now; it is not known to be corrupt
     ├── CorruptCheckpointError          a checkpoint is not what was saved
     ├── IncompatibleCheckpointError     a checkpoint holds another tree, or has another format
-    └── NoGoodCheckpointError           there are checkpoints, and none of them is good
+    └── NoGoodCheckpointError           checkpoints exist, and none can be used
 """
 
 import base64
@@ -46,54 +43,56 @@ MAX_MANIFEST_BYTES = 2**26
 MIN_CHUNK_BYTES = 2**16
 MAX_CHUNKS = 2**12
 STEP = re.compile(r"0|[1-9][0-9]{0,17}")  # the names of checkpoints
+# An OSError with one of these numbers means that a resource is short. It may succeed later.
+SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC, errno.EDQUOT)
 
 Json = dict[str, Any]
 Box = tuple[slice, ...]
 
 
 class CheckpointError(Exception):
-    """Something is wrong with a checkpoint, or with writing or reading it."""
+    """A checkpoint could not be written or read."""
 
 
 class CorruptCheckpointError(CheckpointError):
     """A checkpoint is not what was saved: a digest differs, or a file is missing or cannot be parsed."""
 
     def __init__(self, step: int, kind: str, detail: str) -> None:
-        """Name the step, the kind of damage in a word or two for a directory's name, and the file or leaf."""
+        """Set the step, a kind of one or two words for the name in quarantine, and what is wrong with which file."""
         super().__init__(f"step {step}: {detail}")
         self.step, self.kind = step, kind
 
 
 class IncompatibleCheckpointError(CheckpointError):
-    """A checkpoint is whole, but holds another tree than is expected, or has another format."""
+    """A checkpoint is intact, but holds another tree than expected, or has another format."""
 
 
 class SaveError(CheckpointError):
     """A checkpoint could not be written."""
 
     def __init__(self, step: int, reason: str) -> None:
-        """Name the step that is not saved, and why."""
+        """Set the step that is not saved, and the reason."""
         super().__init__(f"the checkpoint of step {step} could not be saved: {reason}")
         self.step = step
 
 
 class InvalidStateError(SaveError):
-    """The state is not worth keeping."""
+    """The caller declared the state not worth saving."""
 
 
 class ReadError(CheckpointError):
-    """A checkpoint cannot be read here and now: files, threads or memory are short. Nothing is known to be damaged."""
+    """A checkpoint cannot be read now: files, threads or memory are short. It is not known to be corrupt."""
 
     def __init__(self, step: int, reason: str) -> None:
-        """Name the step, and why."""
+        """Set the step and the reason."""
         super().__init__(
-            f"the checkpoint of step {step} cannot be read here and now: {reason}. Nothing says that it is damaged, "
-            "and nothing was moved; look at the limits of this process (ulimit -a), and start again"
+            f"the checkpoint of step {step} cannot be read now: {reason}. It is not known to be corrupt and was not "
+            "moved; check the limits of this process (ulimit -a) and start again"
         )
 
 
 class NoGoodCheckpointError(CheckpointError):
-    """Checkpoints exist, and none is good."""
+    """Checkpoints exist, and none can be used."""
 
 
 # ---- Leaves ---------------------------------------------------------------------------------------------------------
@@ -105,10 +104,10 @@ def leaf_name(path: tuple[Any, ...]) -> str:
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """Return the leaves of a tree by their names.
+    """Return the leaves of a tree by name, in the order of the tree.
 
     Raises:
-        ValueError: two leaves have the same name, so one of them would be lost.
+        ValueError: two leaves have the same name.
     """
     leaves: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -120,29 +119,26 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def is_key(leaf: Any) -> bool:
-    """Tell whether a leaf holds typed random keys."""
+    """Return whether a leaf is an array of typed random keys."""
     return hasattr(leaf, "dtype") and bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
 
 
 def raw(leaf: Any) -> Any:
-    """Return a leaf as an array of numbers: of typed random keys their data, of a Python number what numpy makes of it.
-
-    Wider types are kept: 64 bits stay 64 bits.
-    """
+    """Return a leaf as an array of numbers: the key data of typed random keys, a numpy array of a Python number."""
     if is_key(leaf):
         return jax.random.key_data(leaf)
-    return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+    return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)  # `jnp.asarray` would cut 64 bits to 32.
 
 
 def describe(leaf: Any) -> Json:
-    """Return shape and type of a leaf, as a manifest has them."""
+    """Return shape and type of a leaf, as in a manifest."""
     if not hasattr(leaf, "dtype"):
         leaf = np.asarray(leaf)
     return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
 
 
 def layout(leaf: Any) -> Json:
-    """Return shape and item size of the numbers of a leaf, and into how many chunks each axis is divided."""
+    """Return shape and item size of the numbers of a leaf, and the number of chunks on each axis."""
     values = jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf) else leaf
     values = values if hasattr(values, "dtype") else np.asarray(values)
     shape, itemsize = list(values.shape), np.dtype(values.dtype).itemsize
@@ -150,12 +146,12 @@ def layout(leaf: Any) -> Json:
 
 
 def host_leaves(tree: Any) -> dict[str, np.ndarray]:
-    """Return the leaves of a tree by name, fetched to the host; of typed random keys their data."""
+    """Return the leaves of a tree by name, copied to the host; key data for typed random keys."""
     return {name: np.asarray(raw(leaf)) for name, leaf in named_leaves(tree).items()}
 
 
 def digest_leaves(tree: Any) -> dict[str, Json]:
-    """Return shape, type and SHA-256 of each leaf of a state that this process holds whole."""
+    """Return shape, type and SHA-256 of each leaf of a state that this process holds completely."""
     return leaf_table(combine([hash_shards(tree)]))
 
 
@@ -163,17 +159,17 @@ def digest_leaves(tree: Any) -> dict[str, Json]:
 
 
 class Shard(NamedTuple):
-    """A part of a leaf that a process holds, once however many of its devices do; `data` is None in other processes."""
+    """A part of a leaf that a process holds, on any number of its devices; `data` is None for other processes."""
 
     box: Box
     data: Any
 
 
 def chunk_counts(shape: Sequence[int], itemsize: int) -> list[int]:
-    """Return into how many chunks each axis of a leaf is divided: powers of two.
+    """Return the number of chunks on each axis of a leaf, all powers of two.
 
-    The axes are halved in turn until a chunk has at most MIN_CHUNK_BYTES, or until there are MAX_CHUNKS. So the shards
-    of a large leaf, where they are a power of two, consist of whole chunks.
+    The axes are halved in turn until a chunk has at most MIN_CHUNK_BYTES, or there are MAX_CHUNKS chunks. If a large
+    leaf is divided into a power of two of shards, each shard consists of complete chunks.
     """
     counts, size = [1] * len(shape), math.prod(shape) * itemsize
     limit, turn = max(MIN_CHUNK_BYTES, size / MAX_CHUNKS), 0
@@ -194,14 +190,14 @@ def chunk_boxes(shape: Sequence[int], counts: Sequence[int]) -> list[Box]:
 
 
 def hash_shards(tree: Any, *, shared: bool = False) -> dict[str, Json]:
-    """Return what this process finds out of the digests of a state, as JSON values for `combine`.
+    """Return the digests of the chunks that this process holds, as JSON values for `combine`.
 
-    Of a chunk that no shard holds whole, the bytes of its pieces are returned: a small leaf that is split, or shards
-    that are no power of two.
+    If no shard contains a chunk completely (a small leaf that is split, or shards that are no power of two), the bytes
+    of its pieces are returned instead.
 
     Args:
-        tree: a pytree of arrays and numbers. What is no `jax.Array` is the same in all processes.
-        shared: whether the other processes do the same. Then each chunk is hashed by one of those that hold it.
+        tree: a pytree of arrays and numbers. Leaves that are no `jax.Array` are the same in all processes.
+        shared: whether all processes call this. Then exactly one of the processes that hold a chunk hashes it.
     """
     return {name: _hash_leaf(leaf, shared=shared) for name, leaf in named_leaves(tree).items()}
 
@@ -212,7 +208,7 @@ def _hash_leaf(leaf: Any, *, shared: bool) -> Json:
     chunks, pieces = {}, []
     for number, chunk in enumerate(chunk_boxes(values.shape, stored["counts"])):
         holders = [shard for shard in shards if _overlap(chunk, shard.box) == chunk]
-        if not values.size:  # A split leaf without elements has no shard with the box of its chunk.
+        if not values.size:  # A sharded leaf without elements has no shard with the box of its chunk.
             chunks[str(number)] = hashlib.sha256(b"").hexdigest()
         elif holders:
             here = [shard for shard in holders if shard.data is not None]
@@ -230,9 +226,9 @@ def _hash_leaf(leaf: Any, *, shared: bool) -> Json:
 
 
 def _shards(values: Any) -> list[Shard]:
-    """Return the shards of all processes, in an order that all processes agree on."""
-    whole = tuple(slice(0, size) for size in values.shape)
+    """Return the shards of all processes, in the same order on all processes."""
     if not isinstance(values, jax.Array):
+        whole = tuple(slice(0, size) for size in values.shape)
         return [Shard(whole, values if jax.process_index() == 0 else None)]
     local = {shard.device: shard.data for shard in values.addressable_shards}
     found: dict[tuple[int, str], Shard] = {}
@@ -253,7 +249,7 @@ def _relative(box: Box, within: Box) -> Box:
 
 
 def _cut(shard: Shard, box: Box) -> bytes:
-    # The whole shard is fetched once: JAX keeps the copy with the array.
+    # The whole shard is copied to the host once: JAX caches the copy with the array.
     return np.asarray(shard.data)[_relative(box, shard.box)].tobytes()
 
 
@@ -261,7 +257,7 @@ def combine(parts: Iterable[Mapping[str, Json]]) -> dict[str, Json]:
     """Return shape, type and the SHA-256 of every chunk of each leaf, from what each process found.
 
     Raises:
-        ValueError: the parts are not those of one state, or some are missing.
+        ValueError: the parts belong to different states, or some are missing.
     """
     rows: dict[str, list[Json]] = {}
     for part in parts:
@@ -275,8 +271,9 @@ def _combine_leaf(name: str, rows: list[Json]) -> Json:
     fixed = ("shape", "dtype", "raw_shape", "itemsize", "counts")
     if any(row[field] != first[field] for row in rows for field in fixed):
         raise ValueError(f"processes disagree about leaf {name}")
+    # This also limits the memory that the hashes of an untrusted checkpoint can claim below.
     if first["counts"] != chunk_counts(first["raw_shape"], first["itemsize"]):
-        raise ValueError(f"leaf {name} is divided into other chunks than its shape and type say")
+        raise ValueError(f"the number of chunks of leaf {name} does not follow from its shape and type")
     digests = known_digests(rows)
     count = math.prod(first["counts"])
     if missing := [number for number in range(count) if number not in digests]:
@@ -285,7 +282,7 @@ def _combine_leaf(name: str, rows: list[Json]) -> Json:
 
 
 def known_digests(rows: Sequence[Json]) -> dict[int, str]:
-    """Return the SHA-256 of those chunks of a leaf that were hashed, or of which all pieces are there."""
+    """Return the SHA-256 of the chunks of a leaf that were hashed, or whose pieces are complete."""
     digests = {int(number): digest for row in rows for number, digest in row["chunks"].items()}
     boxes = chunk_boxes(rows[0]["raw_shape"], rows[0]["counts"])
     buffers: dict[int, np.ndarray] = {}
@@ -297,8 +294,8 @@ def known_digests(rows: Sequence[Json]) -> dict[int, str]:
         box = tuple(slice(*corners) for corners in piece["box"])
         buffer[box] = content.reshape(buffer[box].shape)
         filled[number] = filled.get(number, 0) + content.size
-    whole = (number for number, buffer in buffers.items() if filled[number] == buffer.size)
-    return {**digests, **{number: hashlib.sha256(buffers[number].tobytes()).hexdigest() for number in whole}}
+    complete = (number for number, buffer in buffers.items() if filled[number] == buffer.size)
+    return {**digests, **{number: hashlib.sha256(buffers[number].tobytes()).hexdigest() for number in complete}}
 
 
 def leaf_table(rows: Mapping[str, Json]) -> dict[str, Json]:
@@ -314,7 +311,7 @@ def leaf_table(rows: Mapping[str, Json]) -> dict[str, Json]:
 
 
 def json_sha256(values: Any) -> str:
-    """Return the SHA-256 of JSON values, in whatever order a file has them."""
+    """Return the SHA-256 of JSON values, independent of the order of keys."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -322,10 +319,10 @@ def json_sha256(values: Any) -> str:
 
 
 def regular_files(directory: Path) -> dict[str, Path]:
-    """Return the regular files under a directory by their names relative to it. No symbolic link is followed."""
+    """Return the regular files under a directory by relative name. Symbolic links are not followed."""
     found = {}
     for path in (Path(parent, name) for parent, _, files in os.walk(directory) for name in files):
-        with contextlib.suppress(FileNotFoundError):  # Another process removes TensorStore's lock files meanwhile.
+        with contextlib.suppress(FileNotFoundError):  # Another process may remove TensorStore's lock files meanwhile.
             if stat.S_ISREG(path.lstat().st_mode):
                 found[path.relative_to(directory).as_posix()] = path
     return found
@@ -338,12 +335,12 @@ def describe_file(path: Path) -> Json:
 
 
 def fsync_path(path: Path) -> None:
-    """Return when the disk has the bytes of a file, or the names in a directory."""
+    """Fsync a file, or the names in a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some file systems cannot do it for directories.
+        # Some file systems do not support it for directories.
         if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
             raise
     finally:
@@ -351,14 +348,14 @@ def fsync_path(path: Path) -> None:
 
 
 def fsync_tree(directory: Path) -> None:
-    """Return when the disk has all that is in a directory: files first, then the directories that name them."""
+    """Fsync everything in a directory: files first, then the directories that contain them."""
     for parent, _, files in os.walk(directory, topdown=False):
         for name in (*files, "."):
             fsync_path(Path(parent, name))
 
 
 def remove(path: Path) -> None:
-    """Remove what is there, if anything is; a symbolic link goes, and what it leads to stays."""
+    """Remove a file or directory if it exists; of a symbolic link only the link."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -375,20 +372,20 @@ def write_manifest(directory: Path, step: int, leaves: Mapping[str, Json], files
         directory: the checkpoint.
         step: its step.
         leaves: shape, type and SHA-256 of each leaf.
-        files: size and SHA-256 of each file, by its name relative to `directory`.
+        files: size and SHA-256 of each file, by name relative to `directory`.
     """
     manifest = {"format": FORMAT, "step": step, "state_sha256": json_sha256(leaves), "leaves": leaves, "files": files}
     (directory / MANIFEST).write_text(json.dumps({**manifest, "seal": json_sha256(manifest)}, indent=1) + "\n")
 
 
 def read_manifest(path: Path) -> Json:
-    """Return a manifest whose seal, the digest of its other fields, is right.
+    """Return a manifest after checking its fields and its seal, the digest of the other fields.
 
     Raises:
         OSError: it cannot be read.
-        ValueError, RecursionError: it is no manifest, or not what was written.
+        ValueError, RecursionError: it is no manifest, or was changed.
     """
-    if not stat.S_ISREG(path.lstat().st_mode):
+    if not stat.S_ISREG(path.lstat().st_mode):  # Opening a pipe would block.
         raise ValueError("it is not a file")
     if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise ValueError(f"it has more than {MAX_MANIFEST_BYTES} bytes")
@@ -403,7 +400,7 @@ def read_manifest(path: Path) -> Json:
 
 
 def _is_complete(manifest: Json) -> bool:
-    """Tell whether a manifest has all fields of its format. Anybody can make a seal."""
+    """Return whether a manifest has all fields of its format. The seal is no proof: anyone can compute it."""
 
     def is_table(value: Any, **columns: type) -> bool:
         return isinstance(value, dict) and all(

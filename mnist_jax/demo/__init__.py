@@ -1,1 +1,1 @@
-"""The command `python -m mnist_jax.demo`: a local page to draw digits on."""
+"""The command `demo`: a local web page that predicts a digit while the user draws it."""

@@ -1,1 +1,1 @@
-"""Trained classifiers, and the preparation of pictures for them."""
+"""Trained classifiers, and preprocessing of images for them."""

@@ -1,8 +1,8 @@
-"""From a picture of a digit, whatever its size, colours and polarity, to an image like those that a model has learned.
+"""Preprocessing: convert an image of a digit, of any size, colours and polarity, to the form of the training images.
 
-MNIST's authors (Y. LeCun, C. Cortes, C. J. C. Burges) scaled each digit, with its aspect ratio and anti-aliased, into
-20×20 pixels, and laid it into 28×28 so that its centre of mass is in the middle. In all but two of the 70,000 images
-the rows and the columns, numbered from 0, have their mean in [13.5, 14.5): it was moved by whole pixels, as here.
+MNIST's authors (Y. LeCun, C. Cortes, C. J. C. Burges) scaled each digit with its aspect ratio into 20×20 pixels and
+moved it by whole pixels so that the centre of mass is in the middle of 28×28. In all but two of the 70,000 images the
+mean row and the mean column, numbered from 0, are in [13.5, 14.5). This module does the same.
 """
 
 import io
@@ -12,120 +12,110 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 
 MAX_BYTES = 2**26
-MAX_PIXELS = 2**26  # the cameras of phones go up to 50 million
-SIDE_PX = 1024  # Larger pictures are scaled down first.
-MIN_CONTRAST = 0.1  # of that between black and white
+MAX_PIXELS = 2**26  # Phone cameras have up to 50 million.
+SIDE_PX = 1024  # Larger images are scaled down first.
+MIN_CONTRAST = 0.1  # 1 is the contrast between black and white.
 BOX_PX, SIZE_PX = 20, 28
-FORMS = ("mnist", "digits")  # the data sets whose images look like what `prepare` makes
 
-Image.MAX_IMAGE_PIXELS = None  # It would warn on standard error; `decode` has a limit of its own.
+Image.MAX_IMAGE_PIXELS = None  # Pillow would print a warning; `decode` has its own limit.
 
 
 class UnreadableImageError(ValueError):
-    """There is no digit to be had from a file; the message says why."""
+    """A file contains no usable digit; the message is the reason."""
 
 
-def caution(dataset: str) -> str | None:
-    """Return what somebody should know who shows pictures to a model that has learned a data set, if anything."""
-    if dataset in FORMS:
+def dataset_warning(dataset: str) -> str | None:
+    """Return a warning if `prepare` does not produce images like those of a dataset."""
+    if dataset in ("mnist", "digits"):
         return None
-    return f"this run has learned {dataset}, and pictures are made to look like handwritten digits"
+    return f"this run was trained on {dataset}, but images are preprocessed as handwritten digits"
 
 
 def prepare(content: bytes, dataset: str = "mnist", *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Return the digit in a PNG or JPEG file as an image of a data set: [28, 28, 1] uint8, ink 255 on ground 0.
+    """Return the digit in a PNG or JPEG file as [28, 28, 1] uint8, foreground 255 on background 0.
 
     Args:
         content: the file.
-        dataset: whose form is wanted: that of the built-in "digits", and for all others MNIST's.
-        max_pixels: the picture may have so many.
+        dataset: "digits" for the form of the built-in digits; all others get the form of MNIST.
+        max_pixels: limit for the size of the image.
 
     Raises:
-        UnreadableImageError: it is no such file, is damaged or too large, or nothing is drawn on it.
+        UnreadableImageError: the file is not PNG or JPEG, is corrupt or too large, or shows nothing.
     """
     digit = crop(foreground_mask(decode(content, max_pixels=max_pixels)))
     return as_digits(digit) if dataset == "digits" else as_mnist(digit)
 
 
 def decode(content: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Return the pixels of a PNG or JPEG file, scaled down to SIDE_PX where they are more: [H, W, 4] in [0, 1], RGBA.
-
-    Raises:
-        UnreadableImageError: it is no such file, is damaged or too large.
-    """
+    """Return the pixels of a PNG or JPEG file, at most SIDE_PX a side: RGBA, [H, W, 4] in [0, 1]."""
     if not content:
         raise UnreadableImageError("it is empty")
     if len(content) > MAX_BYTES:
         raise UnreadableImageError(f"it has more than {MAX_BYTES / 1e6:.0f} MB")
     try:
-        with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
-            if image.width * image.height > max_pixels:
-                raise UnreadableImageError(
-                    f"it has {image.width}×{image.height} pixels, more than {max_pixels / 1e6:.0f} million"
-                )
-            image.draft("RGB", (SIDE_PX, SIDE_PX))  # JPEG can be decoded at a half, a quarter or an eighth of its size.
-            picture = ImageOps.exif_transpose(image)
-            if picture.mode.startswith(("I", "F")):  # 16 bits a pixel, of which the conversion would cut off the most
-                picture = Image.fromarray((np.asarray(picture) / 257).astype(np.uint8))
-            picture = picture.convert("RGBA")
-            picture.thumbnail((SIDE_PX, SIDE_PX), Image.Resampling.HAMMING)
-            return np.asarray(picture, np.float32) / 255
+        with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as file:
+            if file.width * file.height > max_pixels:
+                limit = f"{max_pixels / 1e6:.0f} million"
+                raise UnreadableImageError(f"it has {file.width}×{file.height} pixels, more than {limit}")
+            file.draft("RGB", (SIDE_PX, SIDE_PX))  # JPEG can be decoded at a fraction of its size.
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith(("I", "F")):  # 16 bits per pixel; `convert` would clip them.
+                image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
+            image = image.convert("RGBA")
+            image.thumbnail((SIDE_PX, SIDE_PX), Image.Resampling.HAMMING)
+            return np.asarray(image, np.float32) / 255
     except UnreadableImageError:
         raise
     except UnidentifiedImageError as error:
         raise UnreadableImageError("it is neither PNG nor JPEG") from error
-    except Exception as error:  # Whatever Pillow says of files that it cannot make sense of.
-        raise UnreadableImageError(f"it is damaged: {error}") from error
+    except Exception as error:  # Pillow raises many types for corrupt files.
+        raise UnreadableImageError(f"it is corrupt: {error}") from error
 
 
 def foreground_mask(pixels: np.ndarray) -> np.ndarray:
-    """Return how much ink is where: [H, W] in [0, 1], of RGBA pixels [H, W, 4] in [0, 1].
+    """Return the foreground, [H, W] in [0, 1], of RGBA pixels [H, W, 4] in [0, 1].
 
-    Ink is what has not the colour of the ground, and the ground is what is at the edges. So dark on light and light on
-    dark are the same, in whatever colours. What is transparent is a ground of its own.
-
-    Raises:
-        UnreadableImageError: all of it has nearly the same colour.
+    The background is the median colour of the edges, and the foreground is what differs from it. So the polarity and
+    the colours do not matter. Transparent parts belong to the background.
     """
-    colours, alpha = pixels[..., :3], pixels[..., 3:]
-    is_dark = np.sum(colours * alpha) < 0.5 * np.sum(alpha) * 3
-    colours = colours * alpha + (1 - alpha) * is_dark  # on white or on black, whichever stands out
-    edges = np.concatenate([colours[0], colours[-1], colours[:, 0], colours[:, -1]])
-    distance = np.sqrt(np.mean((colours - np.median(edges, axis=0)) ** 2, axis=-1))
+    colors, alpha = pixels[..., :3], pixels[..., 3:]
+    is_dark = np.sum(colors * alpha) < 0.5 * np.sum(alpha) * 3
+    colors = colors * alpha + (1 - alpha) * is_dark  # Dark drawings are put on white, light ones on black.
+    edges = np.concatenate([colors[0], colors[-1], colors[:, 0], colors[:, -1]])
+    distance = np.sqrt(np.mean((colors - np.median(edges, axis=0)) ** 2, axis=-1))
     if distance.max() < MIN_CONTRAST:
-        raise UnreadableImageError("nothing is drawn on it: all of it has nearly the same colour")
+        raise UnreadableImageError("nothing is drawn on it: all pixels have nearly the same colour")
     if np.ptp(distance) < MIN_CONTRAST:
-        raise UnreadableImageError(
-            "no ground can be told from ink: its edges have two colours, as much of one as of the other"
-        )
+        raise UnreadableImageError("foreground and background cannot be distinguished: its edges have two colours")
     threshold = otsu(distance)
-    ground, drawn = distance[distance <= threshold], distance[distance > threshold]
-    low, high = min(ground.mean() + 3 * ground.std(), threshold), drawn.mean()  # paper has its shades, and so has ink
+    background, foreground = distance[distance <= threshold], distance[distance > threshold]
+    # Paper and ink both have shades.
+    low, high = min(background.mean() + 3 * background.std(), threshold), foreground.mean()
     return np.clip((distance - low) / (high - low), 0, 1)
 
 
 def otsu(values: np.ndarray) -> float:
-    """Return the threshold that divides values, not all equal, into two classes as unlike as can be (N. Otsu, 1979)."""
+    """Return the threshold that maximizes the variance between two classes (N. Otsu, 1979). Values must differ."""
     counts, limits = np.histogram(values, 256)
-    below, middles = np.cumsum(counts)[:-1], (limits[:-1] + limits[1:]) / 2
-    sums = np.cumsum(counts * middles)
+    below, centers = np.cumsum(counts)[:-1], (limits[:-1] + limits[1:]) / 2
+    sums = np.cumsum(counts * centers)
     above = values.size - below
     between = below * above * (sums[:-1] / np.maximum(below, 1) - (sums[-1] - sums[:-1]) / np.maximum(above, 1)) ** 2
     return float(limits[1 + np.argmax(between)])
 
 
-def crop(drawing: np.ndarray) -> np.ndarray:
-    """Return the part of a drawing [H, W] that has ink; specks, with less than 1/20 of the largest part, are none."""
-    parts, count = ndimage.label(drawing > 0.1, np.ones((3, 3)))
-    mass = ndimage.sum_labels(drawing, parts, np.arange(count + 1))
+def crop(mask: np.ndarray) -> np.ndarray:
+    """Return the part of a mask [H, W] that has foreground. Specks below 1/20 of the largest part are removed."""
+    parts, count = ndimage.label(mask > 0.1, np.ones((3, 3)))
+    mass = ndimage.sum_labels(mask, parts, np.arange(count + 1))
     mass[0] = 0
-    kept = np.where((mass > mass.max() / 20)[parts], drawing, 0)
+    kept = np.where((mass > mass.max() / 20)[parts], mask, 0)
     rows, columns = np.nonzero(kept)
     return kept[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
 
 
 def as_mnist(digit: np.ndarray) -> np.ndarray:
-    """Return a cropped digit as MNIST's authors would have: [28, 28, 1] uint8."""
+    """Return a cropped digit in the form of MNIST: [28, 28, 1] uint8."""
     scaled = scale(digit, *(max(1, round(BOX_PX * length / max(digit.shape))) for length in digit.shape))
     image = np.zeros((SIZE_PX, SIZE_PX, 1), np.uint8)
     places = []
@@ -138,16 +128,16 @@ def as_mnist(digit: np.ndarray) -> np.ndarray:
 
 
 def as_digits(digit: np.ndarray) -> np.ndarray:
-    """Return a cropped digit as `data` has those of scikit-learn: 8×8 squares of 17 shades, [28, 28, 1] uint8.
+    """Return a cropped digit in the form of the built-in digits: 8×8 squares of 17 shades, [28, 28, 1] uint8.
 
-    All 1,797 of them fill the eight rows, and most the six columns in the middle, whatever their aspect ratio was.
+    All 1,797 of them fill the eight rows, and most fill the six middle columns, whatever their aspect ratio was.
     """
     shades = np.pad(np.round(16 * scale(digit, 8, 6)), ((0, 0), (1, 1))) * (255 / 16)
     return np.pad(np.kron(shades, np.ones((3, 3))), 2).astype(np.uint8)[..., np.newaxis]
 
 
 def scale(digit: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Return a digit scaled to [height, width], anti-aliased, with its darkest ink 1."""
-    # Pillow's BOX leaves a row out now and then, whose middle lies on the border of two boxes.
+    """Return a digit scaled to [height, width] with anti-aliasing; its maximum is 1."""
+    # Pillow's BOX filter sometimes skips a row whose middle lies on the border of two boxes.
     scaled = np.asarray(Image.fromarray(digit.astype(np.float32)).resize((width, height), Image.Resampling.HAMMING))
     return scaled / scaled.max()

@@ -1,1 +1,1 @@
-"""The command `python -m mnist_jax.report`: a run as one HTML page."""
+"""What happened in a run: its status, its history and its report."""

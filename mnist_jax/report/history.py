@@ -1,179 +1,151 @@
-"""What happened to a run, as its records tell it: its starts, what each was at work on, how it ended, what it learned.
+"""The attempts of a run, read from its event log: an attempt is one start of the command `train`.
 
-A run directory is data from somewhere: in its history any value may stand anywhere.
+A run directory is untrusted data: any field of an event may hold any JSON value.
 """
 
-import re
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from mnist_jax.records.metrics import read_metrics
 
-LANES = {"data": "load data", "compile": "compile", "train": "train", "evaluate": "evaluate"}  # by the phases
-MAX_LETTERS = 300  # of a text from a file
-LATEST_S = 2.0**33  # the year 2242: what a file says of later times is not taken for one
-
-End = Literal["stopped", "killed", "failed", "finished", "running"]
+LANES = {"data": "load data", "compile": "compile", "train": "train", "evaluate": "evaluate", "save": "save"}
+MAX_TEXT = 300
+MAX_SECONDS = 2.0**33  # the year 2242; `time.localtime` raises for much larger times
 
 
 class Span(NamedTuple):
-    """A stretch of time that went into one kind of work, in seconds since 1970; `lane` is a lane's name, or "save"."""
+    """A period of one kind of work, a key of `LANES`. Times are in seconds since 1970."""
 
     lane: str
     begin_s: float
     end_s: float
 
 
-class Curve(NamedTuple):
-    """What was measured, a value for each step: losses in nats, accuracies in [0, 1]."""
-
-    steps: Sequence[int]
-    losses: Sequence[float]
-    accuracies: Sequence[float]
-
-
 @dataclass
-class Turn:
-    """What came of one start of a run. Times are in seconds since 1970, or None where the history has none."""
+class Attempt:
+    """One start of a run, and how it ended. Times are in seconds since 1970, None if the event log has none."""
 
+    events: list[dict[str, Any]]
     first_step: int
     last_step: int
     began_s: float | None = None
-    ended_s: float | None = None  # the last that is known, where the end was not written down
-    manner: Literal["", "exact", "numerically equivalent"] = ""  # of a resume
+    ended_s: float | None = None  # the last known time
+    resume: Literal["", "exact", "numerically equivalent"] = ""
     changed: list[str] = field(default_factory=list)
-    repeated_steps: int = 0  # made before, lost, and recomputed by this start
-    lost_steps: int = 0  # of those that it made, as a later start found
-    end: End = "killed"
-    reason: str = ""  # the signal, or the error
+    recomputed_steps: int = 0  # steps of an earlier attempt that this attempt makes again
+    lost_steps: int = 0  # steps of this attempt that a later attempt recomputes
+    end: Literal["stopped", "killed", "failed", "finished", "running"] = "killed"
+    reason: str = ""  # the signal or the error
     saved_in_s: float | None = None  # from the arrival of the signal
-    has_trained: bool = False
     spans: list[Span] = field(default_factory=list)
 
     @property
-    def length_s(self) -> float | None:
-        """How long it ran, as far as is known."""
-        return None if self.began_s is None or self.ended_s is None else self.ended_s - self.began_s
+    def outcome(self) -> str:
+        """How the attempt ended, in words."""
+        if self.end == "stopped":
+            return f"stopped by {self.reason or 'a signal'}"
+        return f"failed: {self.reason}" if self.end == "failed" and self.reason else self.end
 
 
-def read_turns(events: Sequence[dict[str, Any]], *, is_running: bool, now_s: float) -> Iterator[Turn]:
-    """Yield what came of each start in a history, as `read_events` returns it, oldest first."""
+def read_attempts(events: Sequence[dict[str, Any]], *, is_running: bool, now_s: float) -> list[Attempt]:
+    """Return the attempts in an event log, oldest first. The last one lasts until `now_s` if the run is running."""
     groups: list[list[dict[str, Any]]] = []
     for event in events:
-        if event["event"] == "start":
+        if event["event"] == "start" or not groups:
             groups.append([])
-        if groups:
-            groups[-1].append(event)
-    turns = [_read_turn(group) for group in groups]
-    if is_running and turns and turns[-1].end == "killed":
-        turns[-1].end = "running"
-    _note_lost_steps(turns)
-    clock = 0.0
-    for turn, group in zip(turns, groups, strict=True):
-        clock = _time(turn, group, clock, now_s)
-        yield turn
+        groups[-1].append(event)
+    attempts = [_read_attempt(group) for group in groups]
+    if is_running and attempts and attempts[-1].end == "killed":
+        attempts[-1].end = "running"
+        attempts[-1].ended_s = now_s
+    trained = None
+    for attempt in attempts:
+        _read_spans(attempt)
+        if attempt.recomputed_steps and trained:
+            trained.lost_steps = attempt.recomputed_steps
+            trained.last_step = max(trained.last_step, attempt.first_step + attempt.recomputed_steps)
+        if any(event.get("phase") == "train" for event in attempt.events):
+            trained = attempt
+    return attempts
 
 
-def _read_turn(events: Sequence[dict[str, Any]]) -> Turn:
-    turn = Turn(events[0]["step"], max(event["step"] for event in events))
+def _read_attempt(events: list[dict[str, Any]]) -> Attempt:
+    attempt = Attempt(events, events[0]["step"], max(event["step"] for event in events))
     for event in events:
         name = event["event"]
         if name in ("resume", "lost"):
-            turn.first_step, turn.repeated_steps = event["step"], int(as_number(event.get("lost_steps")) or 0)
+            attempt.first_step = event["step"]
+            attempt.recomputed_steps = int(as_number(event.get("lost_steps")) or 0)
         if name == "resume":
-            turn.manner = "exact" if event.get("exact") is True else "numerically equivalent"
-            turn.changed = as_texts(event.get("changed"))
-        elif name == "phase" and event.get("phase") == "train":
-            turn.has_trained = True
+            attempt.resume = "exact" if event.get("exact") is True else "numerically equivalent"
+            changed = event.get("changed")
+            attempt.changed = [as_text(text) for text in changed[:20]] if isinstance(changed, list) else []
         elif name == "signal":
-            turn.reason, turn.saved_in_s = _signal(event.get("signal")), as_number(event.get("seconds"))
+            attempt.reason, attempt.saved_in_s = as_text(event.get("signal")), as_number(event.get("seconds"))
         elif name == "exit":
-            turn.end = event["outcome"] if event.get("outcome") in ("stopped", "finished") else "failed"
-            if turn.end == "failed":
-                turn.reason = as_text(event.get("error"))
-    return turn
+            outcome = event.get("outcome")
+            attempt.end = outcome if outcome in ("stopped", "finished") else "failed"
+            attempt.reason = as_text(event.get("error")) if attempt.end == "failed" else attempt.reason
+    return attempt
 
 
-def _note_lost_steps(turns: Sequence[Turn]) -> None:
-    """Tell the turn that was the last to train before a loss what it lost, and that it had come so far."""
-    trained = None
-    for turn in turns:
-        if turn.repeated_steps and trained:
-            trained.lost_steps = turn.repeated_steps
-            trained.last_step = max(trained.last_step, turn.first_step + turn.repeated_steps)
-        if turn.has_trained:
-            trained = turn
-
-
-def _time(turn: Turn, events: Sequence[dict[str, Any]], clock: float, now_s: float) -> float:
-    """Note when a turn was at work on what, and return the time of its end. The clock never goes back here."""
-    lane, since = LANES["data"], clock
-    for event in events:
-        told = as_number(event.get("time"))
-        clock = max(clock, told or 0.0)
-        if turn.began_s is None:
-            if told is None:
-                continue
-            turn.began_s = since = clock
-        turn.ended_s = clock
+def _read_spans(attempt: Attempt) -> None:
+    """Add the times of an attempt. A time that is before an earlier event's is replaced by that."""
+    lane, since_s, now_s = "data", 0.0, 0.0
+    for event in attempt.events:
+        time_s = as_number(event.get("time"))
+        if time_s is None:
+            continue
+        if attempt.began_s is None:
+            attempt.began_s = since_s = time_s
+        now_s = max(now_s, time_s)
         if event["event"] == "save":
-            turn.spans.append(Span("save", max(turn.began_s, clock - (as_number(event.get("seconds")) or 0.0)), clock))
-        phase = "train" if event["event"] == "evaluation" else event.get("phase")
-        if event["event"] in ("phase", "evaluation") and isinstance(phase, str) and LANES.get(phase, lane) != lane:
-            turn.spans.append(Span(lane, since, clock))
-            lane, since = LANES[phase], clock
-    if turn.began_s is None:
-        return clock
-    if turn.end == "running":
-        turn.ended_s = clock = max(clock, now_s)
-    turn.spans.append(Span(lane, since, clock))
-    return clock
+            seconds = as_number(event.get("seconds")) or 0.0
+            attempt.spans.append(Span("save", max(attempt.began_s, now_s - seconds), now_s))
+        next_lane = "train" if event["event"] == "evaluation" else as_text(event.get("phase"))
+        if next_lane in LANES and next_lane != lane:
+            attempt.spans.append(Span(lane, since_s, now_s))
+            lane, since_s = next_lane, now_s
+    if attempt.began_s is not None:
+        attempt.ended_s = max(now_s, attempt.ended_s or 0.0)
+        attempt.spans.append(Span(lane, since_s, attempt.ended_s))
+
+
+class Curve(NamedTuple):
+    """Metrics of one split, a value for each step: losses in nats, accuracies in [0, 1]."""
+
+    steps: list[int]
+    losses: list[float]
+    accuracies: list[float]
 
 
 def read_curve(path: Path, split: str) -> Curve:
-    """Return what a metrics file has of a split; what is no loss and accuracy is left out."""
-    records = [record for record, _ in read_metrics(path)]
-    points = [
-        (record["step"], record["loss"], record["accuracy"])
-        for record in records
-        if record["split"] == split and as_number(record.get("loss")) is not None and 0 <= record["accuracy"] <= 1
-    ]
-    return Curve(*([point[index] for point in points] for index in range(3)))
-
-
-def describe_end(turn: Turn) -> str:
-    """Return how a turn ended, in words for the page."""
-    if turn.end == "stopped":
-        return f"stopped by {turn.reason or 'a signal'}"
-    if turn.end == "failed":
-        return f"failed: {turn.reason}" if turn.reason else "failed"
-    return turn.end
-
-
-def count(number: int, noun: str) -> str:
-    """Return a number of things in words: "1 step", "1,200 steps"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    """Return the records of a split in a metrics file, without those that are out of range."""
+    curve = Curve([], [], [])
+    for record, _ in read_metrics(path):
+        loss, accuracy = as_number(record.get("loss")), record["accuracy"]
+        if record["split"] == split and loss is not None and 0 <= accuracy <= 1:
+            curve.steps.append(record["step"])
+            curve.losses.append(loss)
+            curve.accuracies.append(accuracy)
+    return curve
 
 
 def as_number(value: object) -> float | None:
-    """Return a number that a length or a point of time can be, or None."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if 0 <= value < LATEST_S else None
+    """Return a value that is a usable duration or time, otherwise None."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and 0 <= value < MAX_SECONDS else None  # type: ignore[arg-type, operator]
+
+
+def format_time(seconds: object) -> str:
+    """Return a time in the local time zone, "" if it is not usable."""
+    usable = as_number(seconds)
+    return "" if usable is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(usable))
 
 
 def as_text(value: object) -> str:
-    """Return a text of bearable length, or "" where there is none."""
-    return value[:MAX_LETTERS] if isinstance(value, str) else ""
-
-
-def as_texts(value: object) -> list[str]:
-    """Return the texts in a list, or none where it is no list."""
-    return [text for text in map(as_text, value[:20]) if text] if isinstance(value, list) else []
-
-
-def _signal(value: object) -> str:
-    """Return the name of a signal, or "" where it is none."""
-    return value if isinstance(value, str) and re.fullmatch("SIG[A-Z0-9]{1,8}", value) else ""
+    """Return the first characters of a text, "" if the value is not a text."""
+    return value[:MAX_TEXT] if isinstance(value, str) else ""

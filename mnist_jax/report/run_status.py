@@ -1,17 +1,18 @@
-"""What is in a run directory, and what the next start would do there. Read-only; safe while a run is at work."""
+"""The content of a run directory, and what the next start does there. Read-only; safe while training runs."""
 
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mnist_jax import config as configs
-from mnist_jax.checkpoint.checkpointer import Checkpoint, list_checkpoints
+from mnist_jax.checkpoint.checkpoint import Checkpoint, list_checkpoints
 from mnist_jax.checkpoint.integrity import CheckpointError, CorruptCheckpointError
 from mnist_jax.config import ConfigError
 from mnist_jax.records.metrics import accuracy_at, has_saves, read_events, read_metrics
-from mnist_jax.report.history import as_number
+from mnist_jax.report.history import Attempt, as_number, read_attempts
 from mnist_jax.runtime import lock
 from mnist_jax.training import compatibility
 
@@ -23,7 +24,7 @@ HISTORY = (
 
 @dataclass(frozen=True)
 class CheckpointStatus:
-    """A checkpoint: `good` is None where that was not asked; `problem` says what is wrong with it, as far as known."""
+    """A checkpoint. `good` is None unless it was verified; `problem` is the error, if one was found."""
 
     step: int
     time: float | None
@@ -36,7 +37,7 @@ class CheckpointStatus:
 
 @dataclass(frozen=True)
 class NextStart:
-    """What the next start would do: "begin", "resume", "nothing" (it is finished) or "refuse", with an exit code."""
+    """What the next start does: "begin", "resume", "nothing" (the run is finished) or "refuse", and its exit code."""
 
     action: str
     step: int | None
@@ -46,7 +47,7 @@ class NextStart:
 
 @dataclass(frozen=True)
 class Status:
-    """What is in a run directory."""
+    """The content of a run directory."""
 
     workdir: str
     in_use_by: dict[str, Any] | None
@@ -56,128 +57,107 @@ class Status:
     next_start: NextStart
 
 
-def examine(workdir: Path, *, verify: bool) -> Status:
-    """Return what is in a run directory.
+class Inspection(NamedTuple):
+    """The status of a checkpoint, with its metadata or the error."""
 
-    Args:
-        workdir: the directory.
-        verify: whether to read every byte of the checkpoints.
-
-    Raises:
-        ConfigError: there is no run in it.
-        OSError: it cannot be read.
-    """
-    configs.check_holds_a_run(workdir)
-    holder = lock.holder(workdir)
-    looks = [look(checkpoint, verify=verify) for checkpoint in list_checkpoints(workdir / "checkpoints")]
-    looks = [look for look in looks if os.path.lexists(look.checkpoint.path)]  # A run at work removes old ones.
-    events = read_events(workdir / "events.jsonl")
-    quarantine = workdir / "checkpoints" / "quarantine"
-    return Status(
-        str(workdir),
-        holder and holder._asdict(),
-        [examine_checkpoint(look, verify=verify) for look in looks],
-        sorted(path.name for path in quarantine.iterdir()) if quarantine.is_dir() else [],
-        summarize(events, is_running=holder is not None),
-        plan_next_start(workdir, looks, events, verify=verify),
-    )
-
-
-class Look(NamedTuple):
-    """A checkpoint that was looked at: its size, and what it says of its run or why there is nothing to rely on."""
-
-    checkpoint: Checkpoint
-    bytes: int
-    about: dict[str, Any] | None
+    status: CheckpointStatus
+    metadata: Any
     error: CheckpointError | OSError | None
 
 
-def look(checkpoint: Checkpoint, *, verify: bool) -> Look:
-    """Read the manifest of a checkpoint, or every byte of it."""
-    size = 0
+def examine(workdir: Path, *, verify: bool) -> Status:
+    """Return the status of a run. `verify` reads every byte of the checkpoints.
+
+    Raises:
+        ConfigError, OSError: there is no run, or it cannot be read.
+    """
+    configs.check_holds_a_run(workdir)
+    holder = lock.holder(workdir)
+    folder = workdir / "checkpoints"
+    inspections = [inspect(checkpoint, verify=verify) for checkpoint in list_checkpoints(folder)]
+    # A running training removes old checkpoints.
+    inspections = [found for found in inspections if os.path.lexists(folder / str(found.status.step))]
+    events = read_events(workdir / "events.jsonl")
+    attempts = read_attempts(events, is_running=holder is not None, now_s=time.time())
+    quarantine = folder / "quarantine"
+    return Status(
+        str(workdir),
+        holder and holder._asdict(),
+        [found.status for found in inspections],
+        sorted(path.name for path in quarantine.iterdir()) if quarantine.is_dir() else [],
+        list(summarize(attempts)),
+        plan_next_start(workdir, inspections, has_saves=has_saves(events), verify=verify),
+    )
+
+
+def inspect(checkpoint: Checkpoint, *, verify: bool) -> Inspection:
+    """Read the metadata of a checkpoint, or every byte of it."""
+    size, metadata, problem = 0, None, None
     try:
         size = checkpoint.bytes
         if verify:
             checkpoint.verify()
-        return Look(checkpoint, size, checkpoint.metadata(), None)
+        metadata = checkpoint.metadata()
     except (CheckpointError, OSError) as error:
-        return Look(checkpoint, size, None, error)
-
-
-def examine_checkpoint(look: Look, *, verify: bool) -> CheckpointStatus:
-    """Return what can be said of a checkpoint."""
-    about = look.about if isinstance(look.about, dict) else {}
-    return CheckpointStatus(
-        look.checkpoint.step,
-        as_number(about.get("time")),
-        look.bytes,
-        about["reason"] if isinstance(about.get("reason"), str) else None,
-        as_number(about.get("test_accuracy")),
-        look.error is None if verify else None,
-        str(look.error) if look.error else None,
+        problem = error
+    fields = metadata if isinstance(metadata, dict) else {}
+    status = CheckpointStatus(
+        checkpoint.step,
+        as_number(fields.get("time")),
+        size,
+        fields["reason"] if isinstance(fields.get("reason"), str) else None,
+        as_number(fields.get("test_accuracy")),
+        problem is None if verify else None,
+        str(problem) if problem else None,
     )
+    return Inspection(status, metadata, problem)
 
 
-def summarize(events: Sequence[dict[str, Any]], *, is_running: bool) -> list[dict[str, Any]]:
-    """Return the starts, resumes, signals, faults and ends of a history, and the kills, which left no event."""
-    history: list[dict[str, Any]] = []
-    at_work, last_step = False, 0
-    for event in events:
-        if event["event"] == "start":
-            if at_work:
-                history.append({"event": "killed", "step": last_step})
-            at_work, last_step = True, event["step"]
-        last_step = max(last_step, event["step"])
-        if event["event"] == "exit":
-            at_work = False
-        if event["event"] in HISTORY:
-            history.append(event)
-    if at_work and not is_running:
-        history.append({"event": "killed", "step": last_step})
-    return history
+def summarize(attempts: Sequence[Attempt]) -> Iterator[dict[str, Any]]:
+    """Yield the main events, and one event "killed" for each attempt that was killed."""
+    for attempt in attempts:
+        yield from (event for event in attempt.events if event["event"] in HISTORY)
+        if attempt.end == "killed":
+            yield {"event": "killed", "step": attempt.last_step}
 
 
-def plan_next_start(
-    workdir: Path, looks: Sequence[Look], events: Sequence[dict[str, Any]], *, verify: bool
-) -> NextStart:
-    """Return what the next start would do, which tries the checkpoints from the newest to the oldest."""
+def plan_next_start(workdir: Path, inspections: Sequence[Inspection], *, has_saves: bool, verify: bool) -> NextStart:
+    """Return what the next start does. It tries the checkpoints from the newest to the oldest."""
     config = None
     if (workdir / "config.json").exists():
         try:
             config = configs.load(workdir / "config.json")
-        except ConfigError as wrong:
-            return NextStart("refuse", None, 2, f"refuses: {wrong}")
-    damaged = []
-    for checkpoint, _, said, error in reversed(looks):
-        if isinstance(error, CorruptCheckpointError):
-            damaged.append(str(error))
-            continue
-        if error is not None:
+        except ConfigError as error:
             return NextStart("refuse", None, 2, f"refuses: {error}")
+    corrupt = []
+    for checkpoint, metadata, problem in reversed(inspections):
+        if isinstance(problem, CorruptCheckpointError):
+            corrupt.append(str(problem))
+            continue
+        if problem is not None:
+            return NextStart("refuse", None, 2, f"refuses: {problem}")
         try:
-            about = compatibility.check_metadata(said, checkpoint.step)
-            began_as = configs.from_json(about["config"], checkpoint.path)
-            config = config or began_as
-            configs.check_same_mathematics(began_as, config, where=workdir)
-            total = config.total_steps(int(about["data"]["train_images"]))
-        except (CheckpointError, ConfigError, KeyError, TypeError, ValueError, OverflowError) as wrong:
-            text = f"refuses: the checkpoint of step {checkpoint.step} is not of this run: {wrong}"
+            metadata = compatibility.check_metadata(metadata, checkpoint.step)
+            saved_config = configs.from_json(metadata["config"], workdir)
+            configs.check_same_mathematics(saved_config, config or saved_config, where=workdir)
+            total = (config or saved_config).total_steps(int(metadata["data"]["train_images"]))
+        except (CheckpointError, ConfigError, KeyError, TypeError, ValueError, OverflowError) as error:
+            text = f"refuses: the checkpoint of step {checkpoint.step} does not belong to this run: {error}"
             return NextStart("refuse", None, 2, text)
-        aside = "".join(f"; sets aside: {text}" for text in damaged)
+        aside = "".join(f"; sets aside: {text}" for text in corrupt)
         if checkpoint.step >= total and _is_evaluated(workdir / "metrics.jsonl", checkpoint.step):
-            text = f"does nothing, for the run is finished at step {total}{aside}"
+            text = f"does nothing: the run is finished at step {total}{aside}"
             return NextStart("nothing", checkpoint.step, 0, text)
-        caution = "" if verify else ", if that proves good"
-        caution += "" if (workdir / "config.json").exists() else "; config.json is gone: give the run's flags again"
-        text = f"resumes from step {checkpoint.step} of {total}{caution}{aside}"
+        condition = "" if verify else ", if it is not corrupt"
+        condition += "" if config else "; config.json is missing: give the flags of the run again"
+        text = f"resumes from step {checkpoint.step} of {total}{condition}{aside}"
         return NextStart("resume", checkpoint.step, 0, text)
-    if damaged:
-        return NextStart("refuse", None, 65, f"refuses, for no checkpoint is good: {'; '.join(damaged)}")
-    if has_saves(events):
-        return NextStart("refuse", None, 65, "refuses, for the checkpoints that the history tells of are gone")
-    return NextStart("begin", 0, 0, "begins at step 0, for nothing has been saved yet")
+    if corrupt:
+        return NextStart("refuse", None, 65, f"refuses: every checkpoint is corrupt: {'; '.join(corrupt)}")
+    if has_saves:
+        return NextStart("refuse", None, 65, "refuses: the event log has saves, but the checkpoints are missing")
+    return NextStart("begin", 0, 0, "begins at step 0: nothing has been saved yet")
 
 
 def _is_evaluated(metrics: Path, step: int) -> bool:
-    records = (record for record, _ in read_metrics(metrics))
-    return accuracy_at(step, records) is not None
+    return accuracy_at(step, (record for record, _ in read_metrics(metrics))) is not None

@@ -1,10 +1,10 @@
-"""How the processes of a run decide together, at the same call, whether to stop or to save and how long a call is.
+"""Agreement of all processes of a run: at which call to stop or to save, and how many steps a call makes.
 
-Each process fills in a few whole numbers, its requests. With every call of train steps the processes also dispatch a
-small jitted sum of these requests. Its result is read with the result of the call, one call later. All processes read
-the same sum before the same later call, so all decide alike. A process that is alone sends nothing.
+Each process fills in a row of integers, its requests. With every call of train steps the processes also dispatch a
+small jitted sum of these requests, and read it with the result of the call, one call later. All processes read the same
+sum at the same point, so all decide alike. A single process dispatches no sum.
 
-Needs only `preemption.py`.
+This file needs only `preemption.py`.
 """
 
 from functools import partial
@@ -17,32 +17,32 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mnist_jax.runtime.preemption import StopSignal
 
-STOP, SIGNAL, SAVE, STEPS = range(4)  # The columns of the requests; there is a row for each process.
-SAVE_REASONS = ("", "time", "signal SIGUSR2")  # what a number in the column SAVE means; the highest counts
+STOP, SIGNAL, SAVE, STEPS = range(4)  # columns of the requests, which have a row per process
+SAVE_REASONS = ("", "time", "signal SIGUSR2")  # meaning of the column SAVE; the largest request wins
 
 
 class Agreement:
-    """The requests of this process, and what all have agreed on.
+    """The requests of this process, and the requests that all processes agree on.
 
     All processes make the same calls in the same order:
 
         result, total = train_steps(...), agreement.send(steps)  # any number of times
         ...
-        agreement.update(total)  # in the order in which they were sent
+        agreement.update(total)  # in the order of the calls of `send`
         if agreement.should_stop: ...
     """
 
     def __init__(self, mesh: Mesh, stop: StopSignal) -> None:
-        """Speak for the process that listens for signals with `stop`. Compiles the sum, unless the process is alone."""
+        """Compile the sum, unless there is one process. `stop` receives the signals of this process."""
         self._stop = stop
         self._index = jax.process_index()
         self._row = next(row for row, device in enumerate(mesh.devices.flat) if device.process_index == self._index)
         processes = len({device.process_index for device in mesh.devices.flat})
         self._is_alone = processes == 1
         self._requests = np.zeros((processes, 4), np.int32)
-        self._wants_to_stop = self._should_stop = False
+        self._own_stop = self._agreed_stop = False
         self._own_save = self._agreed_save = 0  # indices of SAVE_REASONS
-        self._steps = 1
+        self._agreed_steps = 1
         if not self._is_alone:
             split = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
             self._abstract = jax.ShapeDtypeStruct((mesh.size, processes, 4), jnp.int32, sharding=split)
@@ -52,27 +52,27 @@ class Agreement:
 
     @property
     def should_stop(self) -> bool:
-        """Whether all processes are to stop now, because of a signal to any of them or a failure."""
-        return self._requests_stop if self._is_alone else self._should_stop
+        """Whether all processes stop now, because one of them received a signal or failed."""
+        return self._requests_stop if self._is_alone else self._agreed_stop
 
     def request_stop(self) -> None:
-        """Request that all processes stop without a signal: this one failed, and reports it when all have stopped."""
-        self._wants_to_stop = True
+        """Request that all processes stop without a signal, because this one failed."""
+        self._own_stop = True
 
     @property
     def _requests_stop(self) -> bool:
-        return self._wants_to_stop or self._stop.received is not None
+        return self._own_stop or self._stop.received is not None
 
     def steps_per_call(self, proposed: int) -> int:
-        """Return how many steps the next call makes: what process 0 proposed, a few calls ago unless it is alone."""
-        return proposed if self._is_alone else self._steps
+        """Return the steps of the next call: as process 0 proposed, a few calls delayed if there are several."""
+        return proposed if self._is_alone else self._agreed_steps
 
     def request_save(self) -> None:
         """Request that all processes save, because it is time."""
         self._own_save = max(self._own_save, SAVE_REASONS.index("time"))
 
     def pop_save_request(self) -> str:
-        """Return why any process requested a save since the last call, "" if none did."""
+        """Return why a process requested a save since the last call, "" if none did."""
         if self._is_alone:
             self._agreed_save = self._pop_own_save()
         agreed, self._agreed_save = self._agreed_save, 0
@@ -83,10 +83,9 @@ class Agreement:
         return SAVE_REASONS.index("signal SIGUSR2") if self._stop.pop_save_request() else own
 
     def send(self, steps: int) -> jax.Array | None:
-        """Dispatch the sum of the requests of all processes, and return it for `update`. All processes call this alike.
+        """Dispatch the sum of the requests of all processes, and return it for `update`.
 
-        Args:
-            steps: proposed steps per call; only the proposal of process 0 counts.
+        `steps` are the proposed steps per call; only the proposal of process 0 counts.
         """
         if self._is_alone:
             return None
@@ -94,22 +93,22 @@ class Agreement:
         own = requests[self._index]
         own[STOP], own[SIGNAL] = self._requests_stop, self._stop.received or 0
         own[SAVE], own[STEPS] = self._pop_own_save(), steps
-        if (requests != self._requests).any():  # Comparing takes less time than a transfer to the devices.
+        if (requests != self._requests).any():  # A comparison is cheaper than a transfer to the devices.
             self._requests = requests
             self._on_devices = self._put()
         total: jax.Array = self._sum(self._on_devices)
         return total
 
     def update(self, total: jax.Array | None) -> None:
-        """Take over what all processes requested, from a sum that is computed."""
+        """Read a sum of requests that is computed."""
         if total is None:
             return
         requests = np.asarray(total)
-        self._should_stop |= bool(requests[:, STOP].any())
+        self._agreed_stop |= bool(requests[:, STOP].any())
         if requests[:, SIGNAL].any():
             self._stop.record_signal(int(requests[:, SIGNAL].max()))
         self._agreed_save = max(self._agreed_save, int(requests[:, SAVE].max()))
-        self._steps = int(requests[0, STEPS])
+        self._agreed_steps = int(requests[0, STEPS])
 
     def _put(self) -> jax.Array:
         """Return [devices, processes, 4]: the requests of this process on its first device, zeros on its others."""

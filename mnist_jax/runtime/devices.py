@@ -1,6 +1,6 @@
-"""The devices that a run computes on: their mesh, how arrays lie on it, and what they are called.
+"""The devices of a run: their mesh, shardings, and what decides the bits of a computation.
 
-This file stands alone; lift it into your own project.
+This file needs nothing else of the package; copy it into your own project.
 """
 
 import os
@@ -16,12 +16,12 @@ BATCH_AXIS = "batch"
 
 
 def data_mesh() -> Mesh:
-    """Return a mesh with one axis, over which batches are split: all devices of all processes."""
+    """Return a mesh of all devices of all processes with one axis, over which batches are sharded."""
     return Mesh(np.asarray(jax.devices()), (BATCH_AXIS,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of what every device holds whole: the train state, the data set."""
+    """Return the sharding of arrays that every device holds whole: the train state, the dataset."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -31,9 +31,9 @@ def split_over_batch(mesh: Mesh) -> NamedSharding:
 
 
 def make_global_array(array: np.ndarray[Any, Any], sharding: NamedSharding) -> jax.Array:
-    """Return an array on the devices that a sharding names, to which each process gives the parts on its own ones.
+    """Return a sharded array of which each process provides the parts on its own devices.
 
-    Between processes `jax.device_put` would compare what they bring, and so would make them wait for each other.
+    With several processes `jax.device_put` would compare their arrays, so they would wait for each other.
     """
     if sharding.is_fully_addressable:
         return jax.device_put(array, sharding)
@@ -41,12 +41,12 @@ def make_global_array(array: np.ndarray[Any, Any], sharding: NamedSharding) -> j
 
 
 def local_replica(tree: Any) -> Any:
-    """Return of arrays that lie whole on every device the copies on one device of this process."""
+    """Return the replicas of replicated arrays on one device of this process."""
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
 
 def check_batch_divides(batch_size: int, mesh: Mesh) -> None:
-    """Raise ValueError unless each device gets the same number of a batch's images."""
+    """Raise ValueError unless a batch divides evenly over the devices."""
     devices = mesh.size
     if batch_size % devices:
         lower = batch_size // devices * devices
@@ -55,10 +55,10 @@ def check_batch_divides(batch_size: int, mesh: Mesh) -> None:
 
 
 def describe_devices() -> dict[str, Any]:
-    """Return what decides, besides the software, which bits a computation ends in, as JSON values.
+    """Return what decides the bits of a computation besides the software, as JSON values.
 
-    `cpu_threads` and `cpu` are null on an accelerator, where they decide nothing. On a CPU, XLA may divide sums by
-    the size of its thread pool: the same 24 updates ended with different bits with 1 thread and with 2.
+    On a CPU, XLA may split sums by the size of its thread pool: the same 24 updates ended with different bits with 1
+    thread and with 2. `cpu_threads` and `cpu` are None on an accelerator, where they do not matter.
     """
     device = jax.devices()[0]
     on_cpu = device.platform == "cpu"
@@ -74,10 +74,7 @@ def describe_devices() -> dict[str, Any]:
 
 
 def cpu_threads() -> int:
-    """Return the size of the thread pool that XLA makes for a CPU device.
-
-    It has a thread for each core that the process may use, unless the environment says otherwise.
-    """
+    """Return the size of XLA's thread pool: as the environment says, or a thread per core that the process may use."""
     fixed = os.environ.get("PJRT_NPROC") or os.environ.get("NPROC")
     if fixed:
         return int(fixed)
@@ -87,7 +84,7 @@ def cpu_threads() -> int:
 
 
 def _cpu_model() -> str:
-    """Return the name of the processor; its vector instructions are among what the bits depend on."""
+    """Return the name of the processor. The bits depend on its vector instructions."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
@@ -97,18 +94,15 @@ def _cpu_model() -> str:
 
 
 def set_cpu_threads(threads: int) -> None:
-    """Have XLA make its thread pool of a CPU device of this size, on however many cores, for the bits may depend on it.
-
-    Call it before JAX touches a device. A size that the environment asks for stays.
-    """
+    """Set the size of XLA's thread pool, unless the environment does. Call it before JAX uses a device."""
     if not os.environ.get("PJRT_NPROC") and not os.environ.get("NPROC"):
         os.environ["PJRT_NPROC"] = str(threads)
 
 
 def enable_determinism() -> None:
-    """Have XLA use only kernels that give the same bits each time. Call it before JAX touches a device.
+    """Use only deterministic XLA kernels, unless XLA_FLAGS says otherwise. Call it before JAX uses a device.
 
-    On the CPU they all do. On a GPU some sum in the order in which threads happen to come by.
+    All CPU kernels are deterministic. Some GPU kernels add in the order in which threads finish.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_gpu_deterministic_ops" not in flags:
@@ -116,9 +110,10 @@ def enable_determinism() -> None:
 
 
 def share_accelerator(*, on_cpu: bool) -> None:
-    """Take of an accelerator, which a run may be using, only what is needed, or nothing and compute on the CPU.
+    """Leave an accelerator to a run that may be using it. Call it before JAX uses a device.
 
-    Call it before JAX touches a device.
+    Args:
+        on_cpu: compute on the CPU. Otherwise memory of the accelerator is allocated as needed.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if on_cpu:
@@ -126,7 +121,7 @@ def share_accelerator(*, on_cpu: bool) -> None:
 
 
 def enable_compilation_cache() -> None:
-    """Keep compiled programs on disk, in `JAX_COMPILATION_CACHE_DIR` or the user's cache, for the next start."""
+    """Cache compiled programs on disk, in `JAX_COMPILATION_CACHE_DIR` or the user's cache directory."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache / "mnist_jax"))

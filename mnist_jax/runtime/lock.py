@@ -1,6 +1,6 @@
-"""One writer for a directory: a lock that the kernel lets go of when its holder ends, however it ends.
+"""An exclusive lock on a directory. The kernel releases it when its holder exits, however it exits.
 
-This file stands alone; lift it into your own project.
+This file needs nothing else of the package; copy it into your own project.
 """
 
 import contextlib
@@ -15,26 +15,26 @@ from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
-INSTANT_S = 0.2  # Waited for even by those who do not want to wait: `holder` has the lock for an instant.
+PROBE_S = 0.2  # Even `wait_s=0` waits this long, because `holder` takes the lock for an instant.
 
 
 class Holder(NamedTuple):
-    """The process that has a lock: its host's name, its process id, and since when, in seconds since 1970."""
+    """The process that holds a lock: host name, process id, and since when, in seconds since 1970."""
 
     host: str
     pid: int
     since: float
 
     def __str__(self) -> str:
-        """Return it for people."""
+        """Return a description for messages."""
         if not self.pid:
-            return "a process that has not said yet who it is"
+            return "an unknown process"
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
         return f"process {self.pid} on host {self.host}, since {since}"
 
 
 class LockHeldError(Exception):
-    """Another process has the lock."""
+    """Another process holds the lock."""
 
 
 @contextlib.contextmanager
@@ -45,20 +45,19 @@ def exclusive_lock(
     notify: Callable[[str], None],
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[None]:
-    """Be the only writer in a directory while the `with` block runs, among all who ask here.
+    """Hold the lock of a directory while the `with` block runs.
 
-    The lock is on the file `lock` in the directory, which stays there and names its last holder. It is the kernel's
-    (`flock`): no process can leave it behind, and none that holds it needs to do anything to keep it.
+    The lock is a `flock` on the file `lock` in the directory. The file stays there and names its last holder.
 
     Args:
-        directory: is made if it is not there.
-        wait_s: how long to wait for another holder to end.
-        notify: is told whom we wait for.
-        should_stop: is asked now and then whether to wait no longer.
+        directory: created if missing.
+        wait_s: how long to wait for another holder.
+        notify: receives a message if there is a wait.
+        should_stop: polled during the wait; True ends it.
 
     Raises:
-        LockHeldError: another process still has the lock.
-        OSError: the lock cannot be had at all: the directory cannot be written to, or its file system has no `flock`.
+        LockHeldError: another process still holds the lock.
+        OSError: the directory cannot be written to, or its file system has no `flock`.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "lock"
@@ -66,16 +65,16 @@ def exclusive_lock(
         path, thread_local=False, fallback_to_soft=False, preserve_lock_file=True, on_acquired=_write_holder
     )
     with contextlib.suppress(Timeout):
-        lock.acquire(timeout=INSTANT_S)
+        lock.acquire(timeout=PROBE_S)
     if not lock.is_locked:
-        if wait_s > INSTANT_S:
-            notify(f"{directory} is in use by {_read_holder(path)}; waiting up to {wait_s:g} s for its end")
+        if wait_s > PROBE_S:
+            notify(f"{directory} is in use by {_read_holder(path)}; waiting up to {wait_s:g} s for it to exit")
         try:
-            lock.acquire(timeout=max(0.0, wait_s - INSTANT_S), cancel_check=should_stop)
+            lock.acquire(timeout=max(0.0, wait_s - PROBE_S), cancel_check=should_stop)
         except Timeout:
             raise LockHeldError(
-                f"{directory} is in use by {_read_holder(path)}. Stop that process, wait for its end, or use another "
-                "directory"
+                f"{directory} is in use by {_read_holder(path)}. Stop that process, wait until it exits, or use "
+                "another directory"
             ) from None
     try:
         yield
@@ -84,10 +83,10 @@ def exclusive_lock(
 
 
 def holder(directory: Path) -> Holder | None:
-    """Return who has the lock of a directory, or None where nobody does. Nothing is written.
+    """Return the holder of a directory's lock, None if it is free. Read-only.
 
     Raises:
-        OSError: the lock cannot be looked at.
+        OSError: the lock cannot be read.
     """
     path = directory / "lock"
     try:
@@ -104,18 +103,18 @@ def holder(directory: Path) -> Holder | None:
 
 
 def _write_holder(file: int) -> None:
-    """Write into the lock's file who we are. What an earlier, longer name leaves behind is cut off."""
+    """Write this process into the lock file."""
     line = json.dumps(Holder(socket.gethostname(), os.getpid(), time.time())._asdict()).encode() + b"\n"
     os.pwrite(file, line, 0)
     os.ftruncate(file, len(line))
 
 
 def _read_holder(path: Path) -> Holder:
-    """Return who wrote into a lock's file that the lock is theirs; its pid is 0 where that cannot be read."""
+    """Return the holder that a lock file names. Its pid is 0 if the file has other content."""
     try:
         values = json.loads(path.read_bytes()[:10_000])
         holder = Holder(str(values["host"]), int(values["pid"]), float(values["since"]))
-        time.localtime(holder.since)  # It has to be a time.
+        str(holder)  # raises for a time that no calendar has
         return holder
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return Holder("", 0, 0.0)

@@ -1,102 +1,96 @@
-"""Being asked to stop: signals that only set a flag, and work that is left at once when the flag is set.
+"""Signals that ask a process to stop or to save.
 
-This file stands alone; lift it into your own project.
+A handler sets a flag and does nothing else. Work that cannot check the flag runs in a thread, which
+`StopSignal.run` abandons when the flag is set.
+
+This file needs nothing else of the package; copy it into your own project.
 """
 
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, wait
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self, TypeVar
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGABRT, signal.SIGHUP, signal.SIGUSR1)
-SAVE_SIGNALS = (signal.SIGUSR2,)
+SAVE_SIGNALS = (signal.SIGUSR2,)  # save and continue
 
-# Within so many seconds a second signal is taken for one wish with the first. `timeout` signals a process and then its
-# group, within 20 ms. Slurm signals the tasks of a preempted job, and `srun`, which passes that on: 3 to 24 ms later in
-# nine times, on an idle machine. But who presses Ctrl-C twice means it.
-ECHO_S = 0.02
-ECHO_OF_SCHEDULERS_S = 1.0
+# A second stop signal within this time belongs to the same request as the first. `timeout` signals a process and then
+# its process group, within 20 ms. Slurm signals the tasks of a preempted job and also `srun`, which forwards the
+# signal: 3 to 24 ms later, measured nine times on an idle machine. Two SIGINTs are Ctrl-C pressed twice: two requests.
+DUPLICATE_S = 0.02
+SCHEDULER_DUPLICATE_S = 1.0
 
 T = TypeVar("T")
 
 
 class StoppedError(Exception):
-    """The work in hand was left because a signal asked to stop."""
+    """A stop signal interrupted the work."""
 
 
 class StopSignal:
-    """Listen for signals that ask to stop, while the `with` block runs.
-
-    The first stop signal sets `received`, and that is all: look at it between steps, save, and leave. The second one
-    ends the process at once with exit code 128+n, unless it is the first one's echo (see `ECHO_S`). A save signal sets
-    a flag of its own. A handler can come between any two instructions, in the middle of a save or with a lock held, so
-    it does no more than that.
-
-    The handlers that were there before are put back at the end of the block. Python delivers signals to its main
-    thread, so enter the block there, and after anything that installs handlers of its own: `jax.distributed` does,
-    unless `jax_enable_preemption_service` is off.
+    """Receive signals that ask to stop or to save, while a `with` block runs.
 
         with StopSignal() as stop:
             while step < total_steps and not stop.received:
-                state = train_step(state)
+                state, step = train_step(state), step + 1
+            save(state)
+
+    The first stop signal sets `received`; check it between steps. A second one ends the process at once with exit code
+    128+n, unless it is a duplicate of the first (see `DUPLICATE_S`). A save signal sets another flag, which
+    `pop_save_request` reads. The handlers do nothing else, because they can run between any two instructions: in the
+    middle of a save, or while a lock is held.
+
+    Enter the block in the main thread, where Python runs signal handlers. Enter it after calls that install handlers of
+    their own, such as `jax.distributed.initialize` unless `jax_enable_preemption_service` is off. The end of the block
+    restores the previous handlers.
     """
 
-    def __init__(
-        self,
-        stop_signals: Sequence[signal.Signals] = STOP_SIGNALS,
-        save_signals: Sequence[signal.Signals] = SAVE_SIGNALS,
-        *,
-        exit_at_second: bool = True,
-    ) -> None:
-        """Choose the signals; nothing is installed before the `with` block.
+    def __init__(self, *, exit_at_second: bool = True) -> None:
+        """Prepare the handlers; the `with` block installs them.
 
         Args:
-            stop_signals: ask to stop.
-            save_signals: ask to save and go on.
-            exit_at_second: whether a second stop signal ends the process; in a notebook it must not.
+            exit_at_second: whether a second stop signal ends the process; False in a notebook.
         """
+        self.received: signal.Signals | None = None  # the first stop signal
+        self._first: tuple[int, float] | None = None  # the first one that this process caught, and when
         self._exit_at_second = exit_at_second
-        self.received: signal.Signals | None = None
-        self._caught: tuple[int, float] | None = None  # the first one that came to this process, and when
         self._save_requested = False
-        self._handlers = {**dict.fromkeys(stop_signals, self._stop), **dict.fromkeys(save_signals, self._save)}
+        self._handlers = {**dict.fromkeys(STOP_SIGNALS, self._on_stop), **dict.fromkeys(SAVE_SIGNALS, self._on_save)}
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         """Install the handlers."""
         for number, handler in self._handlers.items():
             if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
-                continue  # `nohup` asked for that.
+                continue  # The user started the process with `nohup`.
             self._previous[number] = signal.signal(number, handler)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Put the handlers back that were there before."""
+    def __exit__(self, *_: object) -> None:
+        """Restore the previous handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
-    def _stop(self, number: int, _frame: FrameType | None) -> None:
+    def _on_stop(self, number: int, _frame: FrameType | None) -> None:
         now_s = time.monotonic()
-        if self._caught is None:
-            self._caught = number, now_s
+        if self._first is None:
+            self._first = number, now_s
             self.record_signal(number)
             return
-        first, first_s = self._caught
-        echo_s = ECHO_OF_SCHEDULERS_S if number == first != signal.SIGINT else ECHO_S
-        if now_s - first_s > echo_s and self._exit_at_second:
+        first, first_s = self._first
+        duplicate_s = SCHEDULER_DUPLICATE_S if number == first != signal.SIGINT else DUPLICATE_S
+        if now_s - first_s > duplicate_s and self._exit_at_second:
             os._exit(128 + number)
 
-    def _save(self, _number: int, _frame: FrameType | None) -> None:
+    def _on_save(self, _number: int, _frame: FrameType | None) -> None:
         self._save_requested = True
 
     def record_signal(self, number: int) -> None:
-        """Take note of a stop signal that another process caught. One that this process catches later is its first."""
+        """Record a stop signal that another process caught. It does not count as the first one of this process."""
         if self.received is None:
             self.received = signal.Signals(number)
 
@@ -105,40 +99,39 @@ class StopSignal:
         self.record_signal(signal.SIGTERM)
 
     def check(self) -> None:
-        """Raise `StoppedError` if a stop signal came."""
+        """Raise `StoppedError` if a stop signal was received."""
         if self.received is not None:
             raise StoppedError
 
     @property
     def seconds_since(self) -> float | None:
-        """How long ago the first stop signal came to this process, or None where none did."""
-        return None if self._caught is None else time.monotonic() - self._caught[1]
+        """Seconds since this process caught its first stop signal, None if it caught none."""
+        return None if self._first is None else time.monotonic() - self._first[1]
 
     def pop_save_request(self) -> bool:
-        """Tell whether a save signal came since the last call."""
+        """Return whether a save signal was received since the last call."""
         requested, self._save_requested = self._save_requested, False
         return requested
 
-    def run(self, work: Callable[[], T], *, look_every_s: float = 0.05) -> T:
-        """Return `work()`, or leave it running and raise `StoppedError` as soon as a stop signal comes.
+    def run(self, work: Callable[[], T], *, poll_s: float = 0.05) -> T:
+        """Return `work()`, or abandon it as soon as a stop signal is received.
 
-        For work that is long and does not look at the flag: a download, a compilation. It runs in a thread of its
-        own, because Python calls no handler while the main thread is inside a C++ function. When it is left it goes
-        on in the background, so the caller should end the process soon, and with `os._exit`: the interpreter's own
-        end would pull the ground from under that thread.
+        Use it for long work that cannot check the flag, such as a download or a compilation. The work runs in a thread,
+        because Python runs no signal handler while the main thread is inside a C++ function. Abandoned work continues
+        in the background, so exit soon, and with `os._exit`: a normal exit would tear the interpreter down under it.
 
         Raises:
-            StoppedError: a stop signal came before the work was done.
+            StoppedError: a stop signal was received before the work was done.
         """
         self.check()
         future = start_in_thread(work)
-        while not wait([future], timeout=look_every_s).done:
+        while not wait([future], timeout=poll_s).done:
             self.check()
         return future.result()
 
 
 def start_in_thread(work: Callable[[], T]) -> "Future[T]":
-    """Start work in a thread that does not keep the process alive, and return its future."""
+    """Start `work` in a thread that does not keep the process alive, and return its future."""
     future: Future[T] = Future()
 
     def run() -> None:

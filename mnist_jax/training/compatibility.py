@@ -1,6 +1,6 @@
-"""What a checkpoint says of the run that wrote it: its config, data, software, settings and devices.
+"""The metadata of a checkpoint: config, data, software, settings and devices of the run that wrote it.
 
-From these it follows whether a run may be carried on here, and whether bit for bit.
+They decide whether a run may resume here, and whether it resumes bit for bit.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import jax
 
 import mnist_jax
 from mnist_jax import config as configs
-from mnist_jax.checkpoint.checkpointer import Checkpoint
+from mnist_jax.checkpoint.checkpoint import Checkpoint
 from mnist_jax.checkpoint.integrity import CheckpointError, IncompatibleCheckpointError
 from mnist_jax.config import Config, ConfigError
 from mnist_jax.records.metrics import parse_metrics
@@ -25,10 +25,10 @@ MAX_CPU_THREADS = 4096
 
 
 def prepare_jax(cpu_threads: int | None) -> None:
-    """Set what has to be set before JAX touches a device, so that the bits of a run are the same again.
+    """Configure JAX so that a run continues with the same bits. Call it before JAX touches a device.
 
     Args:
-        cpu_threads: with how many the run has computed so far, None where that does not matter.
+        cpu_threads: size of XLA's thread pool so far in the run, None if that does not matter.
     """
     devices.enable_determinism()
     devices.enable_compilation_cache()
@@ -37,13 +37,13 @@ def prepare_jax(cpu_threads: int | None) -> None:
 
 
 def cpu_threads_of(checkpoints: Sequence[Checkpoint]) -> int | None:
-    """Return with how many threads a run has computed so far, as its newest readable checkpoint says, if it does.
+    """Return the size of XLA's thread pool from the newest readable checkpoint, None if it has none.
 
     Args:
-        checkpoints: those of the run, oldest first.
+        checkpoints: the checkpoints of the run, oldest first.
     """
     for checkpoint in reversed(checkpoints):
-        with contextlib.suppress(CheckpointError, OSError):  # Who restores it tells of that.
+        with contextlib.suppress(CheckpointError, OSError):  # Restoring it reports the error.
             metadata = checkpoint.metadata()
             devices = metadata.get("devices") if isinstance(metadata, dict) else None
             threads = devices.get("cpu_threads") if isinstance(devices, dict) else None
@@ -52,7 +52,7 @@ def cpu_threads_of(checkpoints: Sequence[Checkpoint]) -> int | None:
 
 
 def describe_environment() -> dict[str, dict[str, Any]]:
-    """Return the software, its settings and the devices that the bits of a run depend on, as JSON values."""
+    """Return what the bits of a run depend on, as JSON values: software, settings and devices."""
     packages = ("jax", "jaxlib", "flax", "optax", "numpy")
     settings = ("jax_threefry_partitionable", "jax_default_prng_impl", "jax_default_matmul_precision")
     return {
@@ -63,54 +63,52 @@ def describe_environment() -> dict[str, dict[str, Any]]:
 
 
 def merge_environments(environments: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Return the environment of several processes: that of the first, and where another has something else, that too.
+    """Return the environment of several processes: that of process 0, and what differs in the others.
 
     Args:
-        environments: of each process, in their order, as it describes it.
+        environments: what `describe_environment` returned in each process, in their order.
     """
     first, *others = environments
-    joined = {part: dict(values) for part, values in first.items()}
+    merged = {part: dict(values) for part, values in first.items()}
     for index, other in enumerate(others, start=1):
         for part, values in other.items():
             for name, value in values.items():
                 if first[part].get(name) != value:
-                    joined[part][f"{name} of process {index}"] = value
-    return joined
+                    merged[part][f"{name} of process {index}"] = value
+    return merged
 
 
 def describe_data(dataset: Dataset) -> dict[str, Any]:
-    """Return what a data set is, as JSON values."""
+    """Return name, size and SHA-256 of a dataset, as JSON values."""
     sizes = {"train_images": len(dataset.train_labels), "test_images": len(dataset.test_labels)}
     return {"name": dataset.name, **sizes, "sha256": dataset.fingerprint}
 
 
 def check_step(step: int, state: TrainState) -> None:
-    """Check that a state has made as many updates as its checkpoint says.
+    """Check that the state in a checkpoint is that of its step.
 
     Raises:
-        IncompatibleCheckpointError: it has not; the checkpoint was not written by a run.
+        IncompatibleCheckpointError: it is not; the checkpoint was not written by a run.
     """
     if int(state.step) != step:
         raise IncompatibleCheckpointError(f"the checkpoint of step {step} holds a state of step {int(state.step)}")
 
 
 def check_metadata(metadata: Any, step: int) -> dict[str, Any]:
-    """Return what a run wrote of itself into the checkpoint of a step, if it is that.
+    """Return the metadata of a checkpoint if they have the form that a run writes.
 
     Raises:
-        IncompatibleCheckpointError: it is not what a run of ours writes.
+        IncompatibleCheckpointError: they do not.
     """
     if not isinstance(metadata, dict):
-        raise IncompatibleCheckpointError(f"the checkpoint of step {step} says nothing usable of its run")
+        raise _invalid(step, "not a JSON object")
     parts = ("config", "data", "software", "settings", "devices", "metrics")
     for name, kind in {"reason": str, **dict.fromkeys(parts, dict)}.items():
         if not isinstance(metadata.get(name), kind):
-            raise IncompatibleCheckpointError(f"the checkpoint of step {step} says nothing usable of the run's {name}")
+            raise _invalid(step, name)
     sha256, lines = metadata["metrics"].get("sha256"), metadata["metrics"].get("lines", "")
     if not isinstance(sha256, str) or not isinstance(lines, str) or not _are_metrics(lines):
-        raise IncompatibleCheckpointError(
-            f"the checkpoint of step {step} says nothing usable of the run's metrics.jsonl"
-        )
+        raise _invalid(step, "metrics")
     return metadata
 
 
@@ -120,7 +118,7 @@ def _are_metrics(lines: str) -> bool:
 
 
 class Data(NamedTuple):
-    """Which data set a run learns, and how many images are in its two parts."""
+    """The dataset of a run: its name and the number of images in its two parts."""
 
     name: str
     train_images: int
@@ -128,31 +126,35 @@ class Data(NamedTuple):
 
 
 def data_of(metadata: Any, step: int) -> Data:
-    """Return what the checkpoint of a step says of the data.
+    """Return the dataset in the metadata of a checkpoint.
 
     Raises:
-        IncompatibleCheckpointError: it is not what a run of ours writes.
+        IncompatibleCheckpointError: the metadata do not have the form that a run writes.
     """
     found = Data(*(check_metadata(metadata, step)["data"].get(name) for name in Data._fields))
     is_size = (type(size) is int and 0 < size < 2**31 for size in found[1:])
     if found.name not in (*REGISTRY, "digits") or not all(is_size):
-        raise IncompatibleCheckpointError(f"the checkpoint of step {step} says nothing usable of the run's data")
+        raise _invalid(step, "data")
     return found
 
 
+def _invalid(step: int, part: str) -> IncompatibleCheckpointError:
+    return IncompatibleCheckpointError(f"the checkpoint of step {step} has invalid metadata: {part}")
+
+
 def check_same_run(metadata: Mapping[str, Any], config: Config, dataset: Dataset, *, where: Path) -> None:
-    """Check that a config and a data set are those with which the run that wrote `metadata` can be carried on.
+    """Check that the run that wrote `metadata` may resume with a config and a dataset; `where` is for messages.
 
     Raises:
         ConfigError: the run began with other data, or its mathematics would change.
     """
     configs.check_same_mathematics(configs.from_json(metadata["config"], where), config, where=where)
     if metadata["data"] != describe_data(dataset):
-        raise ConfigError(f"the run began with other data: {metadata['data']}, and this is {describe_data(dataset)}")
+        raise ConfigError(f"the run began with other data: {metadata['data']}, but these are {describe_data(dataset)}")
 
 
 def diff_environment(metadata: Mapping[str, Any], environment: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return what differs from the environment in `metadata`; where nothing does, a run resumes bit for bit."""
+    """Return what differs from the environment in `metadata`. If nothing does, the run resumes bit for bit."""
     return [
         f"{part} {name} {metadata[part].get(name)} -> {environment[part].get(name)}"
         for part in environment

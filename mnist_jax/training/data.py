@@ -1,18 +1,18 @@
-"""The images: where they come from, and that they are the right ones.
+"""Datasets: where their files are, how they are downloaded, and that they are the right ones.
 
-MNIST and its two sisters come through TensorFlow Datasets: it registers their addresses, sizes, SHA-256 and class
-names, of which there is a copy here, and is the verified downloader; TensorFlow itself is not needed. `digits` comes
-with scikit-learn.
+MNIST, Fashion-MNIST and KMNIST come from a folder, from the cache of TensorFlow Datasets, or from their servers. The
+digits come with scikit-learn.
 """
 
 import base64
 import gzip
 import hashlib
+import http.client
 import os
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mnist_jax.config import DatasetName
+from mnist_jax.console import print_stderr
 from mnist_jax.runtime.preemption import start_in_thread
 
 FILES = {
@@ -32,12 +33,12 @@ FILES = {
     "test_labels": "t10k-labels-idx1-ubyte.gz",
 }
 DIGITS = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
-PROBE_TIMEOUT_S = 3.0
+ANSWER_TIMEOUT_S = 3.0  # Without a network, the user waits this long.
 STALL_TIMEOUT_S = 20.0
 
 
 class DataError(Exception):
-    """A file of a data set is missing, damaged or not what it should be; the message names it and the way out."""
+    """A file of a dataset is missing, corrupt or another one; the message names the file and what to do."""
 
 
 class UnreachableError(DataError):
@@ -46,9 +47,9 @@ class UnreachableError(DataError):
 
 @dataclass(frozen=True)
 class Dataset:
-    """Labelled grey images in memory.
+    """Labelled grayscale images in memory.
 
-    `*_images`: [N, 28, 28, 1] uint8, ink 255 on ground 0. `*_labels`: [N] int32 in [0, 10).
+    `*_images`: [N, 28, 28, 1] uint8, ink 255 on background 0. `*_labels`: [N] int32 in [0, 10).
     """
 
     name: str
@@ -60,7 +61,7 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The SHA-256 of all pixels and labels: two data sets with the same one train alike."""
+        """SHA-256 of all pixels and labels."""
         digest = hashlib.sha256()
         for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
             digest.update(f"{array.shape} {array.dtype}".encode())
@@ -69,12 +70,12 @@ class Dataset:
 
 
 def resolve(name: DatasetName, data_dir: Path | None, *, notify: Callable[[str], None]) -> DatasetName:
-    """Return the name of the data set that "auto" stands for on this machine; any other name as it is.
+    """Return the dataset that "auto" stands for on this machine; return any other name as it is.
 
     Args:
-        name: the data set's name, or "auto".
-        data_dir: the folder of the four files, if the user named one; then "auto" is MNIST.
-        notify: takes the notice that the built-in digits stand in for MNIST, and why.
+        name: the name of the dataset, or "auto".
+        data_dir: folder with the four files. With it, "auto" is MNIST.
+        notify: receives a line for each download, and a notice if the built-in digits replace MNIST.
     """
     if name != "auto":
         return name
@@ -85,66 +86,62 @@ def resolve(name: DatasetName, data_dir: Path | None, *, notify: Callable[[str],
     except UnreachableError as error:
         notify(
             f"notice: training on the built-in digits (1,797 images) instead of MNIST (70,000): {error}. "
-            "To train on MNIST, come back with a network, or give --data-dir the folder that holds its four files."
+            "For MNIST, start again with a network, or pass the folder of its four files as --data-dir DIR."
         )
         return "digits"
     return "mnist"
 
 
 def load(name: str, data_dir: Path | None = None, *, notify: Callable[[str], None]) -> Dataset:
-    """Return a data set, each of its files checked against its registered SHA-256.
+    """Return a dataset. The SHA-256 of each file is verified.
 
     Args:
         name: "mnist", "fashion_mnist", "kmnist" or "digits".
-        data_dir: a folder that holds the four files; by default they are where TensorFlow Datasets keeps its
-            downloads, and are downloaded if they are not there.
-        notify: takes a line when a download begins.
+        data_dir: folder with the four files. The default is the cache of TensorFlow Datasets; missing files are
+            downloaded into it.
+        notify: receives a line for each download.
 
     Raises:
-        DataError: a file is missing, truncated, damaged, another one, or cannot be downloaded.
+        DataError: a file is missing, corrupt or another one, or cannot be downloaded.
     """
     if name == "digits":
         if data_dir is not None:
-            raise DataError(f"--data-dir {data_dir} has no use for the digits, which are built in; leave it out")
+            raise DataError(f"--data-dir {data_dir} does not apply to the digits, which are built in; leave it out")
         return _digits()
     if name == "auto":
-        raise DataError("dataset=auto says not which; name one, or start anew with --fresh")
-    return _unpack(name, _in_folder(data_dir) if data_dir is not None else _locate(name, notify=notify), data_dir)
+        raise DataError("dataset=auto names no dataset; name one with --dataset, or start over with --fresh")
+    if data_dir is not None:
+        way_out = "put the original file there, or name another folder with --data-dir DIR"
+        return _unpack(name, {part: data_dir / file for part, file in FILES.items()}, way_out)
+    return _unpack(name, _locate(name, notify=notify), "delete it, and the next start downloads it again")
 
 
 def class_names(name: str) -> tuple[str, ...]:
-    """Return what the ten labels of a data set mean."""
+    """Return the names of the ten classes of a dataset."""
     return REGISTRY[name].class_names if name in REGISTRY else DIGITS
 
 
-def begin_to_load(name: str, data_dir: Path | None) -> "Future[Dataset] | None":
-    """Begin to load in a thread, as `load` does, where there are files that only need to be unpacked.
-
-    Unpacking and hashing, 0.25 s, hold no lock of the interpreter: they cost nothing while the caller imports JAX. A
-    download brings imports of its own, and the built-in digits take no time; they are not begun.
-    """
-    if name not in REGISTRY:
-        return None
-    paths = _in_folder(data_dir) if data_dir is not None else _on_disk(name)
-    if len(paths) < len(FILES):
-        return None
+def begin_to_load(name: str, data_dir: Path | None) -> "Future[Dataset]":
+    """Start to load a dataset in a thread, while the caller imports JAX."""
 
     def work() -> Dataset:
-        dataset = _unpack(name, paths, data_dir)
-        _ = dataset.fingerprint  # It is taken here, and kept.
+        dataset = load(name, data_dir, notify=print_stderr)
+        _ = dataset.fingerprint  # cached in the dataset
         return dataset
 
     return start_in_thread(work)
 
 
-def _unpack(name: str, paths: Mapping[str, Path], data_dir: Path | None) -> Dataset:
-    """Return the data set in the four files at `paths`, those of the user's folder or of TensorFlow Datasets' own."""
-    if data_dir is not None:
-        way_out = "put the original file there, or name another folder that holds it: --data-dir DIR"
-    else:
-        way_out = "delete it, and the next start downloads it again"
-    sources = _sources(name)
-    arrays = {part: _parse_idx(_read_verified(path, sources[part], way_out)) for part, path in paths.items()}
+def _unpack(name: str, paths: Mapping[str, Path], way_out: str) -> Dataset:
+    """Return the dataset in four files. `way_out` says what to do if one of them is not usable."""
+    arrays = {}
+    for part, registered in REGISTRY[name].files.items():
+        try:
+            content = paths[part].read_bytes()
+        except OSError as error:
+            raise DataError(f"{paths[part]} cannot be read ({error.strerror}); {way_out}") from error
+        _verify(content, registered, origin=str(paths[part]), way_out=way_out)
+        arrays[part] = _parse_idx(content)
     return Dataset(
         name=name,
         train_images=arrays["train_images"][..., np.newaxis],
@@ -155,24 +152,15 @@ def _unpack(name: str, paths: Mapping[str, Path], data_dir: Path | None) -> Data
     )
 
 
-class Source(NamedTuple):
-    """What the registry knows of a file: its address, its size in bytes, its SHA-256."""
-
-    url: str
-    size: int
-    sha256: str
-
-
 class Entry(NamedTuple):
-    """What the registry knows of a data set: the folder of its files, their sizes and SHA-256, and its classes."""
+    """A dataset in the registry: URL of the folder of its files, their sizes in bytes and SHA-256, and its classes."""
 
     url: str
     files: dict[str, tuple[int, str]]
     class_names: tuple[str, ...]
 
 
-# A copy of what TensorFlow Datasets has registered; a test compares the two. To ask it takes 0.4 s of imports, a fifth
-# of the time in which a run was resumed.
+# A copy of the registry of TensorFlow Datasets, which takes 0.4 s to import; a test compares the two.
 REGISTRY = {
     "mnist": Entry(
         "https://storage.googleapis.com/cvdf-datasets/mnist",
@@ -207,137 +195,61 @@ REGISTRY = {
 }
 
 
-def _sources(name: str) -> dict[str, Source]:
-    """Return where each part of a data set comes from."""
-    entry = REGISTRY[name]
-    return {part: Source(f"{entry.url}/{FILES[part]}", *about) for part, about in entry.files.items()}
-
-
-def _downloads() -> Path:
-    """Return the folder in which TensorFlow Datasets keeps what it downloads."""
-    return Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser() / "downloads"
-
-
 def _locate(name: str, *, notify: Callable[[str], None]) -> dict[str, Path]:
-    """Return the paths of the four files in TensorFlow Datasets' folder, downloaded first where they are not there.
+    """Return the paths of the four files in the cache of TensorFlow Datasets. Missing files are downloaded first.
 
     Raises:
-        UnreachableError: a file is not there, and its server does not answer or breaks off.
-        DataError: a server sent a file with another SHA-256.
+        UnreachableError: a file is missing and its server does not deliver it.
+        DataError: a server delivers another file.
     """
-    paths = _on_disk(name)
-    missing = {part: source for part, source in _sources(name).items() if part not in paths}
-    if missing:
-        # With no network the downloader itself tries again for more than three minutes.
-        _probe(next(iter(missing.values())).url)
-        megabytes = sum(source.size for source in missing.values()) / 1e6
-        notify(f"downloading {name}: {len(missing)} files, {megabytes:.1f} MB, into {_downloads()}")
-        paths |= _download(name, missing, _downloads())
+    cache = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser() / "downloads"
+    entry, paths = REGISTRY[name], {}
+    for part, registered in entry.files.items():
+        # In the cache, the name of a file ends with its SHA-256 in base64.
+        ending = base64.urlsafe_b64encode(bytes.fromhex(registered[1])).decode().rstrip("=") + ".gz"
+        cached = [path for folder in (cache, cache / name) for path in folder.glob(f"*{ending}")]
+        paths[part] = cached[0] if cached else cache / name / f"{part}.{ending}"
+        if not cached:
+            _download(f"{entry.url}/{FILES[part]}", paths[part], registered, notify=notify)
     return paths
 
 
-def _in_folder(data_dir: Path) -> dict[str, Path]:
-    """Return the paths of the four files in the user's folder, whether they are there or not."""
-    return {part: data_dir / file for part, file in FILES.items()}
-
-
-def _on_disk(name: str) -> dict[str, Path]:
-    """Return the paths of those of the four files that are in TensorFlow Datasets' folder."""
-    folders = _downloads(), _downloads() / name
-    return {part: path for part, source in _sources(name).items() if (path := _find(source, folders))}
-
-
-def _find(source: Source, folders: Iterable[Path]) -> Path | None:
-    """Return a file that TensorFlow Datasets has downloaded into one of the folders, or None where it is not there.
-
-    It names a file by its address and, in base64, its SHA-256; and it counts a file when its information is there.
-    """
-    digest = base64.urlsafe_b64encode(bytes.fromhex(source.sha256)).decode().rstrip("=")
-    found = (path for folder in folders for path in folder.glob(f"*{digest}.gz"))
-    return next((path for path in found if path.with_name(f"{path.name}.INFO").exists()), None)
-
-
-def _download(name: str, sources: Mapping[str, Source], downloads: Path) -> dict[str, Path]:
-    """Have TensorFlow Datasets download files and check their SHA-256, and keep those that are whole where it does.
-
-    When it fails it leaves what it had of a file behind, so it works in a folder of its own; and it would wait for
-    ever for a server that falls silent.
-    """
-    import tensorflow_datasets as tfds  # 0.4 s, for those alone whom it serves
-    from tensorflow_datasets.core.download.checksums import UrlInfo
-    from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
-    from tensorflow_datasets.core.download.resource import get_info_path
-
-    tfds.disable_progress_bar()
-    infos = {source.url: UrlInfo(source.size, source.sha256, FILES[part]) for part, source in sources.items()}
+def _download(url: str, path: Path, registered: tuple[int, str], *, notify: Callable[[str], None]) -> None:
+    """Download a file, verify it, and move it to its path. The move is atomic: several processes may download it."""
+    # In a thread, because the lookup of a host name has no time limit.
+    answer = start_in_thread(lambda: urllib.request.urlopen(url, timeout=STALL_TIMEOUT_S))
+    if not wait([answer], timeout=ANSWER_TIMEOUT_S).done:
+        raise UnreachableError(f"{url} does not answer within {ANSWER_TIMEOUT_S:.0f} s")
     try:
-        (downloads / name).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            dir=downloads, prefix=f"{name}.partial.", ignore_cleanup_errors=True
-        ) as partial:
-            manager = tfds.download.DownloadManager(download_dir=partial, dataset_name=name, url_infos=infos)
-            arrived = start_in_thread(lambda: manager.download(list(infos)))
-            before = -1
-            while not wait([arrived], timeout=STALL_TIMEOUT_S).done:
-                now = sum(file.stat().st_size for file in Path(partial).rglob("*") if file.is_file())
-                if now == before:
-                    raise UnreachableError(
-                        f"the download of {name} stalled: nothing came in for {STALL_TIMEOUT_S:.0f} s"
-                    )
-                before = now
-            paths = [Path(path) for path in arrived.result()]
-            for path in paths:
-                for file in (Path(get_info_path(path)), path):  # A file counts when its information is there.
-                    file.replace(downloads / name / file.name)
-            return {part: downloads / name / path.name for part, path in zip(sources, paths, strict=True)}
-    except NonMatchingChecksumError as error:
-        raise DataError(f"the server of {name} sent a file that is not the registered one: {error}") from error
-    except UnreachableError:
-        raise
-    except Exception as error:  # Of several libraries: they have no common one for a connection that breaks.
-        raise UnreachableError(f"the download of {name} broke off ({error})") from error
-
-
-def _probe(url: str) -> None:
-    """Raise UnreachableError unless the server of `url` answers within PROBE_TIMEOUT_S."""
-
-    def ask() -> None:
-        request = urllib.request.Request(url, method="HEAD")
-        try:
-            urllib.request.urlopen(request, timeout=PROBE_TIMEOUT_S).close()
-        except urllib.error.HTTPError as error:
+        with answer.result() as response:
+            notify(f"downloading {url} ({registered[0] / 1e6:.1f} MB) into {path.parent}")
+            content = response.read()
+        _verify(content, registered, origin=url, way_out="try again, or pass the folder of the files as --data-dir DIR")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="partial.") as folder:
+            partial = Path(folder) / path.name
+            partial.write_bytes(content)
+            partial.replace(path)
+    except (OSError, http.client.HTTPException) as error:
+        if isinstance(error, urllib.error.HTTPError):
             error.close()  # It holds the connection.
-            raise
-
-    # In a thread, because looking up a name has no time limit of its own.
-    answer = start_in_thread(ask)
-    if not wait([answer], timeout=PROBE_TIMEOUT_S).done:
-        raise UnreachableError(f"{url} does not answer within {PROBE_TIMEOUT_S:.0f} s")
-    error = answer.exception()
-    if error is not None:
-        raise UnreachableError(f"{url} cannot be reached ({error})") from error
+        raise UnreachableError(f"the download of {url} failed ({error})") from error
 
 
-def _read_verified(path: Path, source: Source, way_out: str) -> bytes:
-    """Return the bytes of a file whose size and SHA-256 are the registered ones."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): {way_out}") from error
-    if len(content) != source.size:
-        raise DataError(f"{path} has {len(content):,} bytes instead of {source.size:,}: {way_out}")
-    found = hashlib.sha256(content).hexdigest()
-    if found != source.sha256:
+def _verify(content: bytes, registered: tuple[int, str], *, origin: str, way_out: str) -> None:
+    """Raise DataError unless a file has the registered size and SHA-256."""
+    size, sha256 = len(content), hashlib.sha256(content).hexdigest()
+    if (size, sha256) != registered:
         raise DataError(
-            f"{path} is damaged or another file: its SHA-256 is {found} instead of {source.sha256}: {way_out}"
+            f"{origin} is corrupt or another file: {size:,} bytes with SHA-256 {sha256} instead of "
+            f"{registered[0]:,} bytes with {registered[1]}; {way_out}"
         )
-    return content
 
 
 def _parse_idx(content: bytes) -> np.ndarray:
     """Return the array in a gzipped IDX file of bytes: two zeros, type 8, rank, big-endian sizes, elements.
 
-    The format is described on the page of the MNIST database of Y. LeCun, C. Cortes and C. J. C. Burges.
+    Format: the page of the MNIST database of Y. LeCun, C. Cortes and C. J. C. Burges.
     """
     raw = gzip.decompress(content)
     rank = raw[3]
@@ -346,14 +258,14 @@ def _parse_idx(content: bytes) -> np.ndarray:
 
 
 def _digits() -> Dataset:
-    """Return the 1,797 handwritten 8×8 digits of scikit-learn (E. Alpaydin, C. Kaynak), every fifth one for the test.
+    """Return the 1,797 handwritten 8×8 digits of scikit-learn (E. Alpaydin, C. Kaynak). Every fifth is a test image.
 
-    Each pixel becomes 3×3 of them, with a margin of 2: 28×28.
+    Each pixel becomes 3×3 pixels, with a margin of 2: 28×28.
 
     Raises:
-        DataError: they are not where scikit-learn has them.
+        DataError: the installed scikit-learn has no such file.
     """
-    # The file and not `sklearn.datasets.load_digits`, for whose import, with SciPy's statistics, each start paid 0.7 s.
+    # The file and not `sklearn.datasets.load_digits`, whose import takes 0.7 s.
     try:
         path = distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
         table = np.loadtxt(str(path), delimiter=",").reshape(1797, 65)

@@ -1,9 +1,9 @@
-"""The calls of a training: dispatched two at a time, their results read one call later. The same on all processes."""
+"""Dispatch: two calls in flight, and the result of each call read one call later. The same on all processes."""
 
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,24 +16,22 @@ from mnist_jax.training.data import Dataset
 from mnist_jax.training.train_state import MetricSums, TrainState
 from mnist_jax.training.trainer import Trainer
 
-T = TypeVar("T")
-
 CALL_S = 0.06  # Target duration of a call. Two may be in flight, so a signal is acted on within twice that.
 
 
 class DivergedError(Exception):
-    """The loss or the state is not finite any more."""
+    """The loss or the state is not finite."""
 
-    def __init__(self, what: str) -> None:
-        """Say what is not finite."""
+    def __init__(self, problem: str) -> None:
+        """Create the message from what is not finite."""
         super().__init__(
-            f"{what}. Nothing of that was saved, and a rerun would come to the same point. "
-            "Start anew with --fresh and a lower --learning-rate."
+            f"{problem}. That state is not saved, and a rerun would reach it again. "
+            "Start over with --fresh and a lower --learning-rate."
         )
 
 
 class Metrics(NamedTuple):
-    """Mean loss in nats and share of right answers, of the images that led to a step or of the test images there."""
+    """Mean loss in nats and accuracy: over the training images of the interval that ended at a step, or in a test."""
 
     step: int
     loss: float
@@ -41,9 +39,9 @@ class Metrics(NamedTuple):
 
 
 class Dispatcher:
-    """Dispatches the calls of a training and of its evaluation, and reads the result of each one call later.
+    """Dispatches training and evaluation calls. It keeps two in flight, and does not write files.
 
-    All processes dispatch the same calls. It writes nothing.
+    All processes dispatch the same calls in the same order.
     """
 
     def __init__(
@@ -57,21 +55,21 @@ class Dispatcher:
         is_evaluated: bool,
         best_accuracy: float | None = None,
     ) -> None:
-        """Put the data on the devices.
+        """Copy the data to the devices.
 
         Args:
             trainer: the compiled functions.
             dataset: the images.
-            state: where the training begins or resumes; its buffers are donated.
+            state: the state to start from; its buffers are donated.
             stop: receives the signals of this process.
             group: the processes that train together.
-            is_evaluated: whether the state was evaluated before it was saved.
-            best_accuracy: the highest test accuracy so far, None where there was no evaluation.
+            is_evaluated: whether the metrics of this state on the test images are recorded.
+            best_accuracy: the highest test accuracy so far, None before the first evaluation.
         """
         self.trainer, self.config, self.state = trainer, trainer.config, state
-        self.step = int(state.step)  # the number of updates made, those in flight included
-        self.queue: DispatchQueue[tuple[MetricSums, jax.Array | None]] = DispatchQueue(CALL_S)
-        self.latest: tuple[int, MetricSums] | None = None  # the newest call that is done: its last step, its sums
+        self.step = int(state.step)  # number of updates made, including those in flight
+        self.queue = DispatchQueue(CALL_S)
+        self.latest: tuple[int, MetricSums] | None = None  # the newest finished call: its last step and its sums
         self.agreement = Agreement(trainer.mesh, stop)
         self._group, self._data = group, trainer.put(dataset)
         self._interval: tuple[int, MetricSums] | None = None
@@ -85,44 +83,38 @@ class Dispatcher:
 
     @property
     def is_finished(self) -> bool:
-        """Whether nothing is left to do but to save."""
+        """Whether all updates are made and the result is evaluated."""
         return self.is_over and self._evaluated_step == self.step
 
     def advance(self) -> Metrics | None:
-        """Dispatch one call of updates, and return the metrics of the interval that the call before it ended, if any.
+        """Dispatch one training call. Return the metrics of the log interval that ended with the call before, if any.
 
         Raises:
             DivergedError: the loss is not finite.
-            ProcessLostError: another process is gone.
+            ProcessLostError: another process is lost.
         """
-        steps = self.queue.steps_per_call
-        n = min(self.agreement.steps_per_call(steps), self._next_boundary() - self.step)
+        n = min(self.agreement.steps_per_call(self.queue.steps_per_call), self._next_boundary() - self.step)
         self.state, sums = self.trainer.advance(self.state, self._data, step=self.step, n=n)
-        with self._group.watch():
-            done = self.queue.put(n, (sums, self.agreement.send(steps)))
-        if done is not None:
-            self._read(self.step, *done)
+        for finished in self._put(self.queue, n, sums):
+            self.latest = self.step, finished
         self.step += n
         ended = self.pop_train_metrics()
         if self.step % self.config.log_every_steps == 0:
             self._interval = self.step, sums
         return ended
 
-    def _read(self, step: int, sums: MetricSums, total: jax.Array | None) -> None:
-        self.latest = step, sums
-        self.agreement.update(total)
-
     def _next_boundary(self) -> int:
-        """Return the step at which a call has to end at the latest: something is due there."""
+        """Return the step where the next call must end, because something is due there."""
         cadences = self.trainer.eval_every_steps, self.config.checkpoint_every_steps or self.trainer.total_steps
         boundary = self.trainer.next_boundary(self.step)
         return min(boundary, *(self.step - self.step % every + every for every in cadences))
 
     def pop_train_metrics(self) -> Metrics | None:
-        """Return the metrics of the interval that ended, if one did. They are on their way from the device.
+        """Return the metrics of the log interval that ended, if any. Waits for them.
 
         Raises:
             DivergedError: the loss is not finite.
+            ProcessLostError: another process is lost.
         """
         if self._interval is None:
             return None
@@ -133,8 +125,13 @@ class Dispatcher:
             raise DivergedError(f"the loss of the updates up to step {step} is {metrics.loss}")
         return metrics
 
+    @property
+    def has_sums_in_flight(self) -> bool:
+        """Whether `pop_train_metrics` would wait now, but not after the next call."""
+        return self._interval is not None and self.config.log_every_steps > self.queue.steps_per_call
+
     def pop_save_reason(self) -> str:
-        """Return why all processes are to save now, "" if they are not."""
+        """Return why all processes save now, "" if they do not."""
         every_steps = self.config.checkpoint_every_steps
         requested = self.agreement.pop_save_request()
         if requested != "signal SIGUSR2" and every_steps is not None and self.step % every_steps == 0:
@@ -142,33 +139,26 @@ class Dispatcher:
         return requested
 
     def is_finite(self) -> jax.Array:
-        """Return whether the state is finite. [] bool, still being computed; the same in all processes."""
+        """Return whether the state is finite, [] bool, without waiting for it. The same in all processes."""
         return self.trainer.is_finite(devices.local_replica(self.state))
 
     @property
-    def has_sums_in_flight(self) -> bool:
-        """Whether to take the interval now is to wait for its sums, and after the next call is not."""
-        return self._interval is not None and self.config.log_every_steps > self.queue.steps_per_call
-
-    @property
     def is_evaluation_due(self) -> bool:
-        """Whether it is time to evaluate and was not done; the last stop may have cut this very evaluation short."""
+        """Whether this step is to be evaluated and has not been; a stop may have interrupted the evaluation."""
         due = self.is_over or (self.step > 0 and self.step % self.trainer.eval_every_steps == 0)
         return due and self._evaluated_step != self.step
 
     def evaluate(self) -> tuple[Metrics | None, bool]:
-        """Return the metrics over all test images and whether the accuracy is the best so far.
+        """Return the metrics on the test images, and whether the accuracy is the best so far.
 
-        As soon as a signal asks to stop there are no metrics, but None.
+        A signal interrupts the evaluation; then the metrics are None.
 
         Raises:
             DivergedError: the loss is not finite.
-            ProcessLostError: another process is gone.
+            ProcessLostError: another process is lost.
         """
-        with self._group.watch():
-            calls_in_flight = self.queue.drain()
-        for call in calls_in_flight:
-            self._read(self.step, *call)
+        for finished in self._drain(self.queue):
+            self.latest = self.step, finished
         sums = self._evaluate()
         if sums is None:
             return None, False
@@ -180,36 +170,42 @@ class Dispatcher:
         self._best_accuracy = metrics.accuracy if is_best else self._best_accuracy
         return metrics, is_best
 
-    def block_until_ready(self) -> None:
-        """Wait until all calls are done: what comes then is of this process alone, and no other can break it.
-
-        Raises:
-            ProcessLostError: another process is gone.
-        """
-        with self._group.watch():
-            self.queue.drain()
-
     def _evaluate(self) -> MetricSums | None:
-        queue: DispatchQueue[tuple[MetricSums, jax.Array | None]] = DispatchQueue(CALL_S)
+        queue = DispatchQueue(CALL_S)
         parts: list[MetricSums] = []
         images, labels = self._data.test_images, self._data.test_labels
         for first in range(0, len(labels), self.trainer.eval_call_images):
             sums, _ = self.trainer.evaluate(self.state.eval_variables, images, labels, np.int32(first))
-            with self._group.watch():
-                done = queue.put(1, (sums, self.agreement.send(self.queue.steps_per_call)))
-            if done is not None:
-                self._take(parts, *done)
+            parts += self._put(queue, 1, sums)
             if self.agreement.should_stop:
                 return None
-        with self._group.watch():
-            calls_in_flight = queue.drain()
-        for call in calls_in_flight:
-            self._take(parts, *call)
-        return add_sums(parts)
+        return add_sums(parts + self._drain(queue))
 
-    def _take(self, parts: list[MetricSums], sums: MetricSums, total: jax.Array | None) -> None:
-        parts.append(sums)
-        self.agreement.update(total)
+    def _put(self, queue: "DispatchQueue", n: int, sums: MetricSums) -> list[MetricSums]:
+        """Queue a call with the requests of this process. Return the sums of the call before, if there is one."""
+        with self._group.watch():
+            finished = queue.put(n, (sums, self.agreement.send(self.queue.steps_per_call)))
+        return self._read([] if finished is None else [finished])
+
+    def _drain(self, queue: "DispatchQueue") -> list[MetricSums]:
+        """Wait for the calls in flight, and return their sums."""
+        with self._group.watch():
+            finished = queue.drain()
+        return self._read(finished)
+
+    def _read(self, finished: list[tuple[MetricSums, jax.Array | None]]) -> list[MetricSums]:
+        for _, requests in finished:
+            self.agreement.update(requests)
+        return [sums for sums, _ in finished]
+
+    def block_until_ready(self) -> None:
+        """Wait for all calls. After this, the loss of another process cannot break this one.
+
+        Raises:
+            ProcessLostError: another process is lost.
+        """
+        with self._group.watch():
+            self.queue.drain()
 
 
 def add_sums(parts: Sequence[MetricSums]) -> MetricSums:
@@ -218,39 +214,39 @@ def add_sums(parts: Sequence[MetricSums]) -> MetricSums:
 
 
 def means(sums: MetricSums) -> tuple[float, float]:
-    """Return mean loss and accuracy of metric sums, in the shortest decimal form of the float32."""
+    """Return mean loss, as the shortest decimal number that is the same float32, and accuracy."""
     loss = np.float32(sums.loss) / np.float32(sums.images)
     return float(str(loss)), int(sums.correct) / int(sums.images)
 
 
-class DispatchQueue(Generic[T]):
-    """Keep two calls in flight at most, and choose how many steps one makes so that it takes `call_s`."""
+class DispatchQueue:
+    """Keeps at most two calls in flight, and adapts the steps per call so that a call takes `call_s`."""
 
     def __init__(self, call_s: float) -> None:
-        """Begin with calls of one step."""
+        """Start with one step per call."""
         self.steps_per_call = 1
         self.seconds_per_step = call_s
         self._call_s = call_s
-        self._in_flight: deque[tuple[int, T, float]] = deque()
+        self._in_flight: deque[tuple[int, Any, float]] = deque()
         self._last_end_s = 0.0
 
-    def put(self, n: int, result: T) -> T | None:
-        """Take note of a call of `n` steps, wait until the one before it is done, and return what that one gave."""
+    def put(self, n: int, result: Any) -> Any:
+        """Add a call of `n` steps. Wait for the call before it and return its result; None if there is no such call."""
         self._in_flight.append((n, result, time.monotonic()))
         if len(self._in_flight) == 1:
             return None
         n, result, dispatched_s = self._in_flight.popleft()
         jax.block_until_ready(result)
         end_s = time.monotonic()
-        took_s = (end_s - max(dispatched_s, self._last_end_s)) / n
+        call_s = end_s - max(dispatched_s, self._last_end_s)
         self._last_end_s = end_s
-        self.seconds_per_step += 0.3 * (took_s - self.seconds_per_step)
+        self.seconds_per_step += 0.3 * (call_s / n - self.seconds_per_step)
         fitting = max(1, round(self._call_s / self.seconds_per_step))
         self.steps_per_call = min(2 * self.steps_per_call, fitting)
         return result
 
-    def drain(self) -> list[T]:
-        """Wait for all calls, return what they gave, and forget them: what comes now is no part of their time."""
+    def drain(self) -> list[Any]:
+        """Wait for all calls, and return their results. They do not count for the steps per call."""
         results = [jax.block_until_ready(result) for _, result, _ in self._in_flight]
         self._in_flight.clear()
         return results

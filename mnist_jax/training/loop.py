@@ -5,7 +5,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
-from mnist_jax.checkpoint.checkpointer import Checkpoint, Checkpointer
+from mnist_jax.checkpoint.checkpoint import Checkpoint
+from mnist_jax.checkpoint.checkpointer import Checkpointer
 from mnist_jax.checkpoint.integrity import InvalidStateError
 from mnist_jax.config import Config
 from mnist_jax.runtime.multihost import ProcessGroup, ProcessLostError
@@ -173,7 +174,7 @@ def finish(dispatcher: Dispatcher, checkpointer: Checkpointer, recorder: Recorde
     request = recorder.prepare_save(reason)
     try:
         with contextlib.suppress(InvalidStateError):
-            checkpointer.save_and_wait(dispatcher.step, dispatcher.state, valid=dispatcher.is_finite(), **request)
+            checkpointer.save(dispatcher.step, dispatcher.state, valid=dispatcher.is_finite(), wait=True, **request)
     finally:
         recorder.report_saves(is_last=True)
     recorder.raise_if_diverged()

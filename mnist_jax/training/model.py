@@ -1,4 +1,4 @@
-"""The classifiers: a few convolutions each, with a form of their own for CPUs, where the usual one is slow.
+"""The networks: a few convolutions each, in a form that is fast on CPUs or in the usual form.
 
 model = MODELS["cnn"]
 variables = model.init(key, images, train=False)
@@ -16,7 +16,7 @@ from flax import linen as nn
 from jax import Array, lax
 
 CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))  # of a 2x2 square of pixels
-VECTOR = 16  # float32 numbers that a processor computes at once, at the most
+VECTOR = 16  # float32 numbers in the longest vector of a processor
 
 Padding = Literal["SAME", "VALID"]
 
@@ -27,26 +27,25 @@ def identity(x: Array) -> Array:
 
 
 class Network(nn.Module):
-    """Convolutions, most with 2x2 max pooling, a dense layer, and ten logits.
+    """Convolutions with 2x2 max pooling, a dense layer, and ten logits.
 
     Attributes:
         features: output channels of the convolutions.
         kernel_sizes: height and width of their kernels, in pixels; odd.
-        unpooled: which of the convolutions no pooling follows, counted from 1.
-        padding: "SAME" pads with zeros, so that a convolution keeps height and width; "VALID" does not.
+        unpooled: numbers of the convolutions without pooling, from 1.
+        padding: "SAME" pads with zeros, so that a convolution keeps height and width; "VALID" does not pad.
         hidden: width of the dense layer.
-        activation: of the hidden layers. It must not decrease, for it is taken after the pooling: the same values,
-            of a quarter as many, where nothing is normalized between the two.
+        activation: of the hidden layers. It must not decrease, because it is applied after the pooling, to a quarter
+            of the values.
         logits_activation: of the last layer.
         dropout: share of the hidden units dropped in training, in [0, 1); needs `rngs={"dropout": key}`.
-        batch_norm: normalize what the hidden activations are taken of (S. Ioffe and C. Szegedy, 2015), by the batch in
-            training and by running means and variances at evaluation. These are the collection "batch_stats", which
-            training changes, so that it must be named in `mutable`. They begin as 0 and 1, and follow by a hundredth an
-            update: before some hundreds of updates, an evaluation says little.
-        pixel_mean, pixel_std: what is taken off pixels scaled to [0, 1], and what they are then divided by.
-        batch_statistics: in training, take these two from the batch instead. Evaluation keeps the fixed ones, which
-            the batch's are estimates of: the answer for an image must not hang on the images next to it.
-        for_cpu: compute the same in a way that is quick on a CPU. Elsewhere XLA's own way is the quick one.
+        batch_norm: normalize before the hidden activations (S. Ioffe and C. Szegedy, 2015), by the batch in training
+            and by running means and variances in evaluation. These are the mutable collection "batch_stats". They
+            follow by a hundredth per update, so evaluations before some hundreds of updates are inaccurate.
+        pixel_mean, pixel_std: pixels are scaled to [0, 1], minus `pixel_mean`, divided by `pixel_std`.
+        batch_statistics: in training, compute these two from the batch. Evaluation uses the fixed ones, so that a
+            prediction does not depend on the other images of its batch.
+        for_cpu: compute convolutions in a form that is fast on CPUs. On other devices XLA's own form is fast.
     """
 
     features: tuple[int, ...]
@@ -58,7 +57,7 @@ class Network(nn.Module):
     logits_activation: Callable[[Array], Array] = identity
     dropout: float = 0.0
     batch_norm: bool = False
-    pixel_mean: float = 0.1307  # these two are those of the 60,000 training images of MNIST
+    pixel_mean: float = 0.1307  # mean and standard deviation of the 60,000 training images of MNIST
     pixel_std: float = 0.3081
     batch_statistics: bool = False
     for_cpu: bool = False
@@ -67,21 +66,21 @@ class Network(nn.Module):
     def __call__(self, images: Array, *, train: bool) -> Array:
         """Return logits [N, 10] float32 of images [N, H, W, C], uint8 or floats in [0, 1].
 
-        A convolution that is pooled must lead to an even height and width, which the pooling halves.
+        The output of a pooled convolution must have even height and width.
         """
         x = images / 255.0 if images.dtype == jnp.uint8 else images
         from_batch = self.batch_statistics and train
-        # A batch of one single grey has no spread to divide by.
+        # In a batch of one uniform grey, the standard deviation is 0.
         mean, std = (x.mean(), jnp.maximum(x.std(), 1e-6)) if from_batch else (self.pixel_mean, self.pixel_std)
         x = (x - mean) / std
 
         def normalize(x: Array, name: str) -> Array:
             return nn.BatchNorm(use_running_average=not train, name=name)(x) if self.batch_norm else x
 
-        use_bias = not self.batch_norm  # The normalization takes a bias off with the mean, and adds its own.
+        use_bias = not self.batch_norm  # The normalization has a bias of its own.
         for number, (features, size) in enumerate(zip(self.features, self.kernel_sizes, strict=True), start=1):
-            convolution = Conv if number in self.unpooled else PooledConv
-            x = convolution(features, size, self.padding, use_bias, self.for_cpu, name=f"conv{number}")(x)
+            pooled = number not in self.unpooled
+            x = Conv(features, size, self.padding, use_bias, pooled, self.for_cpu, name=f"conv{number}")(x)
             x = self.activation(normalize(x, f"conv{number}_norm"))
         x = nn.Dense(self.hidden, use_bias, name="dense1")(x.reshape(len(x), -1))
         x = self.activation(normalize(x, "dense1_norm"))
@@ -90,66 +89,61 @@ class Network(nn.Module):
 
 
 class Conv(nn.Module):
-    """Convolve, and add a bias if there is one."""
+    """Convolve, pool if `pooled`, and add a bias if `use_bias`.
+
+    The bias is added after the pooling: the result is the same, with a quarter of the work.
+    """
 
     features: int
     kernel_size: int
     padding: Padding
     use_bias: bool
+    pooled: bool
     for_cpu: bool
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Return [N, H, W, features] of x [N, H, W, C]; "VALID" takes K - 1 off H and W first."""
+        """Return [N, H, W, features] of x [N, H, W, C]. "VALID" subtracts K - 1 from H and W; pooling halves them."""
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        y = self.convolve(x, kernel, self.kernel_size // 2 if self.padding == "SAME" else 0)
+        margin = self.kernel_size // 2 if self.padding == "SAME" else 0
+        if self.pooled and self.for_cpu and x.shape[-1] == 1:
+            y = pooled_conv_of_one_channel(x, kernel, margin)
+        else:
+            y = (conv if self.for_cpu else slide)(x, kernel, margin)
+            y = pool(y) if self.pooled else y
         return y + self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else y
-
-    def convolve(self, x: Array, kernel: Array, margin: int) -> Array:
-        """Return what the bias is added to."""
-        return (conv if self.for_cpu else slide)(x, kernel, margin)
-
-
-class PooledConv(Conv):
-    """Convolve, pool, and add a bias if there is one: after the pooling it is the same, and a quarter of the work."""
-
-    def convolve(self, x: Array, kernel: Array, margin: int) -> Array:
-        """Return what the bias is added to, [N, H/2, W/2, features]."""
-        if self.for_cpu and x.shape[-1] == 1:
-            return pooled_conv_of_one_channel(x, kernel, margin)
-        return pool(super().convolve(x, kernel, margin))
 
 
 def power_of_relu(x: Array, *, exponent: float, chord: float = 1e-2) -> Array:
-    """Return relu(x) ** exponent, but for x in (0, chord) the straight line between its values at 0 and at `chord`.
+    """Return relu(x) ** exponent, replaced in (0, chord) by the straight line between the values at 0 and `chord`.
 
-    With an exponent below 1 the power itself has an infinite slope at 0, which times the zero of the ReLU makes the
-    gradient NaN. The line's slope is chord ** (exponent - 1), 63 for an exponent of 0.1; elsewhere nothing changes.
+    For an exponent below 1 the power has an infinite slope at 0, and its product with the zero slope of the ReLU is
+    NaN. The slope of the line is chord ** (exponent - 1), which is 63 for an exponent of 0.1.
     """
     x = nn.relu(x)
     return jnp.where(x > chord, jnp.maximum(x, chord) ** exponent, x * chord ** (exponent - 1))
 
 
 def slide(x: Array, kernel: Array, margin: int, strides: tuple[int, int] = (1, 1)) -> Array:
-    """Convolve x [N, H, W, I], zero-padded by `margin` pixels on each side, with a kernel [K, K, I, O]."""
+    """Convolve x [N, H, W, I], zero-padded by `margin` pixels on each side, with a kernel [K, K, I, O], by XLA."""
     padding = ((margin, margin), (margin, margin))
     return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def pool(y: Array) -> Array:
     """Return the 2x2 max pooling of y [N, H, W, C], H and W even."""
-    # The gradient of `nn.max_pool` is a scatter: on a CPU it takes 19.5 ms where this one, of slices, takes 0.9 ms.
+    # The gradient of `nn.max_pool` is a scatter, which takes 19.5 ms on a CPU; the gradient of slices takes 0.9 ms.
     return functools.reduce(jnp.maximum, [y[:, i::2, j::2] for i, j in CORNERS])
 
 
 def pooled_conv_of_one_channel(x: Array, kernel: Array, margin: int) -> Array:
-    """Return `pool(conv(x, kernel, margin))` of x [N, H, W, 1], H and W even, with more for vectors to work on.
+    """Return `pool(conv(x, kernel, margin))` of x [N, H, W, 1], H and W even, as one matrix product.
 
-    Each 2x2 square of pixels becomes one pixel of four channels. The four values that a pooling compares become four
-    groups of channels: all of them look at one square of K + 1 by K + 1 pixels, with the kernel in one corner each.
-    That is 36/25 of the arithmetic for K = 5, and still quicker: a convolution of one channel has little to sum over.
-    So small are these squares then that they can be written out, as the rows of a matrix, and be multiplied at once.
+    Each 2x2 square of pixels becomes one pixel of four channels (space to depth). The four values that a pooling
+    compares become four groups of output channels. All four read the same square of K + 1 by K + 1 pixels, each with
+    the kernel in another corner. For K = 5 this is 36/25 of the arithmetic, but it is faster, because a convolution of
+    one channel does not fill the vectors. These squares are small enough to copy them into the rows of a matrix.
     """
     x = jnp.pad(x, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
     kernel = jnp.concatenate([jnp.pad(kernel, ((i, 1 - i), (j, 1 - j), (0, 0), (0, 0))) for i, j in CORNERS], axis=-1)
@@ -163,18 +157,18 @@ def pooled_conv_of_one_channel(x: Array, kernel: Array, margin: int) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def conv(x: Array, kernel: Array, margin: int) -> Array:
-    """Return `slide(x, kernel, margin)`, with gradients that are quick on a CPU.
+    """Return `slide(x, kernel, margin)`, with gradients that are fast on a CPU.
 
     The value is y[n, p, o] = sum over d, i of x[n, p + d, i] k[d, i, o], for pixels p of the result and offsets d in
-    the kernel, with x zero outside. So, for a cotangent g of y:
+    the kernel, with x zero outside. For a cotangent g of y:
 
-    * dk[d, i, o] = sum over n, p of x[n, p + d, i] g[n, p, o]: a convolution too, of an "image" x whose channels are
-      the examples n, with a "kernel" g as large as the image. Its "batch" is i, and its "pixels" are the offsets d.
-    * dx[n, q, i] = sum over d, o of g[n, q - d, o] k[d, i, o]: g convolved with the kernel turned by half a turn, and
-      with a margin of what is left of K - 1.
+    * dk[d, i, o] = sum over n, p of x[n, p + d, i] g[n, p, o]. This is a convolution of an "image" x, whose channels
+      are the examples n, with a "kernel" g as large as the image. Its "batch" is i, its "pixels" are the offsets d.
+    * dx[n, q, i] = sum over d, o of g[n, q - d, o] k[d, i, o]. This is g convolved with the kernel rotated by 180
+      degrees, with the margin K - 1 - margin.
 
-    These are what XLA derives as well, but on a CPU, inside a loop, its layout for them misses the fast kernel: for
-    16 -> 32 channels, 5x5, 14x14 pixels and a batch of 128, dk took 298 ms so and 9 ms with the transposes written out.
+    XLA derives the same, but on a CPU and inside a loop its layout misses the fast kernel: for 16 -> 32 channels, 5x5,
+    14x14 pixels and a batch of 128, dk took 298 ms, and 9 ms with explicit transposes.
     """
     return slide(x, kernel, margin)
 
@@ -185,13 +179,13 @@ def _conv_forward(x: Array, kernel: Array, margin: int) -> tuple[Array, tuple[Ar
 
 def _conv_backward(margin: int, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, kernel = residuals
-    turned, margin_left = kernel[::-1, ::-1].swapaxes(2, 3), len(kernel) - 1 - margin
+    rotated, margin_left = kernel[::-1, ::-1].swapaxes(2, 3), len(kernel) - 1 - margin
     if x.shape[-1] < VECTOR and x.shape[2] % 2 == 0:
-        # So few channels leave vectors half empty; two pixels side by side have twice as many. cnn: 5.3 -> 4.8 ms.
-        pairs = [jnp.pad(turned, ((0, 0), (i, 1 - i), (0, 0), (0, 0))) for i in (0, 1)]
+        # Few channels leave vectors half empty; two adjacent pixels have twice as many. cnn: 5.3 -> 4.8 ms.
+        pairs = [jnp.pad(rotated, ((0, 0), (i, 1 - i), (0, 0), (0, 0))) for i in (0, 1)]
         dx = slide(g, jnp.concatenate(pairs, axis=-1), margin_left, strides=(1, 2)).reshape(x.shape)
     else:
-        dx = slide(g, turned, margin_left)
+        dx = slide(g, rotated, margin_left)
     dk = slide(x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3), margin)
     return dx, dk.transpose(1, 2, 0, 3)
 
@@ -200,7 +194,7 @@ conv.defvjp(_conv_forward, _conv_backward)
 
 
 def describe(model: Network) -> dict[str, Any]:
-    """Return as JSON values what an evaluation computes with the variables, for those who have no Flax to ask."""
+    """Describe as JSON values what an evaluation computes, for readers of exported weights."""
 
     def name(activation: Any) -> dict[str, Any]:
         settings = inspect.signature(activation).parameters.values()
@@ -208,20 +202,20 @@ def describe(model: Network) -> dict[str, Any]:
         return {"name": function.__name__, **{p.name: p.default for p in settings if p.default is not p.empty}}
 
     return {
-        "input": "images [N, 28, 28, 1] of uint8, divided by 255; pixel_mean is taken off, then divided by pixel_std",
+        "input": "images [N, 28, 28, 1] uint8, divided by 255, minus pixel_mean, divided by pixel_std",
         "pixel_mean": model.pixel_mean,
         "pixel_std": model.pixel_std,
-        "convolutions": "conv1, conv2, ...: stride 1, kernels [height, width, in, out] that are not flipped; 2x2 max "
-        "pooling, but not where their number is in unpooled; bias; normalization; activation",
+        "convolutions": "conv1, conv2, ...: stride 1, kernels [height, width, in, out], not flipped; 2x2 max pooling "
+        "unless the number is in unpooled; bias; normalization; activation",
         "padding": model.padding,
         "unpooled": list(model.unpooled),
-        "normalization": "where there are batch_stats: scale * (x - mean) / sqrt(var + epsilon) + bias",
+        "normalization": "if there are batch_stats: scale * (x - mean) / sqrt(var + epsilon) + bias",
         "epsilon": nn.BatchNorm.epsilon,
         "activation": name(model.activation),
         "dense1": "the values in the order height, width, channel, times the kernel; bias; normalization; activation",
         "logits": "times the kernel; bias; logits_activation",
         "logits_activation": name(model.logits_activation),
-        "activations": "relu: max(x, 0). power_of_relu: max(x, 0) ** exponent where x > chord, elsewhere "
+        "activations": "relu: max(x, 0). power_of_relu: max(x, 0) ** exponent if x > chord, else "
         "max(x, 0) * chord ** (exponent - 1). identity: x",
     }
 

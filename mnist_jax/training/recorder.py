@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mnist_jax import config as configs
-from mnist_jax.checkpoint.checkpointer import Checkpointer, Notice
+from mnist_jax.checkpoint.checkpointer import Checkpointer
+from mnist_jax.checkpoint.directory import StorageWarning
 from mnist_jax.checkpoint.integrity import CheckpointError, InvalidStateError, ReadError, SaveError
 from mnist_jax.checkpoint.remote import RemoteError
 from mnist_jax.config import Config
@@ -174,7 +175,7 @@ class Recorder:
                 self.events.write("save_failed", step=result.step, error=str(result))
                 if not is_last:
                     self.terminal.warn(f"warning: {result}. Training continues, and the save is retried.")
-            elif isinstance(result, Notice):
+            elif isinstance(result, StorageWarning):
                 self.events.write(result.event, step=result.step, text=result.text)
                 self.terminal.warn(f"warning: {result}")
             else:

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from mnist_jax import config as configs
-from mnist_jax.checkpoint.checkpointer import Checkpointer, Restored, list_checkpoints
-from mnist_jax.checkpoint.integrity import NoGoodCheckpointError
-from mnist_jax.checkpoint.orbax_io import SHORTAGES
+from mnist_jax.checkpoint.checkpoint import list_checkpoints
+from mnist_jax.checkpoint.checkpointer import Checkpointer, Restored
+from mnist_jax.checkpoint.integrity import SHORTAGES, NoGoodCheckpointError
 from mnist_jax.config import Config, ConfigError
 from mnist_jax.runtime import devices
 from mnist_jax.runtime.multihost import ProcessGroup

@@ -1,4 +1,4 @@
-"""The train state: all that the next update depends on, and so all that a checkpoint holds."""
+"""The train state: everything that the next update depends on, and so everything that a checkpoint holds."""
 
 from typing import Any
 
@@ -12,10 +12,10 @@ from mnist_jax.training.model import Network
 
 
 class MetricSums(struct.PyTreeNode):
-    """Running sums over the images since the last line of the log. Part of the state, so no stop can cut them."""
+    """Running sums over the images since the last line of metrics. Part of the state, so a stop does not reset them."""
 
     loss: jax.Array  # [] float32, sum of the images' cross-entropies, in nats
-    correct: jax.Array  # [] int32, images whose likeliest class is the right one
+    correct: jax.Array  # [] int32, correct predictions
     images: jax.Array  # [] int32
 
     @classmethod
@@ -25,24 +25,24 @@ class MetricSums(struct.PyTreeNode):
 
 
 class TrainState(struct.PyTreeNode):
-    """A point of the training. Equal states have equal futures."""
+    """The state of a training. Equal states continue with equal results."""
 
     step: jax.Array  # [] int32, number of updates made
     params: Any
     batch_stats: Any  # running means and variances of batch normalization, {} where the model has none
-    average: Any  # of the variables over the latest updates, None where config.average_decay is 0
+    average: Any  # EMA of the variables, None if config.average_decay is 0
     opt_state: optax.OptState
     rng: jax.Array  # [] typed key; step s draws from fold_in(rng, s), so it never changes
     metrics: MetricSums
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What `Network.apply` takes first."""
+        """The first argument of `Network.apply`."""
         return {"params": self.params, "batch_stats": self.batch_stats}
 
     @property
     def eval_variables(self) -> dict[str, Any]:
-        """The variables that answers are to be given with: the average, where there is one."""
+        """The variables for evaluation and prediction: the average if there is one."""
         return self.variables if self.average is None else self.average
 
 
@@ -61,7 +61,7 @@ def create(config: Config, model: Network, optimizer: optax.GradientTransformati
 
 
 def split_keys(seed: int | jax.Array) -> jax.Array:
-    """Return three independent random keys: of the weights, of the steps, of the order of the images. [3] keys."""
+    """Return three independent random keys, [3]: for the initial weights, the steps, and the order of the images."""
     return jax.random.split(jax.random.key(seed), 3)
 
 

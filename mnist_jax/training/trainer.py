@@ -1,4 +1,4 @@
-"""Trainer: the pure functions of a training, jitted for the devices at hand, with their shardings and initial state."""
+"""Trainer: the pure functions of the training, compiled for the devices at hand, with their shardings."""
 
 from collections.abc import Callable
 from functools import cached_property, lru_cache, partial
@@ -12,30 +12,30 @@ from jax.sharding import Mesh
 
 from mnist_jax.config import Config
 from mnist_jax.runtime import devices
-from mnist_jax.training import augment, train_state, train_step
+from mnist_jax.training import train_state, train_step
 from mnist_jax.training.data import Dataset
 from mnist_jax.training.model import MODELS
 from mnist_jax.training.train_state import MetricSums, TrainState
 from mnist_jax.training.train_step import TrainData
 
-# Images of one call of the evaluation. A call takes about as long as one of the training, so a signal is seen as soon.
+# Images per evaluation call. A call takes about as long as a training call, so signals are acted on as soon.
 EVAL_CALL_IMAGES = 500
 
-# What XLA for CPUs is told besides its defaults. In one run, side by side, on 2 cores with AVX-512, batch 128:
+# Compiler options on CPUs. The factors are times per step, measured side by side on 2 cores with AVX-512, batch 128.
 CPU_OPTIONS: dict[str, str | bool] = {
-    # jaxlib 0.10 computes convolutions in a library that uses one thread only; without it the cnn takes 0.83 of the
-    # time. Matrix products gain by that library.
+    # By default jaxlib 0.10 computes convolutions in a library that uses one thread only; cnn: 0.83. Matrix products
+    # are faster in that library.
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT",
-    # Otherwise all params are copied in each step of a loop, a fifth of the originals' time: 0.92.
+    # By default XLA copies all params in each step of a loop; original models: 0.92.
     "xla_cpu_copy_insertion_use_region_analysis": True,
-    "xla_cpu_prefer_vector_width": "512",  # where the processor has such vectors: 0.95
-    # Less work for the compiler: all programs in 2.4 s, not 3.9 s, as fast and with the same bits.
+    "xla_cpu_prefer_vector_width": "512",  # on processors with such vectors: 0.95
+    # Shorter compilation: all programs in 2.4 s instead of 3.9 s, with the same speed and the same bits.
     "xla_backend_optimization_level": "1",
 }
 
 
 class DeviceData(NamedTuple):
-    """A data set on the devices, whole on each of them."""
+    """A dataset on the devices, replicated."""
 
     train_images: jax.Array  # [N, 28, 28, 1] uint8
     train_labels: jax.Array  # [N] int32 in [0, 10)
@@ -44,167 +44,142 @@ class DeviceData(NamedTuple):
 
 
 class Trainer:
-    """The jitted functions of a training. It holds no state of it.
+    """The compiled functions of a training. A trainer holds no state of the training.
 
-    Each function is compiled when it is first used; `compile` does so for all that a training needs. State and data
-    are replicated, and all processes must call `train_steps`, `epoch_order` and `evaluate` alike. `learning_rate` and
-    `is_finite` run on one device of the process that calls them.
+    Each function is compiled at its first use; `compile` compiles all that a training needs. State and data are
+    replicated on all devices. All processes make the same calls of the functions, except for `learning_rate` and
+    `is_finite`, which run on one device of the calling process.
     """
 
     def __init__(self, config: Config, mesh: Mesh, *, train_size: int, test_size: int) -> None:
-        """Describe the training of a config on a mesh, with so many training and test images.
+        """Prepare the training of a config on a mesh, without compiling anything.
+
+        Args:
+            config: what to train.
+            mesh: the devices, with one axis, over which batches are split.
+            train_size: number of training images.
+            test_size: number of test images.
 
         Raises:
-            ConfigError: a batch would hold more images than there are, or the epochs make no step, or too many.
+            ConfigError: a batch is larger than the training set, or the epochs make no step or too many.
         """
         self.config, self.mesh = config, mesh
         self.train_size, self.test_size = train_size, test_size
         self.total_steps = config.total_steps(train_size)
         self.steps_per_epoch = config.steps_per_epoch(train_size)
         self.eval_every_steps = config.eval_every_steps or self.steps_per_epoch
-        self._replicated = devices.replicated(mesh)
+        self.eval_call_images = -(-EVAL_CALL_IMAGES // mesh.size) * mesh.size  # the same number on each device
+        self._on_cpu = mesh.devices.flat[0].platform == "cpu"
+        self._model = MODELS[config.model].clone(for_cpu=self._on_cpu)
+        self._schedule = train_state.make_schedule(config, self.total_steps)
+        self._optimizer = train_state.make_optimizer(config, self._schedule)
+        self._replicated, self._split_over_batch = devices.replicated(mesh), devices.split_over_batch(mesh)
         self._order_of_epoch = lru_cache(1)(lambda epoch: self.epoch_order(np.int32(epoch)))
 
     def compile(self) -> None:
-        """Compile all functions: seconds where they are new, much less where JAX's cache on disk has them."""
+        """Compile all functions. This takes seconds, or much less if they are in JAX's cache on disk."""
         assert all((self.train_steps, self.epoch_order, self.evaluate, self.learning_rate, self.is_finite))
-
-    def put(self, dataset: Dataset) -> DeviceData:
-        """Return a data set on the devices. After that an update needs nothing from the host but its dispatch."""
-        arrays = dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels
-        return DeviceData(*(devices.make_global_array(array, self._replicated) for array in arrays))
-
-    def advance(self, state: TrainState, data: DeviceData, *, step: int, n: int) -> tuple[TrainState, MetricSums]:
-        """Dispatch one call of `n` updates, from `step` to `next_boundary(step)` at most.
-
-        Args:
-            state: the state at `step`; its buffers are donated.
-            data: the data set.
-            step: the number of updates made, which the host knows without waiting for the state.
-            n: number of updates, 1 or more.
-
-        Returns the state after them and the metric sums; in the state these are 0 again where a log interval ends.
-        """
-        order = self._order_of_epoch(step // self.steps_per_epoch)
-        state, sums = self.train_steps(state, TrainData(data.train_images, data.train_labels, order), np.int32(n))
-        if (step + n) % self.config.log_every_steps == 0:
-            zeros = jax.tree.map(
-                lambda zero: devices.make_global_array(np.asarray(zero), self._replicated), MetricSums.zeros()
-            )
-            state = state.replace(metrics=zeros)
-        return state, sums
-
-    def next_boundary(self, step: int) -> int:
-        """Return the step at which a call must end at the latest: there an epoch, a log interval or the run ends."""
-        periods = (self.steps_per_epoch, self.config.log_every_steps)
-        return min(self.total_steps, *(step - step % period + period for period in periods))
-
-    @cached_property
-    def abstract_state(self) -> TrainState:
-        """The shapes, types and shardings of the train state."""
-        state = jax.eval_shape(self._create)
-        return jax.tree.map(lambda leaf: ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._replicated), state)
 
     def init_state(self) -> TrainState:
         """Return the state before the first update. Compiled here, because a run that resumes does not need it."""
         return self._compile(self._create)()
 
+    def put(self, dataset: Dataset) -> DeviceData:
+        """Return a dataset on the devices."""
+        arrays = dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels
+        return DeviceData(*self._replicate(arrays))
+
+    def advance(self, state: TrainState, data: DeviceData, *, step: int, n: int) -> tuple[TrainState, MetricSums]:
+        """Dispatch one call of `n` updates, which must end at `next_boundary(step)` or before.
+
+        Args:
+            state: the state at `step`; its buffers are donated.
+            data: the dataset.
+            step: number of updates made. The host knows it without waiting for the state.
+            n: number of updates, 1 or more.
+
+        Returns:
+            The state after the updates, and its metric sums. Where a log interval ends, the sums in the state are 0.
+        """
+        order = self._order_of_epoch(step // self.steps_per_epoch)
+        state, sums = self.train_steps(state, TrainData(data.train_images, data.train_labels, order), np.int32(n))
+        if (step + n) % self.config.log_every_steps == 0:
+            state = state.replace(metrics=self._replicate(MetricSums.zeros()))
+        return state, sums
+
+    def next_boundary(self, step: int) -> int:
+        """Return the first step after `step` where an epoch, a log interval or the run ends."""
+        periods = (self.steps_per_epoch, self.config.log_every_steps)
+        return min(self.total_steps, *(step - step % period + period for period in periods))
+
+    @cached_property
+    def abstract_state(self) -> TrainState:
+        """Shapes, types and shardings of the train state."""
+        state = jax.eval_shape(self._create)
+        return jax.tree.map(lambda leaf: ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._replicated), state)
+
     @cached_property
     def train_steps(self) -> Callable[[TrainState, TrainData, Any], tuple[TrainState, MetricSums]]:
         """State (donated), data, number of updates -> state, metric sums. See `train_step.train_steps`."""
-        config = self.config
-        return self._compile(
-            partial(
-                train_step.train_steps,
-                optimizer=self._optimizer,
-                batch_size=config.batch_size,
-                label_smoothing=config.label_smoothing,
-                average_decay=config.average_decay,
-                augment=self._augment,
-                **self._on_batch,
-            ),
-            self.abstract_state,
-            TrainData(_images(self.train_size), _integers(self.train_size), _integers(self.train_size)),
-            _integers(),
-            donate_argnums=0,
+        train_steps = partial(
+            train_step.train_steps,
+            config=self.config,
+            model=self._model,
+            optimizer=self._optimizer,
+            batch_sharding=self._split_over_batch,
         )
+        data = TrainData(_images(self.train_size), _integers(self.train_size), _integers(self.train_size))
+        return self._compile(train_steps, self.abstract_state, data, _integers(), donate_argnums=0)
 
     @cached_property
     def epoch_order(self) -> Callable[[Any], jax.Array]:
-        """Epoch -> order of the training images, [N] int32."""
+        """Epoch -> order of the training images, [N] int32. See `train_step.epoch_order`."""
         return self._compile(partial(train_step.epoch_order, self.config.seed, size=self.train_size), _integers())
 
     @cached_property
     def evaluate(self) -> Callable[[Any, jax.Array, jax.Array, Any], tuple[MetricSums, jax.Array]]:
         """Variables, images, labels, index of the first image -> metric sums, logits. See `train_step.evaluate`.
 
-        Each device keeps the logits of its own images.
+        The sums are replicated; each device holds the logits of its own images.
         """
-        return self._compile(
-            partial(train_step.evaluate, size=self.eval_call_images, **self._on_batch),
-            self.abstract_state.variables,
-            _images(self.test_size),
-            _integers(self.test_size),
-            _integers(),
-            out_shardings=(self._replicated, devices.split_over_batch(self.mesh)),
+        evaluate = partial(
+            train_step.evaluate,
+            model=self._model,
+            batch_sharding=self._split_over_batch,
+            size=self.eval_call_images,
         )
-
-    @cached_property
-    def learning_rate(self) -> Callable[[Any], jax.Array]:
-        """Number of updates made -> learning rate of the next update, [] float32."""
-        return self._finish(jax.jit(self._schedule), _integers())
-
-    @cached_property
-    def is_finite(self) -> Callable[[TrainState], jax.Array]:
-        """State on one device -> whether all its floating-point numbers are finite, [] bool."""
-        return self._finish(jax.jit(train_step.is_finite), jax.eval_shape(self._create))
+        arguments = self.abstract_state.variables, _images(self.test_size), _integers(self.test_size), _integers()
+        return self._compile(evaluate, *arguments, out_shardings=(self._replicated, self._split_over_batch))
 
     @cached_property
     def predict(self) -> Callable[[Any, Any], jax.Array]:
         """Variables, one image [1, 28, 28, 1] uint8 -> probabilities of the classes, [1, 10] float32."""
         return self._compile(partial(train_step.predict, model=self._model), self.abstract_state.variables, _images(1))
 
-    @property
-    def eval_call_images(self) -> int:
-        """Images of one call of the evaluation, as many on each device."""
-        return -(-EVAL_CALL_IMAGES // self.mesh.size) * self.mesh.size
+    @cached_property
+    def learning_rate(self) -> Callable[[Any], jax.Array]:
+        """Number of updates made -> learning rate of the next update, [] float32."""
+        return self._compile_jitted(jax.jit(self._schedule), _integers())
 
-    @property
-    def _on_batch(self) -> dict[str, Any]:
-        return {"model": self._model, "batch_sharding": devices.split_over_batch(self.mesh)}
-
-    @property
-    def _is_for_cpu(self) -> bool:
-        return self.mesh.devices.flat[0].platform == "cpu"
-
-    @property
-    def _model(self) -> Any:
-        return MODELS[self.config.model].clone(for_cpu=self._is_for_cpu)
-
-    @property
-    def _augment(self) -> Callable[[jax.Array, jax.Array], jax.Array]:
-        amounts = {name: getattr(self.config, name) for name in ("shift_px", "rotation_deg", "zoom")}
-        return partial(augment.augment, **amounts) if any(amounts.values()) else augment.unchanged
-
-    @property
-    def _schedule(self) -> Any:
-        return train_state.make_schedule(self.config, self.total_steps)
-
-    @property
-    def _optimizer(self) -> Any:
-        return train_state.make_optimizer(self.config, self._schedule)
+    @cached_property
+    def is_finite(self) -> Callable[[TrainState], jax.Array]:
+        """State on one device -> whether all its floating-point numbers are finite, [] bool."""
+        return self._compile_jitted(jax.jit(train_step.is_finite), jax.eval_shape(self._create))
 
     def _create(self) -> TrainState:
         return train_state.create(self.config, self._model, self._optimizer)
 
+    def _replicate(self, arrays: Any) -> Any:
+        return jax.tree.map(lambda array: devices.make_global_array(np.asarray(array), self._replicated), arrays)
+
     def _compile(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """Compile a function for all devices; arguments without a sharding are replicated."""
+        """Compile a function for all devices. Arguments without a sharding are replicated, and so are results."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding or self._replicated, arguments)
         options = {"out_shardings": self._replicated, **options}
-        return self._finish(jax.jit(function, in_shardings=shardings, **options), *arguments)
+        return self._compile_jitted(jax.jit(function, in_shardings=shardings, **options), *arguments)
 
-    def _finish(self, jitted: Any, *arguments: Any) -> Any:
-        return jitted.lower(*arguments).compile(compiler_options=CPU_OPTIONS if self._is_for_cpu else None)
+    def _compile_jitted(self, jitted: Any, *arguments: Any) -> Any:
+        return jitted.lower(*arguments).compile(compiler_options=CPU_OPTIONS if self._on_cpu else None)
 
 
 def _images(size: int) -> Any:
