@@ -4,6 +4,11 @@ The training is in `training/loop.py`. It imports JAX, which takes a second, so 
 are installed: a Ctrl-C during the import does not end in a traceback.
 """
 
+from mnist_jax.runtime.preemption import StoppedError, StopSignal, block_signals
+
+if __name__ == "__main__":
+    block_signals()  # A signal during the imports, 0.4 s, is handled after them.
+
 import contextlib
 import dataclasses
 import gc
@@ -20,7 +25,6 @@ from mnist_jax.config import Config, ConfigError
 from mnist_jax.console import exit_process, print_stderr, repair_standard_streams
 from mnist_jax.runtime.lock import LockHeldError, exclusive_lock
 from mnist_jax.runtime.multihost import ProcessGroup, initialize
-from mnist_jax.runtime.preemption import StoppedError, StopSignal
 from mnist_jax.training import data
 
 RUNS = Path("runs")
@@ -34,8 +38,14 @@ def main(args: Sequence[str]) -> int:
     """
     repair_standard_streams()
     asked = configs.parse(args, Config())  # The defaults of a preset depend on the dataset, see `find_run`.
-    with StopSignal() as stop, contextlib.ExitStack() as locks:
-        group = ProcessGroup(stop)
+    with StopSignal() as stop:
+        return stop.supervise(lambda: start_or_resume(args, asked, stop))
+
+
+def start_or_resume(args: Sequence[str], asked: Config, stop: StopSignal) -> int:
+    """Join the process group, find the run, train, and return the exit code."""
+    group = ProcessGroup(stop)
+    with contextlib.ExitStack() as locks:
         try:
             group = initialize(
                 stop,

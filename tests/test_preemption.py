@@ -1,4 +1,5 @@
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -52,15 +53,16 @@ def test_previous_handlers_are_restored():
     assert {number: signal.getsignal(number) for number in before} == before
 
 
-def test_nohup_is_respected():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])  # by `nohup`, in a background job
+def test_ignored_signals_stay_ignored(number):
+    before = signal.signal(number, signal.SIG_IGN)
     try:
         with StopSignal() as stop:
-            send(signal.SIGHUP)
+            send(number)
             assert stop.received is None
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(number) is signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(number, before)
 
 
 # More than one signal
@@ -79,35 +81,84 @@ with StopSignal() as stop:
 """
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "after_s"),
-    [
-        (signal.SIGTERM, signal.SIGINT, 0.05),
-        (signal.SIGINT, signal.SIGINT, 0.05),
-        (signal.SIGTERM, signal.SIGTERM, 1.05),
-    ],
-)
-def test_second_signal_exits_at_once(first, second, after_s):
-    with subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True) as process:
+def pair(first: signal.Signals, second: signal.Signals, after_s: float, stdin: int = subprocess.DEVNULL) -> int | None:
+    """Send two signals, and return the exit code, None if the process still runs."""
+    with subprocess.Popen([sys.executable, "-c", PROGRAM], stdin=stdin, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout.readline() == "ready\n"
             process.send_signal(first)
+            sent_s = time.monotonic()
             assert process.stdout.readline() == "first\n"
-            time.sleep(after_s)
+            time.sleep(max(0.0, sent_s + after_s - time.monotonic()))
             process.send_signal(second)
-            assert process.wait(timeout=20) == 128 + second
-            assert process.stdout.read() == ""
+            try:
+                return process.wait(timeout=0.5)
+            except subprocess.TimeoutExpired:
+                return None
         finally:
             process.kill()
 
 
-def test_duplicate_signal_is_ignored(stop):
-    """As a scheduler sends it: 12 times later than measured with Slurm."""
-    send(signal.SIGTERM)
-    send(signal.SIGCONT)
-    time.sleep(0.3)
-    send(signal.SIGTERM)
-    assert stop.received is signal.SIGTERM
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_signals_within_a_second_are_one_request(second):
+    assert pair(signal.SIGINT, second, after_s=0.3) is None
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_second_request_exits_at_once(second):
+    assert pair(signal.SIGTERM, second, after_s=1.1) == 128 + second
+
+
+def test_cpu_time_signal_is_never_a_second_request():
+    assert pair(signal.SIGXCPU, signal.SIGXCPU, after_s=1.1) is None
+
+
+@pytest.mark.parametrize(("first", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, None)])
+def test_second_ctrl_c_at_a_terminal_exits_at_once(first, code):
+    controller, terminal = pty.openpty()
+    try:
+        assert pair(first, signal.SIGINT, after_s=0.2, stdin=terminal) == code
+    finally:
+        os.close(controller)
+        os.close(terminal)
+
+
+SUPERVISED = """
+import hashlib, os, signal, time
+from mnist_jax.runtime.preemption import StopSignal
+def work():
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) >= {signal.SIGTERM, signal.SIGINT, signal.SIGUSR2}
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 200_000_000)
+with StopSignal() as stop:
+    stop.supervise(work)
+"""
+
+
+def test_supervised_work_in_c_does_not_delay_the_handlers():
+    with subprocess.Popen([sys.executable, "-c", SUPERVISED], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        time.sleep(1.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 128 + signal.SIGTERM
+
+
+def test_supervise_returns_the_result_or_raises(stop):
+    assert stop.supervise(lambda: 7) == 7
+    with pytest.raises(ZeroDivisionError):
+        stop.supervise(lambda: 1 / 0)
+
+
+def test_signals_that_the_parent_blocked_are_unblocked():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        send(signal.SIGTERM)
+        with StopSignal() as stop:
+            assert stop.received is signal.SIGTERM
+        assert signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def test_signal_of_another_process_is_not_a_first_one(stop):

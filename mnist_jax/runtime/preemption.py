@@ -15,14 +15,22 @@ from concurrent.futures import Future, wait
 from types import FrameType
 from typing import Any, Self, TypeVar
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGABRT, signal.SIGHUP, signal.SIGUSR1)
+STOP_SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGABRT,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGXCPU,  # the soft limit of CPU time
+)
 SAVE_SIGNALS = (signal.SIGUSR2,)  # save and continue
 
-# A second stop signal within this time belongs to the same request as the first. `timeout` signals a process and then
-# its process group, within 20 ms. Slurm signals the tasks of a preempted job and also `srun`, which forwards the
-# signal: 3 to 24 ms later, measured nine times on an idle machine. Two SIGINTs are Ctrl-C pressed twice: two requests.
-DUPLICATE_S = 0.02
-SCHEDULER_DUPLICATE_S = 1.0
+# Stop signals within this time after the first are the same request, of whatever kind they are: a supervisor signals a
+# process and then its group, Slurm signals the tasks and also `srun`, which forwards the signal, others escalate from
+# SIGINT to SIGTERM. A later one is a second request.
+REQUEST_S = 1.0
+# At a terminal a second Ctrl-C after this time is a second request. Programs that forward Ctrl-C do so within 0.03 s.
+DOUBLE_CTRL_C_S = 0.1
 
 T = TypeVar("T")
 
@@ -39,14 +47,15 @@ class StopSignal:
                 state, step = train_step(state), step + 1
             save(state)
 
-    The first stop signal sets `received`; check it between steps. A second one ends the process at once with exit code
-    128+n, unless it is a duplicate of the first (see `DUPLICATE_S`). A save signal sets another flag, which
+    The first stop signal sets `received`; check it between steps. A second request ends the process at once with exit
+    code 128+n; signals within `REQUEST_S` after the first belong to the first. A save signal sets another flag, which
     `pop_save_request` reads. The handlers do nothing else, because they can run between any two instructions: in the
     middle of a save, or while a lock is held.
 
     Enter the block in the main thread, where Python runs signal handlers. Enter it after calls that install handlers of
-    their own, such as `jax.distributed.initialize` unless `jax_enable_preemption_service` is off. The end of the block
-    restores the previous handlers.
+    their own, such as `jax.distributed.initialize` unless `jax_enable_preemption_service` is off. Signals that the
+    parent process blocked are unblocked; SIGINT and SIGHUP stay ignored if they are, as in a background job or under
+    `nohup`. The end of the block restores handlers and mask.
     """
 
     def __init__(self, *, exit_at_second: bool = True) -> None:
@@ -56,7 +65,8 @@ class StopSignal:
             exit_at_second: whether a second stop signal ends the process; False in a notebook.
         """
         self.received: signal.Signals | None = None  # the first stop signal
-        self._first: tuple[int, float] | None = None  # the first one that this process caught, and when
+        self._first_s: float | None = None  # when this process caught its first one
+        self._caught: set[int] = set()
         self._exit_at_second = exit_at_second
         self._save_requested = False
         self._handlers = {**dict.fromkeys(STOP_SIGNALS, self._on_stop), **dict.fromkeys(SAVE_SIGNALS, self._on_save)}
@@ -65,25 +75,28 @@ class StopSignal:
     def __enter__(self) -> Self:
         """Install the handlers."""
         for number, handler in self._handlers.items():
-            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
-                continue  # The user started the process with `nohup`.
+            if number in (signal.SIGINT, signal.SIGHUP) and signal.getsignal(number) is signal.SIG_IGN:
+                continue
             self._previous[number] = signal.signal(number, handler)
+        self._previous_mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, self._handlers)
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Restore the previous handlers."""
+        """Restore the previous handlers and the previous mask."""
         for number, handler in self._previous.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._previous_mask)
 
     def _on_stop(self, number: int, _frame: FrameType | None) -> None:
         now_s = time.monotonic()
-        if self._first is None:
-            self._first = number, now_s
+        self._caught.add(number)
+        if self._first_s is None:
+            self._first_s = now_s
             self.record_signal(number)
             return
-        first, first_s = self._first
-        duplicate_s = SCHEDULER_DUPLICATE_S if number == first != signal.SIGINT else DUPLICATE_S
-        if now_s - first_s > duplicate_s and self._exit_at_second:
+        is_ctrl_c = self._caught == {signal.SIGINT} and os.isatty(0)
+        is_second = now_s - self._first_s > (DOUBLE_CTRL_C_S if is_ctrl_c else REQUEST_S)
+        if is_second and self._exit_at_second and number != signal.SIGXCPU:  # which comes again every second
             os._exit(128 + number)
 
     def _on_save(self, _number: int, _frame: FrameType | None) -> None:
@@ -106,12 +119,27 @@ class StopSignal:
     @property
     def seconds_since(self) -> float | None:
         """Seconds since this process caught its first stop signal, None if it caught none."""
-        return None if self._first is None else time.monotonic() - self._first[1]
+        return None if self._first_s is None else time.monotonic() - self._first_s
 
     def pop_save_request(self) -> bool:
         """Return whether a save signal was received since the last call."""
         requested, self._save_requested = self._save_requested, False
         return requested
+
+    def supervise(self, work: Callable[[], T]) -> T:
+        """Return `work()`, which runs in another thread while the main thread, this one, only handles signals.
+
+        Python runs handlers in the main thread between two of its instructions. A main thread that trains is inside a
+        C++ function most of the time, and a handler runs up to 0.1 s after its signal: too late to tell one request
+        from two. Here it runs at once. The signals are blocked in the other thread and in all threads that it starts,
+        because jaxlib's threads are not safe against signals that another process sends to them.
+        """
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._handlers)
+        try:
+            future = start_in_thread(work)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        return future.result()
 
     def run(self, work: Callable[[], T], *, poll_s: float = 0.05) -> T:
         """Return `work()`, or abandon it as soon as a stop signal is received.
@@ -128,6 +156,11 @@ class StopSignal:
         while not wait([future], timeout=poll_s).done:
             self.check()
         return future.result()
+
+
+def block_signals() -> None:
+    """Block stop and save signals until a `StopSignal` block is entered. Call it before imports that take long."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {*STOP_SIGNALS, *SAVE_SIGNALS})
 
 
 def start_in_thread(work: Callable[[], T]) -> "Future[T]":

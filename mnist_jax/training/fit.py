@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +57,7 @@ def fit(config: Config, *, workdir: Path | str, stop: StopSignal | None = None) 
         stack.enter_context(exclusive_lock(workdir, wait_s=config.lock_wait_s, notify=print_stderr))
         name = data.resolve(config.dataset, config.data_dir, notify=print_stderr)
         config = dataclasses.replace(config, dataset=name)
-        outcome = loop.run(config, workdir, stop=stop, group=ProcessGroup(stop))
+        outcome = stop.supervise(partial(loop.run, config, workdir, stop=stop, group=ProcessGroup(stop)))
     records = [record for record, _ in read_metrics(workdir / "metrics.jsonl")]
     fields = outcome.fields
     accuracy = fields.get("test_accuracy")
