@@ -262,7 +262,7 @@ _RANGES: tuple[tuple[float, float, str, tuple[str, ...]], ...] = (
     (_ABOVE_0, _FINITE, "that is finite and above 0", ("epochs", "learning_rate", "checkpoint_every_s")),
 )
 # What a run computes. The dataset and the length are compared apart.
-_MATHEMATICS = (
+MATHEMATICS = (
     *("preset", "model", "batch_size", "learning_rate", "adam_b1", "adam_b2", "label_smoothing"),
     *("shift_px", "rotation_deg", "zoom", "average_decay", "seed"),
 )
@@ -440,7 +440,7 @@ def contradictions(run: Config, asked: Config) -> list[tuple[str, Any, Any]]:
 
     Cadence and housekeeping may change. The number of steps may change unless the learning rate depends on it.
     """
-    fields = list(_MATHEMATICS)
+    fields = list(MATHEMATICS)
     if asked.dataset != "auto":
         fields.append("dataset")
     if run.schedule == "one-cycle":

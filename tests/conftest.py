@@ -13,7 +13,7 @@ from filelock import FileLock
 from hypothesis import settings
 from runs import Run
 
-from mnist_jax.config import Preset
+from mnist_jax.config import MATHEMATICS
 
 settings.register_profile("suite", deadline=None)  # Other tests run at the same time.
 settings.load_profile("suite")
@@ -180,8 +180,7 @@ def _compile_once(compile_: Callable[[Any], None]) -> Callable[[Any], None]:
     """Let trainers with equal programs share what the first of them compiled."""
 
     def compile_once(self: Any) -> None:
-        names = {field for field in Preset._fields if field != "epochs"} | {"preset", "seed"}
-        settings = tuple(getattr(self.config, name) for name in sorted(names))
+        settings = tuple(getattr(self.config, name) for name in MATHEMATICS)
         key = settings, self.total_steps, self.mesh, self.train_size, self.test_size
         if key not in _compiled:
             compile_(self)
