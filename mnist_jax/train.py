@@ -22,7 +22,7 @@ from typing import Any
 from mnist_jax import config as configs
 from mnist_jax.cli import exit_code, report
 from mnist_jax.config import Config, ConfigError
-from mnist_jax.console import exit_process, print_stderr, repair_standard_streams
+from mnist_jax.console import exit_process, print_line, print_stderr, repair_standard_streams
 from mnist_jax.runtime.lock import LockHeldError, exclusive_lock
 from mnist_jax.runtime.multihost import ProcessGroup, initialize
 from mnist_jax.training import data
@@ -66,7 +66,7 @@ def start_or_resume(args: Sequence[str], asked: Config, stop: StopSignal) -> int
             assert stop.received is not None
             group.report_failure(error, asked.preempted_exit_code)
             if group.is_primary:
-                print(f"stopped step=0 signal={stop.received.name} state_sha256=none")
+                print_line(f"stopped step=0 signal={stop.received.name} state_sha256=none")
             return asked.preempted_exit_code
         except Exception as error:
             return _fail(error, group)
@@ -225,7 +225,7 @@ def move_aside(workdir: Path) -> Path:
     workdir = workdir.resolve()  # "." would move with its directory, and renaming a link would move the link only.
     aside = next(path for n in range(1, 10**6) if not (path := workdir.with_name(f"{workdir.name}.old-{n}")).exists())
     workdir.rename(aside)
-    print(f"moved the old run to {aside}; omit --fresh to resume the new run")
+    print_line(f"moved the old run to {aside}; omit --fresh to resume the new run")
     return workdir
 
 

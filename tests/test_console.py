@@ -3,10 +3,14 @@ import os
 import pty
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TextIO
 
 import pytest
 
-from mnist_jax.console import Terminal, print_stderr, repair_standard_streams
+from mnist_jax import console
+from mnist_jax.console import Terminal, print_line, print_stderr, repair_standard_streams
 
 
 class TtyOutput(io.StringIO):
@@ -108,3 +112,56 @@ def test_closed_streams_are_opened_and_unknown_characters_escaped(monkeypatch):
     print_stderr("lost")
     assert written.getvalue() == b"\\xe9\n"
     sys.stderr.close()
+
+
+def full_pipe(monkeypatch, *, is_blocking: bool) -> tuple[int, TextIO]:
+    """Make standard output a pipe that nothing reads, and return the reading end."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, is_blocking)
+    stream = os.fdopen(writer, "w")
+    monkeypatch.setattr(sys, "stdout", stream)
+    return reader, stream
+
+
+def read_later(reader: int) -> str:
+    time.sleep(0.2)
+    with os.fdopen(reader) as file:
+        return file.read()
+
+
+@pytest.mark.parametrize("is_blocking", [True, False])
+def test_an_unread_pipe_blocks_nothing_and_the_last_line_comes(monkeypatch, is_blocking):
+    reader, stream = full_pipe(monkeypatch, is_blocking=is_blocking)
+    terminal, line = Terminal(blocking=False), "x" * 99
+    for _ in range(10_000):  # 1 MB, more than a pipe holds
+        terminal.interval(line)
+    with ThreadPoolExecutor() as executor:
+        text = executor.submit(read_later, reader)
+        terminal.last("finished")
+        stream.close()
+    *lines, missing, last = text.result().splitlines(keepends=True)
+    assert last == "finished\n"
+    assert set(lines) == {line + "\n"}
+    assert missing == f"({10_000 - len(lines)} lines are missing here: nothing read them in time)\n"
+
+
+def test_the_last_line_waits_briefly(monkeypatch):
+    monkeypatch.setattr(console, "LAST_LINE_TIMEOUT_S", 0.1)
+    reader, stream = full_pipe(monkeypatch, is_blocking=True)
+    terminal = Terminal(blocking=False)
+    for _ in range(2000):
+        terminal.info("x" * 99)
+    terminal.last("finished")
+    print_line("finished")
+    os.close(reader)
+    monkeypatch.undo()
+    stream.close()
+
+
+def test_a_command_waits_for_a_slow_reader(monkeypatch):
+    reader, stream = full_pipe(monkeypatch, is_blocking=False)
+    with ThreadPoolExecutor() as executor:
+        text = executor.submit(read_later, reader)
+        Terminal().info("x" * 1_000_000)
+        stream.close()
+    assert text.result() == "x" * 1_000_000 + "\n"

@@ -54,7 +54,7 @@ class Recorder:
             OSError: they cannot be opened.
         """
         self.config, self.workdir, self.checkpointer, self.enabled = config, workdir, checkpointer, enabled
-        self.terminal = Terminal(enabled=enabled)
+        self.terminal = Terminal(enabled=enabled, blocking=False)
         self.metrics, self.events = MetricWriter(workdir, enabled=enabled), EventLog(workdir, enabled=enabled)
         self.copies = RemoteCopies(config.mirror if enabled else None, workdir, checkpointer, self.events)
         self._next_save_s = math.inf
@@ -241,7 +241,7 @@ class Recorder:
     def exit(self, outcome: Outcome) -> None:
         """Log and print how the run ended."""
         self.events.write("exit", outcome=outcome.word, code=outcome.exit_code, **outcome.fields)
-        self.terminal.info(str(outcome))
+        self.terminal.last(str(outcome))
 
     def fail(self, error: Exception, code: int | None, stop: StopSignal) -> None:
         """Log that the run failed, and add the newest checkpoint to the error as a note."""
