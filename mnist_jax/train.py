@@ -86,9 +86,9 @@ def run(
     Raises:
         StoppedError: a signal came before the run directory is open.
     """
-    loop = _import_loop()
     group = group or ProcessGroup(stop)
     try:
+        loop = _import_loop()
         outcome = loop.run(config, workdir, stop=stop, group=group, loading=loading, exit_code=exit_code)
         return int(outcome.exit_code)
     except StoppedError:
@@ -113,8 +113,10 @@ def _import_loop() -> Any:
     the compilation, and 0.1 s now and then during the training.
     """
     gc.disable()
-    from mnist_jax.training import loop
-
+    try:
+        from mnist_jax.training import loop
+    except ValueError as error:
+        raise ConfigError(f"JAX refuses an environment variable: {error}") from error
     gc.freeze()
     gc.enable()
     return loop

@@ -3,6 +3,7 @@
 This file needs nothing else of the package; copy it into your own project.
 """
 
+import errno
 import os
 import platform
 from pathlib import Path
@@ -74,10 +75,16 @@ def describe_devices() -> dict[str, Any]:
 
 
 def cpu_threads() -> int:
-    """Return the size of XLA's thread pool: as the environment says, or a thread per core that the process may use."""
-    fixed = os.environ.get("PJRT_NPROC") or os.environ.get("NPROC")
-    if fixed:
-        return int(fixed)
+    """Return the size of XLA's thread pool: as the environment says, or a thread per core that the process may use.
+
+    Raises:
+        ValueError: an environment variable is no number of threads.
+    """
+    for name in ("PJRT_NPROC", "NPROC"):
+        if value := os.environ.get(name):
+            if not (value.isascii() and value.isdigit() and 0 < int(value) < 2**16):
+                raise ValueError(f"{name}={value} is no number of threads; unset it, or use a whole number above 0")
+            return int(value)
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -121,9 +128,17 @@ def share_accelerator(*, on_cpu: bool) -> None:
 
 
 def enable_compilation_cache() -> None:
-    """Cache compiled programs on disk, in `JAX_COMPILATION_CACHE_DIR` or the user's cache directory."""
+    """Cache compiled programs on disk, in `JAX_COMPILATION_CACHE_DIR` or the user's cache directory.
+
+    Raises:
+        RuntimeError: the user has no home directory.
+        OSError: the directory cannot be written.
+    """
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(cache / "mnist_jax"))
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mnist_jax"
+        cache.mkdir(parents=True, exist_ok=True)
+        if not os.access(cache, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(cache))
+        jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -4,6 +4,7 @@ They decide whether a run may resume here, and whether it resumes bit for bit.
 """
 
 import contextlib
+import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,7 @@ from mnist_jax import config as configs
 from mnist_jax.checkpoint.checkpoint import Checkpoint
 from mnist_jax.checkpoint.integrity import CheckpointError, IncompatibleCheckpointError
 from mnist_jax.config import Config, ConfigError
+from mnist_jax.console import print_stderr
 from mnist_jax.records.metrics import parse_metrics
 from mnist_jax.runtime import devices
 from mnist_jax.training.data import REGISTRY, Dataset
@@ -24,16 +26,60 @@ from mnist_jax.training.train_state import TrainState
 MAX_CPU_THREADS = 4096
 
 
+# Settings of JAX for other numbers, or for debugging, with which the training does not work. The values work.
+REQUIRED_SETTINGS = {
+    "jax_enable_x64": False,
+    "jax_disable_jit": False,
+    "jax_numpy_rank_promotion": "allow",
+    "jax_numpy_dtype_promotion": "standard",
+    **dict.fromkeys([f"jax_transfer_guard{kind}" for kind in ("", "_host_to_device", "_device_to_host")], "allow"),
+}
+# Settings of JAX that cannot change a number, by a part of their names. All others are recorded.
+_NO_NUMBERS = re.compile(
+    "cache|log|dump|traceback|timeout|cross_host|proxy|pprint|leak|explain|captured|embedded|source|export|serializ"
+    "|visible|preemption|recoverab|distributed|mock|transfer_guard|check|profil|xla_backend|platform|collectives"
+)
+
+
 def prepare_jax(cpu_threads: int | None) -> None:
     """Configure JAX so that a run continues with the same bits. Call it before JAX touches a device.
 
     Args:
         cpu_threads: size of XLA's thread pool so far in the run, None if that does not matter.
+
+    Raises:
+        ConfigError: an environment variable has a value with which the training does not work.
     """
+    for name, required in REQUIRED_SETTINGS.items():
+        if (value := getattr(jax.config, name)) not in (required, None):
+            raise ConfigError(f"{name.upper()}={value}: the training works only with {required}; unset it")
+    try:
+        devices.cpu_threads()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     devices.enable_determinism()
-    devices.enable_compilation_cache()
+    try:
+        devices.enable_compilation_cache()
+    except (OSError, RuntimeError) as error:
+        print_stderr(f"notice: compiled programs are not cached ({error}); set XDG_CACHE_HOME to a writable folder")
     if cpu_threads is not None:
         devices.set_cpu_threads(cpu_threads)
+
+
+def initialize_devices() -> None:
+    """Initialize JAX's backend, which waits for all processes.
+
+    Raises:
+        ConfigError: the platform that JAX_PLATFORMS names cannot be used.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX 0.10 asserts where a known platform has no device.
+        platforms = jax.config.values["jax_platforms"]
+        if not platforms:
+            raise
+        reason = str(error).partition("\n")[0] or "it has no device here"
+        raise ConfigError(f"JAX_PLATFORMS={platforms} cannot be used: {reason}; unset it, or set it to cpu") from error
 
 
 def cpu_threads_of(checkpoints: Sequence[Checkpoint]) -> int | None:
@@ -54,10 +100,10 @@ def cpu_threads_of(checkpoints: Sequence[Checkpoint]) -> int | None:
 def describe_environment() -> dict[str, dict[str, Any]]:
     """Return what the bits of a run depend on, as JSON values: software, settings and devices."""
     packages = ("jax", "jaxlib", "flax", "optax", "numpy")
-    settings = ("jax_threefry_partitionable", "jax_default_prng_impl", "jax_default_matmul_precision")
+    settings = {name: str(value) for name, value in jax.config.values.items() if not _NO_NUMBERS.search(name)}
     return {
         "software": {"mnist_jax": mnist_jax.__version__, **{package: version(package) for package in packages}},
-        "settings": {setting: str(getattr(jax.config, setting)) for setting in settings},
+        "settings": dict(sorted(settings.items())),
         "devices": devices.describe_devices(),
     }
 

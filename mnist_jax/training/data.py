@@ -202,7 +202,10 @@ def _locate(name: str, *, notify: Callable[[str], None]) -> dict[str, Path]:
         UnreachableError: a file is missing and its server does not deliver it.
         DataError: a server delivers another file.
     """
-    cache = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser() / "downloads"
+    try:
+        cache = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser() / "downloads"
+    except RuntimeError as error:
+        raise UnreachableError(f"there is no home directory to download to ({error})") from error
     entry, paths = REGISTRY[name], {}
     for part, registered in entry.files.items():
         # In the cache, the name of a file ends with its SHA-256 in base64.

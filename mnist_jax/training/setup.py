@@ -4,9 +4,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from mnist_jax import config as configs
 from mnist_jax.checkpoint.checkpoint import list_checkpoints
 from mnist_jax.checkpoint.checkpointer import Checkpointer, Restored
@@ -54,6 +51,7 @@ def share_run(
     if config is not None and workdir is not None:
         compatibility.prepare_jax(compatibility.cpu_threads_of(list_checkpoints(workdir / "checkpoints")))
         if group.is_alone:
+            stop.run(compatibility.initialize_devices)
             return config, workdir
         cpu_threads = devices.cpu_threads()  # The bits depend on it, so it is the same on all processes.
         group.broadcast([config.to_json(), str(workdir.absolute()), (workdir / "lock").read_text(), cpu_threads])
@@ -63,7 +61,7 @@ def share_run(
         check_is_shared(workdir, lock, stop, group)
         compatibility.prepare_jax(cpu_threads)
     group.gather(None)
-    stop.run(jax.devices)  # It waits for all processes.
+    stop.run(compatibility.initialize_devices)  # It waits for all processes.
     return config, workdir
 
 
@@ -112,8 +110,6 @@ def make_trainer(config: Config, dataset: Dataset) -> Trainer:
     Raises:
         ConfigError: the batch does not divide over the devices, or does not fit the dataset.
     """
-    if jnp.result_type(float) != jnp.float32:
-        raise ConfigError("JAX_ENABLE_X64 is set, but the training computes in 32 bits; unset it")
     mesh = devices.data_mesh()
     try:
         devices.check_batch_divides(config.batch_size, mesh)
