@@ -382,7 +382,7 @@ def from_bytes(content: bytes, path: Path | str) -> Config:
     if len(content) > MAX_CONFIG_BYTES:
         raise _unusable(path, f"has more than {MAX_CONFIG_BYTES} bytes")
     try:
-        values = json.loads(content.decode())
+        values = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise _unusable(path, f"is not JSON ({error})") from error
     return from_json(values, path)

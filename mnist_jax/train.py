@@ -12,12 +12,14 @@ if __name__ == "__main__":
 import contextlib
 import dataclasses
 import gc
+import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from mnist_jax import config as configs
 from mnist_jax.cli import exit_code, report
@@ -137,6 +139,7 @@ def find_run(args: Sequence[str], asked: Config, stop: StopSignal, locks: contex
         RemoteError: the object store does not answer; it may hold a run to resume.
         StoppedError: a signal came while this process waited for the network or for another process.
     """
+    check_current_directory()
     dataset = None
     workdir = None if asked.fresh else find_workdir(asked)
     if workdir is None:
@@ -145,6 +148,7 @@ def find_run(args: Sequence[str], asked: Config, stop: StopSignal, locks: contex
     lock_workdir(workdir, asked, stop, locks)
 
     if asked.mirror:
+        check_is_elsewhere(asked.mirror, workdir)
         stop.run(partial(download_newer, args, asked, workdir))
     if asked.fresh and configs.holds_a_run(workdir):
         workdir = move_aside(workdir)
@@ -153,6 +157,22 @@ def find_run(args: Sequence[str], asked: Config, stop: StopSignal, locks: contex
         return config_of_resumed_run(args, asked, workdir), workdir
     dataset = dataset or resolve_dataset(asked, stop)
     return apply_flags(args, Config.of_preset(asked.preset, asked.model, dataset)), workdir
+
+
+def check_current_directory() -> None:
+    """Raise ConfigError if the current directory was deleted: relative paths would fail with other reasons."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise ConfigError("the current directory was deleted; change to one that exists") from error
+
+
+def check_is_elsewhere(url: str, workdir: Path) -> None:
+    """Raise ConfigError if a remote copy would be written into the run directory, or over it."""
+    if url.startswith("file://"):
+        copy, run = Path(urlsplit(url).path).resolve(), workdir.resolve()
+        if copy.is_relative_to(run) or run.is_relative_to(copy):
+            raise ConfigError(f"mirror={url} overlaps the run directory {workdir}; use a folder elsewhere")
 
 
 def find_workdir(asked: Config) -> Path | None:
@@ -226,7 +246,10 @@ def move_aside(workdir: Path) -> Path:
     """Rename the directory of an old run, and return the absolute path that is free now."""
     workdir = workdir.resolve()  # "." would move with its directory, and renaming a link would move the link only.
     aside = next(path for n in range(1, 10**6) if not (path := workdir.with_name(f"{workdir.name}.old-{n}")).exists())
-    workdir.rename(aside)
+    try:
+        workdir.rename(aside)
+    except OSError as error:  # such as a mount point
+        raise ConfigError(f"{workdir} cannot be renamed to {aside} ({error}); use another --workdir") from error
     print_line(f"moved the old run to {aside}; omit --fresh to resume the new run")
     return workdir
 

@@ -21,6 +21,7 @@ from mnist_jax.checkpoint.remote import RemoteError, RemoteStore
 from mnist_jax.config import Config
 from mnist_jax.console import Terminal
 from mnist_jax.records.metrics import EventLog, MetricWriter
+from mnist_jax.runtime.lock import exclusive_lock
 from mnist_jax.runtime.preemption import StopSignal
 from mnist_jax.training import data, dispatch, loop, recorder, remote_copies, setup, trainer
 from mnist_jax.training.dispatch import DispatchQueue
@@ -295,7 +296,7 @@ def test_full_disk_delays_metrics_and_no_checkpoint_precedes_them(tmp_path, monk
 
     def open_limited(path, mode="r", *args, **kwargs):
         file = open_(path, mode, *args, **kwargs)
-        if mode in ("ab", "xb"):
+        if mode in ("ab", "xb") and path.name.startswith(("metrics", "events.")):
             files.append(file := LimitedFile(file))
         return file
 
@@ -496,6 +497,21 @@ def test_jax_setting_that_changes_bits_is_reported(copied):
     [resume] = events(copied, "resume")
     assert resume["exact"] is False
     assert resume["changed"] == ["settings jax_threefry_partitionable True -> False"]
+
+
+def test_lock_file_that_is_removed_ends_the_run(tmp_path, monkeypatch, capfd):
+    """Otherwise a second process could take the lock, and both would write."""
+
+    def remove(self):
+        if self.dispatcher.step == 20:
+            (tmp_path / "lock").unlink()
+
+    spy(monkeypatch, Recorder, "request_save_if_due", remove)
+    with exclusive_lock(tmp_path, wait_s=0, notify=pytest.fail):
+        assert attempt(tmp_path) == 73
+    assert "lock" in capfd.readouterr().err
+    assert events(tmp_path, "save")[-1]["step"] < 30
+    assert attempt(tmp_path) == 0
 
 
 def test_directory_that_cannot_hold_a_run_is_refused(tmp_path, capfd):

@@ -228,12 +228,19 @@ def test_event_log_knows_saves_and_the_last_step_of_the_previous_attempt(tmp_pat
         return EventLog(tmp_path)
 
     with closing(EventLog(tmp_path)) as log:
-        assert (log.last_step, log.has_saves) == (0, False)
+        assert (log.last_step, log.has_saves()) == (0, False)
     with closing(attempt(0, 35, 20)) as log:
-        assert (log.last_step, log.has_saves) == (35, False)
+        assert (log.last_step, log.has_saves()) == (35, False)
     with closing(attempt(10, 12, event="save")) as log:
-        assert (log.last_step, log.has_saves) == (12, True)
+        assert (log.last_step, log.has_saves()) == (12, True)
     assert has_saves(read_events(tmp_path / "events.jsonl"))
+
+
+def test_start_reads_only_the_end_of_a_long_event_log(tmp_path):
+    line = b'{"event": "phase", "step": 7, "padding": "' + b"x" * 4000 + b'"}\n'
+    (tmp_path / "events.jsonl").write_bytes(b'{"event": "start", "step": 99}\n' + line * 300)
+    with closing(EventLog(tmp_path)) as log:
+        assert log.last_step == 7
 
 
 # ---- TensorBoard

@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+MAX_TAIL_BYTES = 2**20  # of an event log that a start reads: a long one must not delay a signal
+
 
 class Restoration(NamedTuple):
     """What `MetricWriter.restore` found."""
@@ -198,18 +200,20 @@ class EventLog:
 
     Attributes:
         last_step: the highest step of the previous attempt, 0 for a new run.
-        has_saves: whether an earlier attempt committed a checkpoint.
     """
 
     def __init__(self, workdir: Path, *, enabled: bool = True) -> None:
         """Open the file in a run directory; nothing is read or written if it is not enabled."""
-        path = workdir / "events.jsonl"
-        events = read_events(path) if enabled else []
-        self.last_step, self.has_saves = _last_step(events), has_saves(events)
-        is_torn = enabled and not _ends_with_newline(path)
-        self._file = _AppendFile(path) if enabled else _NullFile()
+        self._path = workdir / "events.jsonl"
+        self.last_step = _last_step(read_events(self._path, max_bytes=MAX_TAIL_BYTES)) if enabled else 0
+        is_torn = enabled and not _ends_with_newline(self._path)
+        self._file = _AppendFile(self._path) if enabled else _NullFile()
         if is_torn:
             self._file.write(b"\n")  # Otherwise the next line would be appended to the torn one, and lost with it.
+
+    def has_saves(self) -> bool:
+        """Return whether an earlier attempt committed a checkpoint."""
+        return has_saves(read_events(self._path))
 
     @property
     def write_error(self) -> OSError | None:
@@ -309,12 +313,14 @@ def accuracy_at(step: int, records: Iterable[dict[str, Any]]) -> float | None:
     return next((r["accuracy"] for r in records if r["split"] == "test" and r["step"] == step), None)
 
 
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """Return the valid records of an `events.jsonl`; none if there is no file."""
+def read_events(path: Path, *, max_bytes: int | None = None) -> list[dict[str, Any]]:
+    """Return the valid records of an `events.jsonl`, or of its last `max_bytes`; none if there is no file."""
     if not path.exists():
         return []
     events = []
     with path.open("rb") as lines:
+        if max_bytes is not None:
+            lines.seek(max(0, path.stat().st_size - max_bytes))
         for line in lines:
             with contextlib.suppress(ValueError, RecursionError):
                 record = json.loads(line)

@@ -16,6 +16,7 @@ from mnist_jax.checkpoint.remote import RemoteError
 from mnist_jax.config import Config
 from mnist_jax.console import Terminal
 from mnist_jax.records.metrics import EventLog, MetricWriter
+from mnist_jax.runtime.lock import LockHeldError
 from mnist_jax.runtime.multihost import ProcessLostError
 from mnist_jax.runtime.preemption import StopSignal
 from mnist_jax.training.dispatch import Dispatcher, DivergedError, Metrics, means
@@ -57,6 +58,7 @@ class Recorder:
         self.terminal = Terminal(enabled=enabled, blocking=False)
         self.metrics, self.events = MetricWriter(workdir, enabled=enabled), EventLog(workdir, enabled=enabled)
         self.copies = RemoteCopies(config.mirror if enabled else None, workdir, checkpointer, self.events)
+        self._lock = _identity(workdir / "lock")
         self._next_save_s = math.inf
         self._has_warned_of_writes = False
         self._has_diverged = False
@@ -148,7 +150,15 @@ class Recorder:
         """Fsync the metrics up to this step: a checkpoint must not be committed before them.
 
         Returns the arguments of `Checkpointer.save`: `metadata`, or `refuse` if the metrics cannot be written.
+
+        Raises:
+            LockHeldError: the lock file was removed or replaced, so another process may write in the directory.
         """
+        if _identity(self.workdir / "lock") != self._lock:
+            raise LockHeldError(
+                f"the lock file in {self.workdir} was removed or replaced, so another process may write there; "
+                "this one stops without saving"
+            )
         self._next_save_s = time.monotonic() + self.config.checkpoint_every_s
         self.write_train_metrics(self.dispatcher.pop_train_metrics())
         try:
@@ -259,6 +269,15 @@ class Recorder:
         """Close the files."""
         self.metrics.close()
         self.events.close()
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return device and inode of a file, None if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _format_duration(seconds: float) -> str:

@@ -188,7 +188,7 @@ def start_from_step_0(trainer: Trainer, dataset: Dataset, checkpointer: Checkpoi
         NoGoodCheckpointError: there were checkpoints before.
         OSError: the metrics cannot be restored.
     """
-    if recorder.events.has_saves:
+    if recorder.events.has_saves():
         raise NoGoodCheckpointError(
             f"the checkpoints of this run are gone from {checkpointer.directory}; "
             "copy them back, or start over with --fresh"
