@@ -98,3 +98,27 @@ def test_thread_pool_has_the_size_that_we_say(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     devices.set_cpu_threads(7)
     assert (os.environ["PJRT_NPROC"], devices.cpu_threads()) == ("", 5)
+
+
+@pytest.mark.parametrize("damage", ["torn", "swapped", "one bit", "no digest"])
+def test_corrupt_compiled_program_is_removed(tmp_path, monkeypatch, damage):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.config, "update", lambda name, value: None)
+        devices.enable_compilation_cache()
+        cache = tmp_path / "mnist_jax"
+        for name in "ab":
+            (cache / f"{name}-cache").write_bytes(name.encode() * 1000)
+        devices.write_program_digests()
+        program = cache / "a-cache"
+        if damage == "torn":
+            program.write_bytes(b"a" * 10)
+        elif damage == "swapped":
+            program.write_bytes(b"b" * 1000)
+        elif damage == "one bit":
+            program.write_bytes(b"a" * 500 + b"c" + b"a" * 499)
+        else:
+            (cache / "a-cache.sha256").unlink()
+        devices.enable_compilation_cache()
+    assert sorted(path.name for path in cache.iterdir()) == ["b-cache", "b-cache.sha256"]

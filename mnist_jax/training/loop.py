@@ -9,6 +9,7 @@ from mnist_jax.checkpoint.checkpoint import Checkpoint
 from mnist_jax.checkpoint.checkpointer import Checkpointer
 from mnist_jax.checkpoint.integrity import InvalidStateError
 from mnist_jax.config import Config
+from mnist_jax.runtime import devices
 from mnist_jax.runtime.multihost import ProcessGroup, ProcessLostError
 from mnist_jax.runtime.preemption import StoppedError, StopSignal
 from mnist_jax.training import compatibility, setup
@@ -116,6 +117,7 @@ def train_and_evaluate(
     else:
         state = stop.run(trainer.init_state)
     stop.run(lambda: checkpointer.prepare(state))
+    devices.write_program_digests()
     group.start_training()  # From here on a signal is no StoppedError, but agreed on by all processes.
     dispatcher = Dispatcher(trainer, dataset, state, stop=stop, group=group, **start["evaluation"])
     recorder.start_training(dispatcher, {"data": compatibility.describe_data(dataset), **environment})
