@@ -61,7 +61,7 @@ class Writer:
             type_handler_registry=_type_handlers(),
         )
 
-    def write(self, step: int, state: Any, metadata: Json, prepare: Callable[[], bool] | None) -> bool:
+    def write(self, step: int, state: Any, *, metadata: Json, prepare: Callable[[], bool] | None) -> bool:
         """Write a checkpoint together with the other processes, and return whether this process committed it.
 
         Args:
@@ -92,7 +92,7 @@ class Writer:
         self._barrier("written")
         try:
             if is_created and failure is None:
-                self._commit(unfinished, step, metadata, integrity.named_leaves(state))
+                self._commit(unfinished, step, metadata=metadata, leaves=integrity.named_leaves(state))
                 is_committed = True
         except Exception as error:
             failure = error
@@ -131,7 +131,7 @@ class Writer:
             hashes.unlink(missing_ok=True)
             raise
 
-    def _commit(self, directory: Path, step: int, metadata: Json, state: Mapping[str, Any]) -> None:
+    def _commit(self, directory: Path, step: int, *, metadata: Json, leaves: Mapping[str, Any]) -> None:
         """Complete and commit a checkpoint whose shards all processes have written."""
         parts = []
         for process in range(self._processes):
@@ -140,17 +140,17 @@ class Writer:
                 raise OSError(f"process {process} could not write its part of the state")
             parts.append(json.loads(hashes.read_text()))
         self._handler.finalize(epath.Path(directory / "state"))
-        _open_arrays(directory / "state", state)  # Orbax has lost leaves without an error; see `use_ocdbt`.
+        _open_arrays(directory / "state", leaves)  # Orbax has lost leaves without an error; see `use_ocdbt`.
         (directory / METADATA).write_text(json.dumps(metadata))
         _write_orbax_metadata(directory)
-        leaves = integrity.leaf_table(integrity.combine(part["leaves"] for part in parts))
         paths = integrity.regular_files(directory)
         files = {f"state/{name}": row for part in parts for name, row in part["files"].items()}
         new = sorted(paths.keys() - files.keys() - _NOT_IN_MANIFEST)
         files |= {name: integrity.describe_file(paths[name]) for name in new}
         if missing := sorted(files.keys() - paths.keys()):
             raise OSError(f"{missing[0]} is gone from {directory}")
-        integrity.write_manifest(directory, step, leaves, files)
+        table = integrity.leaf_table(integrity.combine(part["leaves"] for part in parts))
+        integrity.write_manifest(directory, step, table, files)
         integrity.fsync_tree(directory)
         final = self._directory / str(step)
         os.rename(directory, final)
