@@ -110,10 +110,7 @@ class Checkpointer:
         self.keep, self.pinned, self._timeout_s = keep, set[int](), timeout_s
         self._results: queue.SimpleQueue[Saved | SaveError | StorageWarning] = queue.SimpleQueue()
         self._directory = CheckpointDirectory(path, self._results.put)
-        self.removed: tuple[str, ...] = ()
-        if self.is_primary:
-            self.removed = self._directory.remove_leftovers(step=0)
-            self._directory.fsync_path()
+        self.removed = self._directory.clean() if self.is_primary else ()
         # `save` only copies the state on the devices; a thread waits for the copy and writes it. There are two, because
         # a thread that has lowered its priority cannot raise it again.
         self._background, self._foreground = _start_thread(_lower_priority), _start_thread(None)

@@ -57,11 +57,13 @@ class CheckpointDirectory:
         """Return the checkpoint of a step."""
         return Checkpoint(self.path / str(step))
 
-    def fsync_path(self) -> None:
-        """Fsync the directory and its parents: a checkpoint is lost if any name above it is."""
+    def clean(self) -> tuple[str, ...]:
+        """Remove leftovers and return their names; fsync the path, for a checkpoint is lost with any name above it."""
+        removed = self.remove_leftovers(step=0)
         for path in (self.path, *self.path.parents):
             with contextlib.suppress(PermissionError):
                 integrity.fsync_path(path)
+        return removed
 
     def check(self, step: int) -> None:
         """Check that the directory still belongs to this run; create it again if it was removed.
