@@ -848,7 +848,7 @@ def test_leftover_that_cannot_be_removed_is_moved_aside(checkpointer, reopen, mo
     """Such as a busy file on NFS. The step that it belongs to can be saved."""
     save_all(checkpointer, 1)
     leftover = checkpointer.directory / f"2{UNFINISHED}"
-    leftover.mkdir()
+    (leftover / "state" / "array_metadatas").mkdir(parents=True)
     inode = leftover.stat().st_ino
     matches = lambda path: os.stat(path).st_ino == inode  # noqa: E731
     monkeypatch.setattr(shutil, "rmtree", fail_where(shutil.rmtree, matches, os_error(errno.EBUSY)))

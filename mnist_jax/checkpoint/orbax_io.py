@@ -274,7 +274,7 @@ def copy_state(state: Any) -> Any:
 
 @cache
 def _copy_program(shardings: tuple[jax.sharding.Sharding, ...]) -> Any:
-    # Without `copy` JAX would return the arguments themselves.
+    # Without `copy` JAX may return the arguments themselves.
     return jax.jit(lambda arrays: [jnp.copy(array) for array in arrays], out_shardings=list(shardings))
 
 
