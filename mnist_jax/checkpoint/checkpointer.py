@@ -256,7 +256,6 @@ class Checkpointer:
                 self._results.put(Saved(step, self.state_sha256(step), request.metadata, seconds))
                 self._directory.remove_old(step, keep={*self.steps[-self.keep :], *self.pinned})
         except Exception as error:
-            self._directory.refresh()
             self._last_error = error if isinstance(error, SaveError) else SaveError(step, orbax_io.brief(error))
             self._results.put(self._last_error)
 
