@@ -77,8 +77,8 @@ class CheckpointDirectory:
             raise SaveError(step, f"{parent} was moved or removed" + ", and replaced" * parent.exists())
         self.path.mkdir(exist_ok=True)
         before = self.committed
-        self.refresh()
-        self.committed &= before  # Whatever else is there, this run did not write it.
+        # This run did not write whatever else is there.
+        self.committed = before & {checkpoint.step for checkpoint in list_checkpoints(self.path)}
         if vanished := sorted(before - self.committed):
             text = f"the checkpoints of these steps are gone from {self.path}: {', '.join(map(str, vanished))}"
             self._warn(StorageWarning(step, "checkpoints_vanished", text))
