@@ -303,7 +303,7 @@ def test_the_order_of_what_happens_to_a_run_that_is_stopped_and_carried_on(tmp_p
     happened = []
     spy(monkeypatch, Journal, "record", lambda step, split, **_: happened.append(f"line {split} {step}"))
     spy(monkeypatch, Journal, "sync", lambda: happened.append("sync"))
-    for name in ("save", "save_and_wait"):
+    for name in ("save",):
         spy(
             monkeypatch,
             Checkpointer,
