@@ -500,17 +500,17 @@ class Part(NamedTuple):
 # In the order of a save.
 SAVE_PARTS = {
     "mkdir": Part("os.mkdir", lambda path, *_, **__: UNFINISHED in str(path)),
-    "write of the metadata": Part("orbax.checkpoint.JsonCheckpointHandler.async_save"),
-    "write of the state": Part("orbax.checkpoint.PyTreeCheckpointHandler.async_save"),
+    "write of the state": Part("orbax.checkpoint.PyTreeCheckpointHandler.save"),
     "write of a leaf": Part("tensorstore.open"),
     "digests of files": Part("mnist_jax.checkpoint.integrity.describe_file"),
     "fsync": Part("mnist_jax.checkpoint.integrity.fsync_path", lambda path: UNFINISHED in str(path)),
+    "write of the metadata": Part("pathlib.Path.write_text", lambda path, *_, **__: path.name == "metadata"),
     "manifest": Part("mnist_jax.checkpoint.integrity.write_manifest"),
     "rename": Part("os.rename", lambda old, new, **_: f"{new}{UNFINISHED}" == str(old) and Path(new).name.isdigit()),
-    "fsync of the rename": Part("mnist_jax.checkpoint.integrity.fsync_path", lambda path: path.name.isdigit()),
+    "fsync of the rename": Part("mnist_jax.checkpoint.integrity.fsync_path", lambda path: path.name == "checkpoints"),
 }
 REMOVAL_PARTS = {  # of an old checkpoint, after a newer one is committed
-    "rename of an old one": Part("os.replace", lambda _old, new, **__: Path(new).parent.name == "removed"),
+    "rename of an old one": Part("os.rename", lambda _old, new, **__: Path(new).parent.name == "removed"),
     "removal of an old one": Part("mnist_jax.checkpoint.integrity.remove", lambda path: path.parent.name == "removed"),
 }
 
