@@ -339,11 +339,19 @@ def test_checkpoint_removed_during_upload_never_counts(remote, run, bucket, tmp_
 # What is uploaded and what is deleted
 
 
-def test_copies_not_kept_are_deleted(remote, bucket, run):
+def test_only_copies_that_are_not_kept_are_deleted(remote, bucket, run):
+    foreign = {
+        *("README", "checkpoints/README", "checkpoints/040/manifest.json", "checkpoints/x/manifest.json"),
+        *("checkpoints/20/state/a\\b", "checkpoints/20/x"),
+    }
+    for name in foreign:
+        (bucket / name).parent.mkdir(parents=True, exist_ok=True)
+        (bucket / name).touch()
     upload(remote, run, *STEPS)
-    assert names(bucket) == copied(run, *STEPS)
+    assert names(bucket) == copied(run, *STEPS) | foreign
     remote.upload(run, 30, keep=[10], files=FILES)
-    assert names(bucket) == copied(run, 10, 30)
+    assert names(bucket) == copied(run, 10, 30) | foreign
+    assert remote.newest_step() == 30
 
 
 def test_newer_copy_is_never_replaced(remote, bucket, run, other):
@@ -355,19 +363,6 @@ def test_newer_copy_is_never_replaced(remote, bucket, run, other):
     assert snapshot(bucket) == before
     save(other, 10)
     assert remote.download(other, files=FILES) == Downloaded([20, 30], {})
-
-
-def test_files_of_others_are_ignored(remote, bucket, run):
-    foreign = {
-        *("README", "checkpoints/README", "checkpoints/040/manifest.json", "checkpoints/x/manifest.json"),
-        *("checkpoints/10/state/a\\b", "checkpoints/10/x"),
-    }
-    for name in foreign:
-        (bucket / name).parent.mkdir(parents=True, exist_ok=True)
-        (bucket / name).touch()
-    upload(remote, run, 20)
-    assert names(bucket) == copied(run, 20) | foreign
-    assert remote.newest_step() == 20
 
 
 def test_identical_copy_is_written_only_if_incomplete(remote, bucket, run, monkeypatch):
@@ -430,7 +425,7 @@ def test_upload_replaces_one_that_has_not_started(held, bucket, run):
     assert remote.wait(0)
     remote.begin_upload(run, 10, keep=STEPS, files=FILES)
     assert began.wait(60)
-    for step in (20, 30):
+    for step in (20, 10, 20, 30):  # 10 is running, and is not repeated.
         remote.begin_upload(run, step, keep=STEPS, files=FILES)
         assert remote.uploading_steps == {10, step}
     assert not remote.wait(0.01)
@@ -441,16 +436,6 @@ def test_upload_replaces_one_that_has_not_started(held, bucket, run):
     assert remote.results() == []
     assert remote.uploading_steps == set()
     assert names(bucket) == copied(run, 10, 30)
-
-
-def test_running_upload_is_not_repeated(held, run):
-    remote, began, go_on = held
-    for step in (10, 20, 10):
-        remote.begin_upload(run, step, keep=STEPS, files=FILES)
-        assert began.wait(60)
-    go_on.set()
-    assert remote.wait(60)
-    assert [result.step for result in remote.results()] == [10]
 
 
 def test_background_errors_are_returned_and_uploads_continue(remote, bucket, run, monkeypatch):
