@@ -34,7 +34,7 @@ from mnist_jax.checkpoint.checkpointer import list_checkpoints
 from mnist_jax.checkpoint.integrity import MAX_MANIFEST_BYTES, STEP, fsync_path, fsync_tree, remove
 
 MAX_SMALL_FILE_BYTES = 2**30
-MAX_FILE_BYTES = 2**32  # Files are transferred whole.
+MAX_FILE_BYTES = 2**32  # A file is transferred in one request.
 CONCURRENCY = 4  # requests in flight
 
 # TensorStore retries for 15 minutes by default. Here each retry waits twice as long as the one before, all together at
@@ -202,10 +202,10 @@ class RemoteStore:
         return Downloaded(downloaded, refused)
 
     def _open(self) -> "_Bucket":
-        """Open the store anew for each operation.
+        """Open the store for one operation.
 
-        Requests that a silent server never answers keep their places in TensorStore's queue. With `CONCURRENCY` places,
-        as many lost requests would block all later ones.
+        Requests that a silent server never answers stay in TensorStore's queue. In a store that stays open,
+        `CONCURRENCY` of them would block all later ones.
         """
         return _Bucket(self.url, self._spec, self.timeout_s)
 
