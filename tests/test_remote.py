@@ -42,11 +42,12 @@ def lines_to(step: int) -> str:
     return "".join(f'{{"step": {logged}}}\n' for logged in range(10, step + 1, 10))
 
 
-def save(run: Path, *steps: int, content: str = "state") -> None:
+def save(run: Path, *steps: int, content: str = "state", more_files: int = 0) -> None:
     """Write small checkpoints with real manifests, and the metrics that lead to them."""
     for step in steps:
         checkpoint = run / "checkpoints" / str(step)
         contents = {"state/a": f"{content} {step}", "state/d/b": "b" * 99, "run/metadata": "{}", "state/empty": ""}
+        contents |= {f"state/{number}": "" for number in range(more_files)}
         for name, text in contents.items():
             (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
             (checkpoint / name).write_text(text)
@@ -303,6 +304,7 @@ def test_interrupted_download_is_repaired(remote, run, other, monkeypatch):
 
 def test_manifest_is_written_last_and_deleted_first(remote, run, monkeypatch):
     upload(remote, run, 10)
+    save(run, 20, more_files=9)
     store = Store(monkeypatch)
     remote.upload(run, 20, keep=[], files=FILES)
     changes = [operation for operation in store.log if operation[0] in ("write", "delete")]
