@@ -21,7 +21,7 @@ def data_mesh() -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of arrays that every device holds whole: the train state, the dataset."""
+    """Return the sharding of replicated arrays: the train state, the dataset."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -74,7 +74,7 @@ def describe_devices() -> dict[str, Any]:
 
 
 def cpu_threads() -> int:
-    """Return the size of XLA's thread pool: as the environment says, or a thread per core that the process may use."""
+    """Return the size of XLA's thread pool: that of the environment, or a thread per core that the process may use."""
     fixed = os.environ.get("PJRT_NPROC") or os.environ.get("NPROC")
     if fixed:
         return int(fixed)
@@ -100,7 +100,7 @@ def set_cpu_threads(threads: int) -> None:
 
 
 def enable_determinism() -> None:
-    """Use only deterministic XLA kernels, unless XLA_FLAGS says otherwise. Call it before JAX uses a device.
+    """Use only deterministic XLA kernels, unless XLA_FLAGS contradicts. Call it before JAX uses a device.
 
     All CPU kernels are deterministic. Some GPU kernels add in the order in which threads finish.
     """
