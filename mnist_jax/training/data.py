@@ -226,7 +226,7 @@ def _download(url: str, path: Path, registered: tuple[int, str], *, notify: Call
             content = response.read()
         _verify(content, registered, origin=url, way_out="try again, or pass the folder of the files as --data-dir DIR")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix="partial.") as folder:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="partial.", ignore_cleanup_errors=True) as folder:
             partial = Path(folder) / path.name
             partial.write_bytes(content)
             partial.replace(path)
@@ -277,11 +277,4 @@ def _digits() -> Dataset:
     images = np.pad(np.kron(pixels, np.ones((1, 3, 3), np.uint8)), ((0, 0), (2, 2), (2, 2)))[..., np.newaxis]
     labels = table[:, -1].astype(np.int32)
     is_test = np.arange(len(labels)) % 5 == 4
-    return Dataset(
-        name="digits",
-        train_images=images[~is_test],
-        train_labels=labels[~is_test],
-        test_images=images[is_test],
-        test_labels=labels[is_test],
-        class_names=DIGITS,
-    )
+    return Dataset("digits", images[~is_test], labels[~is_test], images[is_test], labels[is_test], DIGITS)
