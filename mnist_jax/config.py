@@ -104,7 +104,7 @@ class Config:
     model: Annotated[ModelName, _choice(ModelName, _by_preset("model"))] = "cnn"
     """Network to train."""
     epochs: Annotated[float, _flag("EPOCHS", _by_preset("epochs"))] = 1.5
-    """Length of the training in passes over the training images. Ten times the default on the digits."""
+    """Length of the training in passes over the images. On the built-in digits the default is ten times higher."""
     steps: Annotated[int | None, _flag("STEPS", "computed from --epochs")] = None
     """Length of the training in updates. Overrides --epochs."""
     batch_size: Annotated[int, _flag("IMAGES", _by_preset("batch_size"))] = 128

@@ -59,27 +59,20 @@ class Result(NamedTuple):
 
     @property
     def is_survived(self) -> bool:
-        """Whether nothing was silently wrong."""
         return self.verdict in (DETECTED, HARMLESS)
 
 
 @dataclass(frozen=True)
 class Campaign:
-    """A folder for runs, the training that all of them do, and the undisturbed run of it."""
+    """A folder for runs, the training that all of them do, and its undisturbed run."""
 
     root: Path
     environment: dict[str, str]
     args: tuple[str, ...]
     whole: Run
 
-    @property
-    def runs(self) -> Path:
-        """The folder of the disturbed runs, which `run_row` removes."""
-        return self.root / "runs"
-
     @cached_property
     def pristine(self) -> "Pristine":
-        """The checkpoints of the undisturbed run."""
         return read_pristine(self.whole)
 
     @cached_property
@@ -91,9 +84,9 @@ class Campaign:
         return run
 
     def new_run(self, *faults: tuple[Any, ...], within: Path | None = None) -> Run:
-        """Return a run in a directory of its own."""
-        self.runs.mkdir(exist_ok=True)
-        return Run(Path(tempfile.mkdtemp(dir=within or self.runs)) / "run", self.environment, faults=faults)
+        (self.root / "runs").mkdir(exist_ok=True)
+        folder = tempfile.mkdtemp(dir=within or self.root / "runs")
+        return Run(Path(folder) / "run", self.environment, faults=faults)
 
     def resume(self, run: Run) -> Ended:
         """Run the command without faults to its end, and without flags if the run has its config."""
@@ -110,7 +103,6 @@ class Campaign:
 
 
 def prepare(root: Path, environment: dict[str, str], data: tuple[str, str] = ("--dataset", "digits")) -> Campaign:
-    """Train the undisturbed run."""
     settings = f"--steps {STEPS} --log-every-steps 7 --eval-every-steps 60 --keep 3 --lock-wait-s 300"
     args = (*data, *settings.split(), "--checkpoint-every-steps", str(SAVE_EVERY), "--checkpoint-every-s", "1000")
     whole = Run(root / "whole", environment)
@@ -120,21 +112,17 @@ def prepare(root: Path, environment: dict[str, str], data: tuple[str, str] = ("-
 
 
 def start_two(run: Run, *args: str) -> Several:
-    """Start two processes that train together."""
     flags = ("--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2", "--process-id")
     return Several(run, [run.start(*flags, str(index), *args) for index in range(2)])
 
 
 class Found(NamedTuple):
-    """What a start finds in a run directory."""
-
     newest: int | None
     leftovers: set[str]
     events: int
 
 
 def look(run: Run) -> Found:
-    """Return what the next start of a run will find."""
     names = checkpoint_names(run)
     leftovers = {name for name in names if any(part in name for part in LEFTOVERS)}
     return Found(max((int(name) for name in names if name.isdigit()), default=None), leftovers, len(run.events()))
@@ -273,19 +261,11 @@ def flip_bit(path: Path, chances: random.Random) -> None:
     path.write_bytes(data)
 
 
-def truncate(path: Path, chances: random.Random) -> None:
-    os.truncate(path, chances.randrange(path.stat().st_size))
-
-
 def fill_with_zeros(path: Path, chances: random.Random) -> None:
     data = bytearray(path.read_bytes())
     first, last = (0, len(data)) if chances.random() < 0.3 else sorted(chances.sample(range(len(data) + 1), 2))
     data[first:last] = bytes(last - first)
     path.write_bytes(data)
-
-
-def delete(path: Path, chances: random.Random) -> None:
-    path.unlink()
 
 
 def numbered(directory: Path) -> list[int]:
@@ -302,9 +282,11 @@ def choose(folder: Path, chances: random.Random, *, by_size: bool = False) -> Pa
 CORRUPTIONS: dict[str, Callable[[Path, random.Random], set[int]]] = {
     "bit flip, each bit alike": partial(corrupt_files, flip_bit, by_size=True),
     "bit flip, each file alike": partial(corrupt_files, flip_bit),
-    "truncated file": partial(corrupt_files, truncate),
+    "truncated file": partial(
+        corrupt_files, lambda path, chances: os.truncate(path, chances.randrange(path.stat().st_size))
+    ),
     "zeros in a file": partial(corrupt_files, fill_with_zeros),
-    "deleted file": partial(corrupt_files, delete),
+    "deleted file": partial(corrupt_files, lambda path, _: path.unlink()),
     "swap between steps": swap,
 }
 
@@ -316,7 +298,6 @@ Attempt = Callable[[Run, int], tuple[list[Ended], bool]]
 
 
 def kill_anywhere(campaign: Campaign, count: int, seed: int) -> list[Result]:
-    """Kill runs at random moments of every phase."""
     chances = random.Random(f"{seed} anywhere")
 
     def attempt(run: Run, _number: int) -> tuple[list[Ended], bool]:
@@ -398,7 +379,6 @@ def kill_runs(
 def wait_for_save(
     campaign: Campaign, run: Run, process: Process, chances: random.Random, parts: tuple[str, ...]
 ) -> None:
-    """Wait for a random moment in a save."""
     progress, part = chances.uniform(0, 0.8), chances.choice(parts)
     run.wait_for_phase("train", process)
     run.wait_for(lambda: len(run.metrics()) >= progress * len(campaign.whole.metrics()), process)
@@ -490,28 +470,25 @@ def signal_in(phase: str, number: int) -> None:
 # ---- Disks, limits and clocks ---------------------------------------------------------------------------------------
 
 
-class Part(NamedTuple):
-    """A part of a save that can fail: the calls of a function that match."""
-
-    function: str
-    matches: Callable[..., bool] = lambda *_, **__: True
+def is_unfinished(path: Any, *_: Any, **__: Any) -> bool:
+    return UNFINISHED in str(path)
 
 
-# In the order of a save.
-SAVE_PARTS = {
-    "mkdir": Part("os.mkdir", lambda path, *_, **__: UNFINISHED in str(path)),
-    "write of the metadata": Part("orbax.checkpoint.JsonCheckpointHandler.async_save"),
-    "write of the state": Part("orbax.checkpoint.PyTreeCheckpointHandler.async_save"),
-    "write of a leaf": Part("tensorstore.open"),
-    "digests of files": Part("mnist_jax.checkpoint.integrity.describe_file"),
-    "fsync": Part("mnist_jax.checkpoint.integrity.fsync_path", lambda path: UNFINISHED in str(path)),
-    "manifest": Part("mnist_jax.checkpoint.integrity.write_manifest"),
-    "rename": Part("os.rename", lambda old, new, **_: f"{new}{UNFINISHED}" == str(old) and Path(new).name.isdigit()),
-    "fsync of the rename": Part("mnist_jax.checkpoint.integrity.fsync_path", lambda path: path.name.isdigit()),
+# Parts of a save that can fail, in its order: the calls of a function for which the predicate is true, if there is one.
+SAVE_PARTS: dict[str, tuple[str, Callable[..., bool] | None]] = {
+    "mkdir": ("os.mkdir", is_unfinished),
+    "write of the state": ("orbax.checkpoint.PyTreeCheckpointHandler.save", None),
+    "write of a leaf": ("tensorstore.open", None),
+    "digests of files": ("mnist_jax.checkpoint.integrity.describe_file", None),
+    "fsync": ("mnist_jax.checkpoint.integrity.fsync_path", is_unfinished),
+    "write of the metadata": ("pathlib.Path.write_text", lambda path, *_, **__: path.name == "metadata"),
+    "manifest": ("mnist_jax.checkpoint.integrity.write_manifest", None),
+    "rename": ("os.rename", lambda old, new, **_: str(old) == f"{new}{UNFINISHED}" and Path(new).name.isdigit()),
+    "fsync of the rename": ("mnist_jax.checkpoint.integrity.fsync_path", lambda path: path.name == "checkpoints"),
 }
-REMOVAL_PARTS = {  # of an old checkpoint, after a newer one is committed
-    "rename of an old one": Part("os.replace", lambda _old, new, **__: Path(new).parent.name == "removed"),
-    "removal of an old one": Part("mnist_jax.checkpoint.integrity.remove", lambda path: path.parent.name == "removed"),
+REMOVAL_PARTS: dict[str, tuple[str, Callable[..., bool] | None]] = {  # after a newer one is committed
+    "rename of an old one": ("os.rename", lambda _, new, **__: Path(new).parent.name == "removed"),
+    "removal of an old one": ("mnist_jax.checkpoint.integrity.remove", lambda path: path.parent.name == "removed"),
 }
 
 
@@ -614,11 +591,11 @@ def removed(what: str, at_step: int, is_replaced: bool = False) -> None:
 
 def failing(part: str, number: int, steps: list[int]) -> None:
     """Have a part of the saves of some steps fail with an error number."""
-    name, matches = (SAVE_PARTS | REMOVAL_PARTS)[part]
+    name, predicate = (SAVE_PARTS | REMOVAL_PARTS)[part]
     owner, saving = resolve_name(name.rpartition(".")[0]), [-1]
 
     def fail(*args: Any, **options: Any) -> None:
-        if saving[-1] in steps and matches(*args, **options):
+        if saving[-1] in steps and (predicate is None or predicate(*args, **options)):
             raise OSError(number, os.strerror(number))
 
     before(owner, name.rpartition(".")[2], fail)
@@ -658,7 +635,6 @@ def limit(kind: str | None) -> None:
 
 
 def clock_set_back(at_step: int) -> None:
-    """Set the clock back by a day at the save of a step."""
     now = time.time
 
     def set_back(step: int, _directory: Path) -> None:
@@ -806,7 +782,6 @@ class Row(NamedTuple):
     broken: list[str]
 
     def cells(self) -> list[int]:
-        """Return the numbers of the table."""
         verdicts = [result.verdict for result in self.results]
         lost_steps = max((result.lost_steps for result in self.results), default=0)
         injected = len(verdicts) + len(self.broken)
@@ -819,12 +794,10 @@ class Row(NamedTuple):
 
     @property
     def is_good(self) -> bool:
-        """Whether all faults were survived."""
         return not self.broken and all(result.is_survived for result in self.results)
 
 
 def run_row(campaign: Campaign, fault: str, jobs: list[Job]) -> Row:
-    """Do the jobs of a row, and print a line."""
     row, started_s = Row(fault, [], []), time.monotonic()
 
     def do(job: Job) -> None:
@@ -839,14 +812,13 @@ def run_row(campaign: Campaign, fault: str, jobs: list[Job]) -> Row:
     workers = 1 if fault in CORRUPTIONS or "at once" in fault or "of two" in fault else 2
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(do, jobs))
-    shutil.rmtree(campaign.runs, ignore_errors=True)  # Hundreds of runs would take gigabytes.
+    shutil.rmtree(campaign.root / "runs", ignore_errors=True)  # Hundreds of runs would take gigabytes.
     word = "survived" if row.is_good else "NOT ALL SURVIVED"
     print(f"{fault}: {len(row.results)} {word}, {time.monotonic() - started_s:.0f} s", flush=True)
     return row
 
 
 def print_table(rows: list[Row]) -> None:
-    """Print the table, and below it the broken promises."""
     heads = ("fault", "injected", DETECTED, HARMLESS, "most steps lost", WRONG, RESTARTED)
     print("\n" + "  ".join([f"{heads[0]:<40}", *heads[1:]]))
     for row in rows:
@@ -858,7 +830,6 @@ def print_table(rows: list[Row]) -> None:
 
 
 def main(args: list[str]) -> int:
-    """Run the campaign, and return 1 if a fault was not survived."""
     if args[:1] == ["drive"]:
         from mnist_jax import train
 

@@ -18,7 +18,7 @@ from subprocess import TimeoutExpired
 READ_LATE = {"HOME", "XDG_CACHE_HOME", "http_proxy", "https_proxy", "XLA_FLAGS", "PJRT_NPROC", "NPROC", "TMPDIR"}
 # Modules that the command may need.
 PRELOADED = [
-    *("mnist_jax.train", "mnist_jax.training.loop", "sklearn.datasets", "tensorflow_datasets"),
+    *("mnist_jax.train", "mnist_jax.training.loop"),
     *("tensorboard.compat.proto.event_pb2", "tensorboard.summary.writer.record_writer"),
 ]
 

@@ -122,6 +122,25 @@ def stop(process: Process, number: signal.Signals) -> Ended:
     return end(process)
 
 
+def act_at(patch: Any, end: int, action: Callable[[], object]) -> None:
+    """Have runs in this process end a call of the train step at a step, and call `action` when it is dispatched."""
+    from mnist_jax.training.trainer import Trainer
+
+    next_boundary, advance = Trainer.next_boundary, Trainer.advance
+
+    def advance_and_act(self: Trainer, state: Any, data: Any, *, step: int, n: int) -> Any:
+        result = advance(self, state, data, step=step, n=n)
+        if step + n == end:
+            action()
+        return result
+
+    def boundary(self: Trainer, step: int) -> int:
+        return min(next_boundary(self, step), end if step < end else self.total_steps)
+
+    patch.setattr(Trainer, "next_boundary", boundary)
+    patch.setattr(Trainer, "advance", advance_and_act)
+
+
 THREAD_VARIABLES = ("PJRT_NPROC", "NPROC", "XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME")
 
 

@@ -454,25 +454,16 @@ params = {"params": target["params"]}
 ways = {}
 with ocp.StandardCheckpointer() as checkpointer:
     ways["StandardCheckpointer"] = checkpointer.restore(directory / str(step) / "state")
-    ways["StandardCheckpointer, target"] = checkpointer.restore(directory / str(step) / "state", target)
     ways["StandardCheckpointer, abstract target"] = checkpointer.restore(directory / str(step) / "state", abstract)
 with ocp.CheckpointManager(directory) as manager:
     assert manager.latest_step() == step
-    for name, args in {"": (), ", target": (target,), ", abstract target": (abstract,)}.items():
-        restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(*args)))
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(target), run=ocp.args.JsonRestore())
+    for name, restored in {"": manager.restore(step), ", target": manager.restore(step, args=args)}.items():
+        assert restored.run == {"reason": "test"}
         ways["CheckpointManager" + name] = restored.state
-    assert manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run == {"reason": "test"}
-    restored = manager.restore(step)
-    assert restored.run == {"reason": "test"}
-    ways["CheckpointManager, no arguments"] = restored.state
 ways["v1.load"] = v1.load(directory / str(step))
-ways["v1.load, name"] = v1.load(directory / str(step), checkpointable_name="state")
 ways["v1.load, target"] = v1.load(directory / str(step), target)
-loaded = v1.load_checkpointables(directory / str(step))
-assert loaded["run"] == {"reason": "test"}
-ways["v1.load_checkpointables"] = loaded["state"]
-with v1.training.Checkpointer(directory) as checkpointer:
-    ways["v1.training.Checkpointer"] = checkpointer.load(step)
+assert v1.load_checkpointables(directory / str(step))["run"] == {"reason": "test"}
 partly = {}
 with ocp.PyTreeCheckpointer() as checkpointer:
     args = ocp.args.PyTreeRestore(
@@ -501,7 +492,7 @@ def test_orbax_alone_reads_a_checkpoint(checkpointer, tmp_path):
         array = np.asarray(integrity.raw(leaf))
         wanted[name] = [str(leaf.dtype), hashlib.sha256(array.tobytes()).hexdigest()]
     ways, partly = json.loads((tmp_path / "read").read_text())
-    assert len(ways) == 12
+    assert len(ways) == 6
     assert {way: found for way, found in ways.items() if found != wanted} == {}
     kernel = {"params.dense.kernel": wanted["params.dense.kernel"]}
     assert partly == {"PyTreeCheckpointer": kernel, "v1.load": kernel}
@@ -848,7 +839,7 @@ def test_leftover_that_cannot_be_removed_is_moved_aside(checkpointer, reopen, mo
     """Such as a busy file on NFS. The step that it belongs to can be saved."""
     save_all(checkpointer, 1)
     leftover = checkpointer.directory / f"2{UNFINISHED}"
-    leftover.mkdir()
+    (leftover / "state" / "array_metadatas").mkdir(parents=True)
     inode = leftover.stat().st_ino
     matches = lambda path: os.stat(path).st_ino == inode  # noqa: E731
     monkeypatch.setattr(shutil, "rmtree", fail_where(shutil.rmtree, matches, os_error(errno.EBUSY)))

@@ -1,19 +1,25 @@
 """The attempts of a run, as its event log has them: in `status`, and in the report."""
 
 import json
+import os
 import re
+import shutil
 import signal
+import time
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from runs import Run, end, stop
+from runs import Run, act_at
 
-from mnist_jax import status
+from mnist_jax import status, train
+from mnist_jax.config import Config
 from mnist_jax.records.metrics import read_events
 from mnist_jax.report import __main__ as report
 from mnist_jax.report.history import Attempt, read_attempts, read_curve
 from mnist_jax.report.run_status import CheckpointStatus, NextStart, Status
+from mnist_jax.runtime.lock import exclusive_lock
+from mnist_jax.runtime.preemption import StopSignal
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -23,69 +29,69 @@ def attempts_of(*events: dict) -> list[Attempt]:
 
 
 @pytest.fixture(scope="module")
-def eventful(tmp_path_factory, environment) -> tuple[Run, str]:
-    """A run that was stopped, killed and stopped again, and the report that was written while it trained."""
-    run = Run(tmp_path_factory.mktemp("eventful") / "run", environment)
-    digits = ("--dataset", "digits", "--steps", "100000", "--log-every-steps", "10", "--eval-every-steps", "100")
-    process = run.start(*digits, "--checkpoint-every-s", "3600")
-    assert run.wait_for(lambda: len(run.events("save")) > 0, process)
-    out = tmp_path_factory.mktemp("meanwhile")
-    assert report.main([str(run.workdir), "--out", str(out)]) == 0
-    assert process.poll() is None
-    stop(process, signal.SIGTERM)
-    process = run.start()
+def eventful(tmp_path_factory) -> Run:
+    """A run that was stopped after step 15, killed after step 27 and stopped after step 35."""
+    folder = tmp_path_factory.mktemp("eventful")
+    config = Config(
+        dataset="digits",
+        steps=40,
+        batch_size=64,
+        average_decay=0.9,
+        log_every_steps=2,
+        eval_every_steps=20,
+        checkpoint_every_steps=10,
+        keep=9,
+    )
 
-    def has_unsaved_steps() -> bool:
-        process.send_signal(signal.SIGSTOP)
-        if json.loads(run.metrics().splitlines()[-1])["step"] >= max(run.steps()) + 10:
-            return True
-        process.send_signal(signal.SIGCONT)
-        return False
+    def kill() -> None:
+        """Copy what is on the disk, as a kill leaves it; the attempt in the original directory goes on."""
+        while not (folder / "original" / "checkpoints" / "20").exists():
+            time.sleep(0.01)
+        shutil.copytree(folder / "original", folder / "run")
 
-    assert run.wait_for(has_unsaved_steps, process)
-    process.kill()
-    end(process)
-    process = run.start()
-    assert run.wait_for(lambda: len(run.events("resume")) > 1, process)
-    stop(process, signal.SIGINT)
-    return run, (out / "report.html").read_text()
+    for name, step, action in (
+        ("original", 15, lambda: os.kill(os.getpid(), signal.SIGTERM)),
+        ("original", 27, kill),
+        ("run", 35, lambda: os.kill(os.getpid(), signal.SIGINT)),
+    ):
+        with StopSignal() as stop, pytest.MonkeyPatch.context() as patch:
+            act_at(patch, step, action)
+            assert train.run(config, folder / name, stop) == 0
+    return Run(folder / "run")
 
 
 def test_attempts_of_an_interrupted_run(eventful):
-    run, _ = eventful
-    first, second = run.events("resume")
-    attempts = attempts_of(*run.events())
+    first, second = eventful.events("resume")
+    attempts = attempts_of(*eventful.events())
     assert [attempt.outcome for attempt in attempts] == ["stopped by SIGTERM", "killed", "stopped by SIGINT"]
     assert [attempt.first_step for attempt in attempts] == [0, first["step"], second["step"]]
     assert [attempt.resume for attempt in attempts] == ["", "exact", "exact"]
-    assert second["lost_steps"] >= 10
+    assert second["lost_steps"] >= 2
     assert [attempt.recomputed_steps for attempt in attempts] == [0, 0, second["lost_steps"]]
     assert [attempt.lost_steps for attempt in attempts] == [0, second["lost_steps"], 0]
     assert attempts[1].last_step == second["step"] + second["lost_steps"]
 
 
 def test_spans_cover_each_attempt_without_gaps(eventful):
-    attempts = attempts_of(*eventful[0].events())
+    attempts = attempts_of(*eventful.events())
     for attempt in attempts:
         spans = [span for span in attempt.spans if span.lane != "save"]
         assert [span.lane for span in spans][:2] == ["data", "compile"]
         assert [spans[0].begin_s, spans[-1].end_s] == [attempt.began_s, attempt.ended_s]
         assert all(a.end_s == b.begin_s for a, b in pairwise(spans))
-    assert [span.lane for span in attempts[0].spans if span.lane != "save"][2:5] == ["train", "evaluate", "train"]
+    assert [span.lane for span in attempts[1].spans if span.lane != "save"][2:] == ["train", "evaluate", "train"]
     saves = [
         (span.end_s, pytest.approx(span.end_s - span.begin_s))
         for a in attempts
         for span in a.spans
         if span.lane == "save"
     ]
-    assert [(event["time"], event["seconds"]) for event in eventful[0].events("save")] == saves
+    assert [(event["time"], event["seconds"]) for event in eventful.events("save")] == saves
 
 
 def test_status_shows_stops_resumes_and_kills(eventful, capsys):
-    run, _ = eventful
-    assert status.main([str(run.workdir), "--json"]) == 0
+    assert status.main([str(eventful.workdir), "--json"]) == 0
     history = json.loads(capsys.readouterr().out)["history"]
-    history = [event for event in history if event["event"] != "unfinished_removed"]  # if the kill hit a save
     names = [event["event"] for event in history]
     assert names == [
         *("start", "signal", "exit"),
@@ -95,22 +101,22 @@ def test_status_shows_stops_resumes_and_kills(eventful, capsys):
     killed, resume = history[5], history[7]
     assert killed["step"] == resume["step"] + resume["lost_steps"]
     assert (history[1]["signal"], history[2]["outcome"], resume["exact"]) == ("SIGTERM", "stopped", True)
-    assert status.main([str(run.workdir)]) == 0
+    assert status.main([str(eventful.workdir)]) == 0
     text = capsys.readouterr().out
     assert re.search(rf"killed +step {killed['step']}\b", text)
     assert f"exact, {resume['lost_steps']} steps" in text
 
 
 def test_report_shows_interruptions(eventful, capsys):
-    run, while_running = eventful
-    assert report.main([str(run.workdir)]) == 0
+    with exclusive_lock(eventful.workdir, wait_s=0, notify=print):  # as a running training holds it
+        assert report.main([str(eventful.workdir)]) == 0
     page = Path(capsys.readouterr().out.splitlines()[-1]).read_text()
-    [_, resume] = run.events("resume")
+    [_, resume] = eventful.events("resume")
     assert "stopped by SIGTERM" in page
     assert "2, of which 2 exact" in page
     assert f"1; {resume['lost_steps']:,} steps were lost" in page
-    assert "in use by process" in while_running
-    assert "Confusion matrix: a row" in while_running
+    assert f"in use by process {os.getpid()}" in page
+    assert "Confusion matrix: a row" in page
 
 
 START = {"event": "start", "step": 0, "time": 1.0}

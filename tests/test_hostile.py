@@ -129,6 +129,10 @@ def newest(workdir: Path) -> Path:
     return workdir / "checkpoints" / "40"
 
 
+def largest_file(workdir: Path) -> Path:
+    return max(newest(workdir).rglob("d/*"), key=lambda path: path.stat().st_size)
+
+
 def replace(path: Path, kind: str, outside: Path) -> None:
     """Put something else in the place of a file or directory."""
     remove(path)
@@ -290,19 +294,20 @@ def test_the_command_itself_ends_with_2_and_one_line(run_in, environment):
         ("run/metadata", "directory"),
         ("state/hashes.0.json", "link to its copy"),
         ("the largest file", "link to its copy"),
+        ("the largest file", "8 TB"),
     ],
 )
 def test_a_checkpoint_with_a_link_or_pipe_is_quarantined(
     run_in, tmp_path, outside, call, stop_after_restore, name, kind
 ):
-    if name == "the largest file":
-        path = max(newest(run_in).rglob("d/*"), key=lambda path: path.stat().st_size)
-    else:
-        path = newest(run_in) / name
+    path = largest_file(run_in) if name == "the largest file" else newest(run_in) / name
     copy = tmp_path / "copy"
     path.rename(copy)
     if kind == "link to its copy":  # The bytes are right, but outside of the run directory.
         path.symlink_to(copy)
+    elif kind == "8 TB":
+        path.touch()
+        os.truncate(path, 2**43)
     else:
         replace(path, kind, outside)
     before = snapshot(copy)
@@ -369,7 +374,7 @@ def test_a_checkpoint_of_format_3_is_refused_and_stays(run_in, call):
     assert checkpoint_files(run_in) == before
 
 
-@pytest.mark.parametrize("content", [b"\xff", 100_000 * b"[", b'{"a": 1' + 5000 * b"0" + b"}"], ids=["ff", "[", "1"])
+@pytest.mark.parametrize("content", [b"\xff", 100_000 * b"["], ids=["not UTF-8", "nested"])
 @pytest.mark.parametrize("name", ["manifest.json", "run/metadata", "state/hashes.0.json"])
 def test_a_checkpoint_with_bad_json_is_quarantined(run_in, call, stop_after_restore, name, content):
     if name == "manifest.json":
@@ -389,15 +394,8 @@ def test_oversized_json_is_not_read(run_in, name):
         Checkpoint(newest(run_in)).read({"step": np.int32(0)}, partial=True)
 
 
-def test_a_file_larger_than_memory_is_not_read(run_in, call, stop_after_restore):
-    path = max(newest(run_in).rglob("d/*"), key=lambda path: path.stat().st_size)
-    os.truncate(path, 2**43)
-    assert call(replay.main, run_in).code == 65
-    assert_resumes_from_30(call, run_in)
-
-
 def test_an_unreadable_array_is_an_io_error(run_in, call):
-    path = max(newest(run_in).rglob("d/*"), key=lambda path: path.stat().st_size)
+    path = largest_file(run_in)
     content = bytearray(path.read_bytes())
     content[::1000] = bytes(byte ^ 0xFF for byte in content[::1000])
     path.write_bytes(content)
@@ -410,22 +408,18 @@ def test_an_unreadable_array_is_an_io_error(run_in, call):
 # Manifests and metadata with valid digests, which anybody can compute
 
 
+REMOVED = object()
+
+
 def with_value(value: object, *path: str):
-    """Set a value in the manifest or, below "metadata", in the metadata."""
+    """Set or remove a value in the manifest or, below "metadata", in the metadata."""
 
     def change(content: dict, outside: Path) -> None:
         for name in path[:-1]:
             content = content[name]
         content[path[-1]] = value
-
-    return change
-
-
-def without(*path: str):
-    def change(content: dict, outside: Path) -> None:
-        for name in path[:-1]:
-            content = content[name]
-        del content[path[-1]]
+        if value is REMOVED:
+            del content[path[-1]]
 
     return change
 
@@ -462,9 +456,9 @@ def nested(depth: int) -> list:
 CORRUPT = {
     "a file outside by its path": with_file("OUTSIDE/file"),
     "a file outside by dots": with_file("../../../outside/file"),
-    "no leaves": without("leaves"),
-    "no metadata among the files": without("files", "run/metadata"),
-    "no hashes among the files": without("files", "state/hashes.0.json"),
+    "no leaves": with_value(REMOVED, "leaves"),
+    "no metadata among the files": with_value(REMOVED, "files", "run/metadata"),
+    "no hashes among the files": with_value(REMOVED, "files", "state/hashes.0.json"),
     "another state_sha256": with_value(64 * "0", "state_sha256"),
     "a file that is a number": with_value(1, "files", "x"),
     "the step of another": with_value(41, "step"),
@@ -621,11 +615,9 @@ STORED = {
     "a shape of 10**15": with_array(shape=[10**15]),
     "a chunk of 10**15": with_array(chunks=[10**15]),
     "a value of 10**12 bytes": with_array(dtype="|V1000000000000"),
-    "a compressor that does not exist": with_array(compressor={"id": "../x"}),
     "a large array everywhere": with_a_large_array_everywhere,
     "a large chunk beside the database": with_array_beside_the_database,
     "the layout of zarr 3": with_flag("use_zarr3", True),
-    "no values": with_key(b"w/0", None),
     "a nested array": with_key(b"w/.zarray", 100_000 * b"["),
     "a name that leads out": with_key(b"../../x/.zarray", b'{"shape": [], "chunks": []}'),
     "nested flags": with_content("_METADATA", 100_000 * b"["),
@@ -667,10 +659,8 @@ PIECE = {"chunk": 0, "box": [[0, 5]], "bytes": ""}
 BAD_HASHES = {
     "negative chunks": {"counts": [-1]},
     "10**12 chunks": {"counts": [10**12]},
-    "another shape": {"raw_shape": [6]},
     "values of 10**12 bytes": {"itemsize": 10**12},
     "a piece of 10**30 bytes": {"itemsize": 10**30, "chunks": {}, "pieces": [PIECE]},
-    "a piece of another chunk": {"chunks": {}, "pieces": [{**PIECE, "chunk": 10**9}]},
     "a piece that is not base64": {"chunks": {}, "pieces": [{**PIECE, "bytes": "\xff"}]},
     "digests of no text": {"chunks": {"0": [None]}},
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import snapshot
+from runs import act_at, snapshot
 
 from mnist_jax import replay, train
 from mnist_jax.checkpoint.checkpoint import Checkpoint
@@ -41,28 +41,11 @@ def finished(tmp_path_factory) -> Path:
     for start in range(2):
         with StopSignal() as stop, pytest.MonkeyPatch.context() as patch:
             if start == 0:
-                stop_at(patch, STOPPED_AT)
+                act_at(patch, STOPPED_AT, lambda: os.kill(os.getpid(), signal.SIGTERM))
             assert train.run(CONFIG, workdir, stop) == 0
     steps = [int(path.name) for path in (workdir / "checkpoints").iterdir()]
     assert sorted(steps) == [10, 20, 22, STOPPED_AT, 30, 40]
     return workdir
-
-
-def stop_at(patch: pytest.MonkeyPatch, end: int) -> None:
-    """End a call at a step, and raise a signal there."""
-    next_boundary, advance = Trainer.next_boundary, Trainer.advance
-
-    def advance_and_signal(self, state, data, *, step: int, n: int):
-        result = advance(self, state, data, step=step, n=n)
-        if step + n == end:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return result
-
-    def boundary(self, step: int) -> int:
-        return min(next_boundary(self, step), end if step < end else self.total_steps)
-
-    patch.setattr(Trainer, "next_boundary", boundary)
-    patch.setattr(Trainer, "advance", advance_and_signal)
 
 
 @pytest.fixture

@@ -162,11 +162,6 @@ def test_run_without_checkpoint_has_a_page(tmp_path, small_run, capsys):
     assert "State killed" in write_page(tmp_path, capsys=capsys).text
 
 
-def test_missing_event_log_is_reported(small_copy, capsys):
-    (small_copy / "events.jsonl").unlink()
-    assert "events.jsonl is missing" in write_page(small_copy, capsys=capsys).text
-
-
 def test_corrupt_checkpoints_are_reported(small_copy, capsys):
     for checkpoint in list_checkpoints(small_copy / "checkpoints"):
         (checkpoint.path / "manifest.json").write_text("{}")
@@ -176,12 +171,14 @@ def test_corrupt_checkpoints_are_reported(small_copy, capsys):
     assert len(page.addresses) == 2
 
 
-def test_missing_dataset_is_reported(small_run, tmp_path, capsys, monkeypatch):
+def test_missing_event_log_and_dataset_are_reported(small_copy, capsys, monkeypatch):
     def fail(*_, **__):
         raise report.DataError("the dataset is missing")
 
     monkeypatch.setattr(report.data, "load", fail)
-    page = write_page(small_run.workdir, "--out", tmp_path, capsys=capsys)
+    (small_copy / "events.jsonl").unlink()
+    page = write_page(small_copy, capsys=capsys)
+    assert "events.jsonl is missing" in page.text
     assert "Not available: the dataset is missing" in page.text
     assert len(page.addresses) == 2
 

@@ -109,8 +109,8 @@ def test_exhausted_resources_fail_one_save_only(kind, new_run, undisturbed):
     run = new_run()
     run.faults, run.prefix = ((exhausted_at_saves, kind, [40]),), limited(kind)
     ended = run.finish(*ARGS)
-    # A failure inside C++, or a lack of memory in the training itself, ends the process.
-    if kind != "files" and ended.code not in (0, 74):
+    # A failure inside C++ ends the process. A lack of memory may also break the training, or a library for good.
+    if kind != "files" and ended.code and (kind == "memory" or ended.code != 74):
         assert ended.code in RETRIED or kind == "memory", ended
         assert list_checkpoints(run.workdir / "checkpoints")[-1].verify()["step"] == 30
         run.faults, run.prefix = (), ()
@@ -191,7 +191,7 @@ def test_a_path_that_is_not_utf_8_is_refused(locale, tmp_path, environment):
     assert ended.stderr.count(b"\n") == 1, ended.stderr
     assert b"UTF-8" in ended.stderr
     assert os.listdir(os.fsencode(parent)) in ([], [name])
-    assert not any(b"checkpoints" in folder for folder, _, _ in os.walk(path))
+    assert not any(files for folder, _, files in os.walk(path) if b"checkpoints" in folder[len(path) :])
 
 
 def test_a_run_that_must_not_set_its_priority_saves(new_run):

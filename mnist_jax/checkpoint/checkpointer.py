@@ -19,7 +19,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cached_property, partial
 from pathlib import Path
@@ -84,11 +84,10 @@ class Checkpointer:
         checkpointer.close()
 
     With several processes each has a Checkpointer, and all call `save` with the same steps in the same order. Each
-    writes and hashes its own shards; process 0 commits, and only its `results` report commits. Only process 0 calls
-    `restore`; the others read the step that it restored with `Checkpoint.read`.
+    writes its own shards; process 0 commits, reports commits in its `results`, and removes old checkpoints. Only
+    process 0 calls `restore`; the others read the step that it restored with `Checkpoint.read`.
 
-    Use it from one thread, and let no two runs use the same directory: each would remove the unfinished saves of the
-    other. Take a lock.
+    Use it from one thread. Take a lock: two runs in one directory would remove the unfinished saves of each other.
     """
 
     def __init__(
@@ -99,8 +98,7 @@ class Checkpointer:
         Args:
             directory: where the checkpoints are.
             keep: number of newest checkpoints to keep. Those in `pinned` are kept as well.
-            is_primary: whether this is process 0, which alone commits and removes. By default JAX is asked, which
-                starts its backends.
+            is_primary: whether this is process 0. By default JAX is asked, which starts its backends.
             timeout_s: how long a save waits for the other processes.
 
         Raises:
@@ -112,19 +110,10 @@ class Checkpointer:
         self.keep, self.pinned, self._timeout_s = keep, set[int](), timeout_s
         self._results: queue.SimpleQueue[Saved | SaveError | StorageWarning] = queue.SimpleQueue()
         self._directory = CheckpointDirectory(path, self._results.put)
-        self.removed: tuple[str, ...] = ()
-        if self.is_primary:
-            self.removed = self._directory.remove_leftovers(step=0)
-            self._directory.fsync_path()
+        self.removed = self._directory.clean() if self.is_primary else ()
         # `save` only copies the state on the devices; a thread waits for the copy and writes it. There are two, because
         # a thread that has lowered its priority cannot raise it again.
-        self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_lower_priority)
-        self._foreground = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        try:
-            for executor in (self._background, self._foreground):
-                executor.submit(int)  # Start the threads now; later their number may have reached a limit.
-        except RuntimeError as error:
-            raise OSError(errno.EAGAIN, f"no thread can be started: {error}") from error
+        self._background, self._foreground = _start_thread(_lower_priority), _start_thread(None)
         self._pending: Future[None] | None = None
         self._last_step: int | None = None
         self._last_error: SaveError | None = None
@@ -163,13 +152,11 @@ class Checkpointer:
         refuse: str | None = None,
         wait: bool = False,
     ) -> None:
-        """Save a state, unless this step is saved already. `results` reports the outcome.
+        """Save a state in the background, unless this step is saved already. `results` reports the outcome.
 
         The state is copied on its devices first: its buffers may be donated as soon as this returns, and its arrays
-        need not be computed yet. A save in progress is waited for.
-
-        A failed step is saved again only with `wait`: without, the processes may not know of the failure yet, and all
-        have to save the same steps.
+        need not be computed yet. A failed step is saved again only with `wait`: otherwise some processes may not know
+        of the failure yet, and all have to save the same steps.
 
         Args:
             step: names the checkpoint.
@@ -241,10 +228,10 @@ class Checkpointer:
             quarantined = tuple((error, self._directory.quarantine(error)) for error in corrupt)
             return Restored(step, state, metadata, digest, quarantined)
         if corrupt:
+            details = "\n  ".join(map(str, corrupt))
             raise NoGoodCheckpointError(
-                f"all checkpoints in {self.directory} are corrupt:\n  "
-                + "\n  ".join(map(str, corrupt))
-                + "\nNothing was moved or deleted. Restore one from a copy, or start in another directory."
+                f"all checkpoints in {self.directory} are corrupt:\n  {details}\n"
+                "Nothing was moved or deleted. Restore one from a copy, or start in another directory."
             )
         return None
 
@@ -260,7 +247,7 @@ class Checkpointer:
             if not request.valid:
                 raise InvalidStateError(step, "its values are not finite")
             prepare = partial(self._prepare, step, state, request) if self.is_primary else None
-            is_committed = self._writer.write(step, state, request.metadata, prepare)
+            is_committed = self._writer.write(step, state, metadata=request.metadata, prepare=prepare)
             self._directory.refresh()
             if step not in self._directory.committed:
                 raise SaveError(step, "process 0 did not commit it")
@@ -269,7 +256,6 @@ class Checkpointer:
                 self._results.put(Saved(step, self.state_sha256(step), request.metadata, seconds))
                 self._directory.remove_old(step, keep={*self.steps[-self.keep :], *self.pinned})
         except Exception as error:
-            self._directory.refresh()
             self._last_error = error if isinstance(error, SaveError) else SaveError(step, orbax_io.brief(error))
             self._results.put(self._last_error)
 
@@ -290,6 +276,16 @@ def _as_json(step: int, metadata: Mapping[str, Any] | None) -> Json:
         return dict(json.loads(json.dumps(dict(metadata or {}))))
     except (TypeError, ValueError, RecursionError) as error:
         raise SaveError(step, f"the metadata is no JSON: {orbax_io.brief(error)}") from error
+
+
+def _start_thread(initializer: Callable[[], None] | None) -> ThreadPoolExecutor:
+    """Return an executor of one thread, which is started now: later the number of threads may have reached a limit."""
+    executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=initializer)
+    try:
+        executor.submit(int)
+    except RuntimeError as error:
+        raise OSError(errno.EAGAIN, f"no thread can be started: {error}") from error
+    return executor
 
 
 def _lower_priority() -> None:

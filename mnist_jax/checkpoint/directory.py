@@ -57,11 +57,13 @@ class CheckpointDirectory:
         """Return the checkpoint of a step."""
         return Checkpoint(self.path / str(step))
 
-    def fsync_path(self) -> None:
-        """Fsync the directory and its parents: a checkpoint is lost if any name above it is."""
+    def clean(self) -> tuple[str, ...]:
+        """Remove leftovers and return their names; fsync the path, for a checkpoint is lost with any name above it."""
+        removed = self.remove_leftovers(step=0)
         for path in (self.path, *self.path.parents):
             with contextlib.suppress(PermissionError):
                 integrity.fsync_path(path)
+        return removed
 
     def check(self, step: int) -> None:
         """Check that the directory still belongs to this run; create it again if it was removed.
@@ -75,8 +77,8 @@ class CheckpointDirectory:
             raise SaveError(step, f"{parent} was moved or removed" + ", and replaced" * parent.exists())
         self.path.mkdir(exist_ok=True)
         before = self.committed
-        self.refresh()
-        self.committed &= before  # Whatever else is there, this run did not write it.
+        # This run did not write whatever else is there.
+        self.committed = before & {checkpoint.step for checkpoint in list_checkpoints(self.path)}
         if vanished := sorted(before - self.committed):
             text = f"the checkpoints of these steps are gone from {self.path}: {', '.join(map(str, vanished))}"
             self._warn(StorageWarning(step, "checkpoints_vanished", text))

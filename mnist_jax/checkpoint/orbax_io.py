@@ -61,7 +61,7 @@ class Writer:
             type_handler_registry=_type_handlers(),
         )
 
-    def write(self, step: int, state: Any, metadata: Json, prepare: Callable[[], bool] | None) -> bool:
+    def write(self, step: int, state: Any, *, metadata: Json, prepare: Callable[[], bool] | None) -> bool:
         """Write a checkpoint together with the other processes, and return whether this process committed it.
 
         Args:
@@ -92,7 +92,7 @@ class Writer:
         self._barrier("written")
         try:
             if is_created and failure is None:
-                self._commit(unfinished, step, metadata, integrity.named_leaves(state))
+                self._commit(unfinished, step, metadata=metadata, leaves=integrity.named_leaves(state))
                 is_committed = True
         except Exception as error:
             failure = error
@@ -131,7 +131,7 @@ class Writer:
             hashes.unlink(missing_ok=True)
             raise
 
-    def _commit(self, directory: Path, step: int, metadata: Json, state: Mapping[str, Any]) -> None:
+    def _commit(self, directory: Path, step: int, *, metadata: Json, leaves: Mapping[str, Any]) -> None:
         """Complete and commit a checkpoint whose shards all processes have written."""
         parts = []
         for process in range(self._processes):
@@ -140,17 +140,17 @@ class Writer:
                 raise OSError(f"process {process} could not write its part of the state")
             parts.append(json.loads(hashes.read_text()))
         self._handler.finalize(epath.Path(directory / "state"))
-        _open_arrays(directory / "state", state)  # Orbax has lost leaves without an error; see `use_ocdbt`.
+        _open_arrays(directory / "state", leaves)  # Orbax has lost leaves without an error; see `use_ocdbt`.
         (directory / METADATA).write_text(json.dumps(metadata))
         _write_orbax_metadata(directory)
-        leaves = integrity.leaf_table(integrity.combine(part["leaves"] for part in parts))
         paths = integrity.regular_files(directory)
         files = {f"state/{name}": row for part in parts for name, row in part["files"].items()}
         new = sorted(paths.keys() - files.keys() - _NOT_IN_MANIFEST)
         files |= {name: integrity.describe_file(paths[name]) for name in new}
         if missing := sorted(files.keys() - paths.keys()):
             raise OSError(f"{missing[0]} is gone from {directory}")
-        integrity.write_manifest(directory, step, leaves, files)
+        table = integrity.leaf_table(integrity.combine(part["leaves"] for part in parts))
+        integrity.write_manifest(directory, step, table, files)
         integrity.fsync_tree(directory)
         final = self._directory / str(step)
         os.rename(directory, final)
@@ -274,7 +274,7 @@ def copy_state(state: Any) -> Any:
 
 @cache
 def _copy_program(shardings: tuple[jax.sharding.Sharding, ...]) -> Any:
-    # Without `copy` JAX would return the arguments themselves.
+    # Without `copy` JAX may return the arguments themselves.
     return jax.jit(lambda arrays: [jnp.copy(array) for array in arrays], out_shardings=list(shardings))
 
 
@@ -299,22 +299,25 @@ def _open_arrays(directory: Path, leaves: Mapping[str, Any]) -> dict[str, ts.Ten
     Raises:
         ValueError: one is missing, or has another shape or type.
     """
-    store: Json = {"driver": "file", "path": f"{directory.absolute()}/"}
-    if (directory / "manifest.ocdbt").exists():
-        store = {"driver": "ocdbt", "base": store, "path": ""}
-    context, opened = ts.Context(), {}
-    for name, leaf in leaves.items():
-        if 0 not in integrity.layout(leaf)["raw_shape"]:
-            spec = {"driver": "zarr", "kvstore": {**store, "path": f"{store['path']}{name}/"}}
-            opened[name] = ts.open(spec, open=True, read=True, context=context)
+    base: Json = {"driver": "file", "path": f"{directory.absolute()}/"}
+    is_ocdbt = (directory / "manifest.ocdbt").exists()
+    context = ts.Context()
+    store = ts.KvStore.open({"driver": "ocdbt", "base": base} if is_ocdbt else base, context=context).result()
+    shapes = {name: integrity.layout(leaf)["raw_shape"] for name, leaf in leaves.items()}
+    metadata = {name: store.read(f"{name}/.zarray") for name, shape in shapes.items() if 0 not in shape}
+    for name, read in metadata.items():
+        # TensorStore aborts the process if a type or a chunk does not fit into memory, so look before it does.
+        stored = json.loads(read.result().value or "{}")
+        is_small = isinstance(stored.get("dtype"), str) and math.prod(stored["chunks"]) <= math.prod(shapes[name])
+        if not is_small or stored["shape"] != shapes[name]:
+            raise ValueError(f"leaf {name} is stored as another array: {str(stored)[:200]}")
+    specs = {name: {"driver": "zarr", "kvstore": (store / f"{name}/").spec().to_json()} for name in metadata}
+    opened = {name: ts.open(spec, open=True, read=True, context=context) for name, spec in specs.items()}
     arrays = {name: future.result() for name, future in opened.items()}
     for name, array in arrays.items():
-        shape = integrity.layout(leaves[name])["raw_shape"]
         dtype = "uint32" if integrity.is_key(leaves[name]) else integrity.describe(leaves[name])["dtype"]
-        # TensorStore aborts the process if a chunk does not fit into memory.
-        is_huge = math.prod(size or 1 for size in array.chunk_layout.read_chunk.shape or ()) > math.prod(shape)
-        if list(array.shape) != shape or array.dtype.name != dtype or is_huge:
-            raise ValueError(f"leaf {name} is stored as another array: {str(array.spec().to_json())[:200]}")
+        if array.dtype.name != dtype:
+            raise ValueError(f"leaf {name} is stored as {array.dtype.name}")
     return arrays
 
 

@@ -34,12 +34,12 @@ from mnist_jax.checkpoint.checkpoint import list_checkpoints
 from mnist_jax.checkpoint.integrity import MAX_MANIFEST_BYTES, STEP, fsync_path, fsync_tree, remove
 
 MAX_SMALL_FILE_BYTES = 2**30
-MAX_FILE_BYTES = 2**32  # Files are transferred whole.
+MAX_FILE_BYTES = 2**32  # A file is transferred in one request.
 CONCURRENCY = 4  # requests in flight
 
 # TensorStore retries for 15 minutes by default. Here each retry waits twice as long as the one before, all together at
 # most half of the timeout, so that the user sees the reason and not only that time ran out.
-RETRIES = 4
+TRIES = 4  # after the first one
 MAX_FIRST_DELAY_S = 1.0
 
 Table = dict[str, tuple[int, str]]  # size and SHA-256 of the files of a checkpoint, by name
@@ -202,10 +202,10 @@ class RemoteStore:
         return Downloaded(downloaded, refused)
 
     def _open(self) -> "_Bucket":
-        """Open the store anew for each operation.
+        """Open the store for one operation.
 
-        Requests that a silent server never answers keep their places in TensorStore's queue. With `CONCURRENCY` places,
-        as many lost requests would block all later ones.
+        Requests that a silent server never answers stay in TensorStore's queue. In a store that stays open,
+        `CONCURRENCY` of them would block all later ones.
         """
         return _Bucket(self.url, self._spec, self.timeout_s)
 
@@ -249,12 +249,12 @@ def _spec(url: str, timeout_s: float) -> dict[str, Any]:
     driver = spec["driver"]
     if driver == "file":
         return spec
-    first_delay_ms = int(1000 * min(MAX_FIRST_DELAY_S, timeout_s / 2 ** (RETRIES + 1)))
+    first_delay_ms = int(1000 * min(MAX_FIRST_DELAY_S, timeout_s / 2 ** (TRIES + 1)))
     spec[f"{driver}_request_concurrency"] = {"limit": CONCURRENCY}
     spec[f"{driver}_request_retries"] = {
-        "max_retries": RETRIES,
+        "max_retries": TRIES,
         "initial_delay": f"{first_delay_ms}ms",
-        "max_delay": f"{first_delay_ms * 2**RETRIES}ms",
+        "max_delay": f"{first_delay_ms * 2**TRIES}ms",
     }
     if driver == "s3":
         variable = os.environ.get

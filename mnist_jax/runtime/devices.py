@@ -24,7 +24,7 @@ def data_mesh() -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of arrays that every device holds whole: the train state, the dataset."""
+    """Return the sharding of replicated arrays: the train state, the dataset."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -109,7 +109,7 @@ def set_cpu_threads(threads: int) -> None:
 
 
 def enable_determinism() -> None:
-    """Use only deterministic XLA kernels, unless XLA_FLAGS says otherwise. Call it before JAX uses a device.
+    """Use only deterministic XLA kernels, unless XLA_FLAGS contradicts. Call it before JAX uses a device.
 
     All CPU kernels are deterministic. Some GPU kernels add in the order in which threads finish.
     """

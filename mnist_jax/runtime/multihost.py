@@ -1,6 +1,6 @@
 """The process group of a run: initialization, messages before and after training, and shutdown.
 
-A launcher, usually a scheduler, tells each process how many there are and which one it is. Messages go through the
+A launcher, usually a scheduler, gives each process its index and the number of processes. Messages go through the
 key-value store of JAX's coordination service, which process 0 serves. Training needs no messages; see `agreement.py`.
 
 This file needs only `preemption.py`.
@@ -54,7 +54,7 @@ def may_be_distributed() -> bool:
 
 
 def _launcher() -> str | None:
-    """Return the variable in which a launcher says that it started several processes, None if there is none."""
+    """Return the variable of a launcher that started several processes, None if there is none."""
     return next((name for name in LAUNCHERS if os.environ.get(name, "1") not in ("", "1")), None)
 
 
@@ -132,7 +132,7 @@ class ProcessGroup:
     """The processes of a run, seen from one of them. A single process sends and waits for nothing.
 
     All processes make the same calls of `broadcast` and `gather` in the same order, then `start_training`, and
-    `shutdown` at the end. The keys of their messages:
+    `shutdown` at the end. Their messages, by key:
 
         broadcast/<n>        the n-th value of process 0
         gather/<n>/<index>   a value for process 0
@@ -204,7 +204,7 @@ class ProcessGroup:
         self._is_training = True
 
     def report_failure(self, error: Exception, code: int) -> None:
-        """Tell the other processes, outside of training, why this one exits. They exit with the same code.
+        """Report to the other processes, before or after training, why this one exits. They exit with the same code.
 
         By that code a scheduler decides whether to restart them.
         """

@@ -141,10 +141,10 @@ def check_step(step: int, state: TrainState) -> None:
 
 
 def check_metadata(metadata: Any, step: int) -> dict[str, Any]:
-    """Return the metadata of a checkpoint if they have the form that a run writes.
+    """Check that the metadata of a checkpoint has the form that a run writes, and return it.
 
     Raises:
-        IncompatibleCheckpointError: they do not.
+        IncompatibleCheckpointError: it has another form.
     """
     if not isinstance(metadata, dict):
         raise _invalid(step, "not a JSON object")
@@ -175,7 +175,7 @@ def data_of(metadata: Any, step: int) -> Data:
     """Return the dataset in the metadata of a checkpoint.
 
     Raises:
-        IncompatibleCheckpointError: the metadata do not have the form that a run writes.
+        IncompatibleCheckpointError: the metadata does not have the form that a run writes.
     """
     found = Data(*(check_metadata(metadata, step)["data"].get(name) for name in Data._fields))
     is_size = (type(size) is int and 0 < size < 2**31 for size in found[1:])

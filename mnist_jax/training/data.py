@@ -84,10 +84,7 @@ def resolve(name: DatasetName, data_dir: Path | None, *, notify: Callable[[str],
     try:
         _locate("mnist", notify=notify)
     except UnreachableError as error:
-        notify(
-            f"notice: training on the built-in digits (1,797 images) instead of MNIST (70,000): {error}. "
-            "For MNIST, start again with a network, or pass the folder of its four files as --data-dir DIR."
-        )
+        notify(f"notice: training on the built-in digits (1,797 images) instead of MNIST (70,000): {error}")
         return "digits"
     return "mnist"
 
@@ -219,24 +216,25 @@ def _locate(name: str, *, notify: Callable[[str], None]) -> dict[str, Path]:
 
 def _download(url: str, path: Path, registered: tuple[int, str], *, notify: Callable[[str], None]) -> None:
     """Download a file, verify it, and move it to its path. The move is atomic: several processes may download it."""
+    way_out = "start again with a network, or pass the folder of its files as --data-dir DIR"
     # In a thread, because the lookup of a host name has no time limit.
     answer = start_in_thread(lambda: urllib.request.urlopen(url, timeout=STALL_TIMEOUT_S))
     if not wait([answer], timeout=ANSWER_TIMEOUT_S).done:
-        raise UnreachableError(f"{url} does not answer within {ANSWER_TIMEOUT_S:.0f} s")
+        raise UnreachableError(f"{url} does not answer within {ANSWER_TIMEOUT_S:.0f} s; {way_out}")
     try:
         with answer.result() as response:
             notify(f"downloading {url} ({registered[0] / 1e6:.1f} MB) into {path.parent}")
             content = response.read()
-        _verify(content, registered, origin=url, way_out="try again, or pass the folder of the files as --data-dir DIR")
+        _verify(content, registered, origin=url, way_out=way_out)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix="partial.") as folder:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="partial.", ignore_cleanup_errors=True) as folder:
             partial = Path(folder) / path.name
             partial.write_bytes(content)
             partial.replace(path)
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError):
             error.close()  # It holds the connection.
-        raise UnreachableError(f"the download of {url} failed ({error})") from error
+        raise UnreachableError(f"the download of {url} failed ({error}); {way_out}") from error
 
 
 def _verify(content: bytes, registered: tuple[int, str], *, origin: str, way_out: str) -> None:
@@ -280,11 +278,4 @@ def _digits() -> Dataset:
     images = np.pad(np.kron(pixels, np.ones((1, 3, 3), np.uint8)), ((0, 0), (2, 2), (2, 2)))[..., np.newaxis]
     labels = table[:, -1].astype(np.int32)
     is_test = np.arange(len(labels)) % 5 == 4
-    return Dataset(
-        name="digits",
-        train_images=images[~is_test],
-        train_labels=labels[~is_test],
-        test_images=images[is_test],
-        test_labels=labels[is_test],
-        class_names=DIGITS,
-    )
+    return Dataset("digits", images[~is_test], labels[~is_test], images[is_test], labels[is_test], DIGITS)

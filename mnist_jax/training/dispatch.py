@@ -55,15 +55,15 @@ class Dispatcher:
         is_evaluated: bool,
         best_accuracy: float | None = None,
     ) -> None:
-        """Copy the data to the devices.
+        """Copy the data to the devices. The buffers of `state` are donated.
 
         Args:
             trainer: the compiled functions.
             dataset: the images.
-            state: the state to start from; its buffers are donated.
+            state: the state to start from.
             stop: receives the signals of this process.
             group: the processes that train together.
-            is_evaluated: whether the metrics of this state on the test images are recorded.
+            is_evaluated: whether the test metrics of `state` are recorded.
             best_accuracy: the highest test accuracy so far, None before the first evaluation.
         """
         self.trainer, self.config, self.state = trainer, trainer.config, state

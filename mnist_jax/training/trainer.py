@@ -44,11 +44,11 @@ class DeviceData(NamedTuple):
 
 
 class Trainer:
-    """The compiled functions of a training. A trainer holds no state of the training.
+    """The compiled functions of a training. The train state and the data are arguments, not attributes.
 
-    Each function is compiled at its first use; `compile` compiles all that a training needs. State and data are
-    replicated on all devices. All processes make the same calls of the functions, except for `learning_rate` and
-    `is_finite`, which run on one device of the calling process.
+    Each function is a cached property that compiles at its first use; `compile` compiles all that a training needs.
+    State and data are replicated on all devices. All processes make the same calls of the functions, except for
+    `learning_rate` and `is_finite`, which run on one device of the calling process.
     """
 
     def __init__(self, config: Config, mesh: Mesh, *, train_size: int, test_size: int) -> None:
@@ -78,7 +78,7 @@ class Trainer:
 
     def compile(self) -> None:
         """Compile all functions. This takes seconds, or much less if they are in JAX's cache on disk."""
-        assert all((self.train_steps, self.epoch_order, self.evaluate, self.learning_rate, self.is_finite))
+        _ = self.train_steps, self.epoch_order, self.evaluate, self.learning_rate, self.is_finite
 
     def init_state(self) -> TrainState:
         """Return the state before the first update. Compiled here, because a run that resumes does not need it."""
