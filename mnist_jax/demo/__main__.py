@@ -68,7 +68,9 @@ def serve(options: Options, stop: StopSignal, terminal: Terminal) -> int:
         logging.getLogger("waitress").setLevel(logging.ERROR)  # It warns whenever a request waits.
         own_names = {"localhost", address, options.host} if is_local else None
         app = make_app(reloader, own_names)
-        server = waitress.create_server(app, sockets=[listener], max_request_body_size=MAX_BYTES)
+        # Unfinished requests must not keep their connections, of which there are 100.
+        limits = {"max_request_body_size": MAX_BYTES, "channel_timeout": 10, "cleanup_interval": 5}
+        server = waitress.create_server(app, sockets=[listener], **limits)
         if options.step in ("latest", "best"):
             threading.Thread(target=reloader.watch, daemon=True, name="reload checkpoints").start()
         step = reloader.model.step
