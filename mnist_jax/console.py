@@ -51,7 +51,7 @@ class Terminal:
     """Output for people: one live line on a terminal, one plain line per interval elsewhere.
 
     It hides no cursor and draws in no thread, because a second Ctrl-C may end the process at any moment. When the
-    reader is gone (a closed pipe or terminal), output is dropped and the training goes on.
+    reader is gone (a closed pipe or terminal), output is dropped and the training continues.
     """
 
     def __init__(self, *, enabled: bool = True) -> None:
