@@ -310,7 +310,7 @@ def test_full_disk_delays_metrics_and_no_checkpoint_precedes_them(tmp_path, monk
     assert len(files) == 3
     err = capfd.readouterr().err
     assert err.count("cannot be written and are kept in memory") == 1
-    assert err.count("that were kept in memory are written") == 1
+    assert err.count("have now been written") == 1
     assert [event["step"] for event in events(tmp_path / "run", "save_failed")] == [10, 20]
     assert events(tmp_path / "run", "save")[0]["step"] == 30
     assert result(tmp_path / "run") == result(tmp_path / "undisturbed")
