@@ -331,7 +331,7 @@ def check_directory(workdir: Path) -> None:
         for name in names:
             path = workdir / name
             if os.path.lexists(path) and (path.is_symlink() or not is_correct(path)):
-                raise ConfigError(f"{path} must be a {kind} and no link; replace it, or use another --workdir")
+                raise ConfigError(f"{path} must be a {kind}, not a link; replace it, or use another --workdir")
 
 
 def save(config: Config, path: Path) -> None:

@@ -21,7 +21,7 @@ from mnist_jax.training import data
 
 @dataclass(frozen=True)
 class Options:
-    """Evaluate a run's classifier on all test images: loss, accuracy, confusion matrix."""
+    """Evaluate a run on all test images: loss, accuracy, confusion matrix."""
 
     workdir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WORKDIR")]
     """Directory of the run. Read-only."""

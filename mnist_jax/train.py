@@ -1,4 +1,4 @@
-"""The command `python -m mnist_jax.train`: find the run that is meant, lock its directory, and train.
+"""The command `python -m mnist_jax.train`: find the run, lock its directory, and train.
 
 The training is in `training/loop.py`. It imports JAX, which takes a second, so it is imported after the signal handlers
 are installed: a Ctrl-C during the import does not end in a traceback.
@@ -11,6 +11,7 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
+import errno
 import gc
 import os
 import sys
@@ -30,6 +31,8 @@ from mnist_jax.runtime.multihost import ProcessGroup, initialize
 from mnist_jax.training import data
 
 RUNS = Path("runs")
+# Errors that may not come again: the same command may succeed later.
+TRANSIENT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 def main(args: Sequence[str]) -> int:
@@ -58,17 +61,16 @@ def start_or_resume(args: Sequence[str], asked: Config, stop: StopSignal) -> int
             )
             config = workdir = loading = None
             if group.is_primary:
-                try:
-                    config, workdir = find_run(args, asked, stop, locks)
-                except OSError as error:
-                    raise ConfigError(str(error)) from error
+                config, workdir = find_run(args, asked, stop, locks)
                 loading = data.begin_to_load(config.dataset, config.data_dir)
             return run(config, workdir, stop, loading, group)
         except StoppedError as error:
             assert stop.received is not None
             group.report_failure(error, asked.preempted_exit_code)
             if group.is_primary:
-                print_line(f"stopped step=0 signal={stop.received.name} state_sha256=none")
+                is_new = asked.fresh or not find_workdir(asked)
+                step, sha256 = (0, "none") if is_new else ("unknown", "unknown")
+                print_line(f"stopped step={step} signal={stop.received.name} state_sha256={sha256}")
             return asked.preempted_exit_code
         except Exception as error:
             return _fail(error, group)
@@ -112,7 +114,7 @@ def _import_loop() -> Any:
     """Import `loop`, and with it JAX, and exclude their objects from garbage collection.
 
     Collections among these hundreds of thousands of permanent objects took 0.12 s during the imports, 0.07 s during
-    the compilation, and 0.1 s now and then during the training.
+    the compilation, and 0.1 s occasionally during the training.
     """
     gc.disable()
     try:
@@ -125,7 +127,7 @@ def _import_loop() -> Any:
 
 
 def find_run(args: Sequence[str], asked: Config, stop: StopSignal, locks: contextlib.ExitStack) -> tuple[Config, Path]:
-    """Lock the run directory that the arguments mean, and return the settings and the directory of the run.
+    """Lock the run directory that the arguments select, and return the settings and the directory of the run.
 
     Args:
         args: the command line.
@@ -208,6 +210,8 @@ def lock_workdir(workdir: Path, asked: Config, stop: StopSignal, locks: contextl
         stop.check()
         raise
     except OSError as error:
+        if error.errno in TRANSIENT:
+            raise
         raise ConfigError(f"{workdir} cannot hold a run ({error}); choose another --workdir") from error
 
 
@@ -258,7 +262,7 @@ def config_of_resumed_run(args: Sequence[str], asked: Config, workdir: Path) -> 
     """Return the saved config of a run, changed by the flags, which must not contradict its checkpoints."""
     saved = configs.load(workdir / "config.json")
     config = apply_flags(args, saved)
-    if any((workdir / "checkpoints").glob("[0-9]*")):
+    if any(path.name.isdecimal() for path in (workdir / "checkpoints").glob("*")):
         configs.check_same_mathematics(saved, config, where=workdir)
     if (config.preset, config.model, config.dataset) != (saved.preset, saved.model, saved.dataset):
         # There is no checkpoint yet. The defaults are those of what is asked for, not the saved ones.

@@ -23,9 +23,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+SLOW = ("test_multihost", "test_train", "test_slurm", "test_loop", "test_demo", "test_faults", "test_trouble")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run slow files first, so that no worker is idle at the end."""
-    items.sort(key=lambda item: item.path.stem not in ("test_slurm", "test_multihost", "test_train"))
+    order = {stem: place for place, stem in enumerate(SLOW)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(SLOW)))
 
 
 @pytest.fixture(scope="session")

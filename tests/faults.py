@@ -47,7 +47,10 @@ from mnist_jax.runtime.preemption import STOP_SIGNALS
 
 STEPS, SAVE_EVERY = 120, 20
 UNFINISHED = ".orbax-checkpoint-tmp"
-LEFTOVERS = (UNFINISHED, "removed/", ".ready")  # parts of the names that a killed save leaves
+LEFTOVERS = (
+    UNFINISHED,
+    "removed/",
+)  # parts of the names that a killed save leaves
 DETECTED, HARMLESS, WRONG, RESTARTED = "detected", "harmless", "silently wrong", "restarted unasked"
 
 
@@ -688,7 +691,7 @@ def drive(faults: str, args: list[str]) -> int:
     """Run the training command, with faults injected after its signal handlers and before JAX."""
     from mnist_jax import train
 
-    def inject(*_: object) -> None:
+    def inject(*_: object, **__: object) -> None:
         for name, *details in json.loads(faults):
             globals()[name](*details)
 
@@ -826,7 +829,7 @@ def print_table(rows: list[Row]) -> None:
         print("  ".join([f"{row.fault:<40}", *numbers]))
     for row in rows:
         for broken in row.broken:
-            print(f"\n{row.fault}: a promise was broken\n{broken}")
+            print(f"\n{row.fault}: a run did not survive\n{broken}")
 
 
 def main(args: list[str]) -> int:

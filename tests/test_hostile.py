@@ -4,7 +4,6 @@ Every command in this file runs in process, so a traceback is a failure.
 """
 
 import contextlib
-import gc
 import hashlib
 import json
 import os
@@ -50,8 +49,6 @@ from mnist_jax.training import data, trainer
 pytestmark = [
     pytest.mark.usefixtures("in_this_process"),
     pytest.mark.timeout(120),  # Opening a pipe would block forever.
-    # Where one leaf cannot be read, Orbax abandons its coroutines for the others.
-    pytest.mark.filterwarnings("ignore:.*coroutine object _read_array:pytest.PytestUnraisableExceptionWarning"),
 ]
 
 CONFIG = Config(dataset="digits", steps=40, batch_size=64, log_every_steps=10, checkpoint_every_steps=10)
@@ -68,7 +65,6 @@ def digits_are_loaded_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load", load_once)
         yield
-    gc.collect()  # The warnings about abandoned coroutines must come while they are ignored.
 
 
 @pytest.fixture(scope="module")
@@ -322,18 +318,11 @@ def test_extra_files_in_a_checkpoint_are_ignored(run_in, outside, call):
     for name, kind in zip(names, kinds, strict=True):
         replace(newest(run_in) / "state" / name, kind, outside)
     replace(newest(run_in) / "run" / "besides", "pipe", outside)
+    (newest(run_in) / "state" / "array_metadatas" / "process_1").write_text("{}")  # Orbax alone would read it.
     replace(newest(run_in) / "_CHECKPOINT_METADATA", "link", outside)
     assert call(replay.main, run_in, "--from", "30").code == 0
     ended = call(train.main, run_in, *START)
     assert (ended.code, ended.out.splitlines()[-1].split()[:2], ended.err) == (0, ["finished", "step=40"], "")
-
-
-def test_an_extra_file_that_orbax_would_read_is_corruption(run_in, call, stop_after_restore):
-    (newest(run_in) / "state" / "array_metadatas" / "process_1").write_text("{}")  # It describes random keys.
-    ended = call(replay.main, run_in, "--from", "30")
-    assert ended.code == 65
-    assert "array_metadatas/process_1" in ended.err
-    assert_resumes_from_30(call, run_in, is_foretold=False)
 
 
 def test_only_exact_numbers_name_checkpoints(run_in, call):

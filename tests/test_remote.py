@@ -30,7 +30,8 @@ from tampering import NOT_IN_THE_TABLE
 
 from mnist_jax.checkpoint import integrity
 from mnist_jax.checkpoint import remote as module
-from mnist_jax.checkpoint.checkpointer import Checkpointer, list_checkpoints
+from mnist_jax.checkpoint.checkpoint import list_checkpoints
+from mnist_jax.checkpoint.checkpointer import Checkpointer
 from mnist_jax.checkpoint.remote import Downloaded, RemoteError, RemoteStore, Uploaded
 
 STEPS = (10, 20, 30)

@@ -157,7 +157,7 @@ class Checkpoint:
             name = os.path.relpath(error.filename, self.path) if error.filename else what
             raise CorruptCheckpointError(self.step, kind, f"{name} cannot be read ({error.strerror})") from error
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-            raise CorruptCheckpointError(self.step, kind, f"{what} cannot be understood: {error}") from error
+            raise CorruptCheckpointError(self.step, kind, f"{what} is invalid: {error}") from error
 
 
 def list_checkpoints(directory: Path) -> list[Checkpoint]:

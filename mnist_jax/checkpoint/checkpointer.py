@@ -167,7 +167,7 @@ class Checkpointer:
             wait: return when the checkpoint is committed.
 
         Raises:
-            SaveError: a leaf cannot be restored as it is, or the metadata is no JSON; with `wait`, any failure.
+            SaveError: a leaf cannot be restored as it is, or the metadata is not JSON; with `wait`, any failure.
         """
         if step == self._last_step and not wait:
             return
@@ -275,7 +275,7 @@ def _as_json(step: int, metadata: Mapping[str, Any] | None) -> Json:
     try:
         return dict(json.loads(json.dumps(dict(metadata or {}))))
     except (TypeError, ValueError, RecursionError) as error:
-        raise SaveError(step, f"the metadata is no JSON: {orbax_io.brief(error)}") from error
+        raise SaveError(step, f"the metadata is not JSON: {orbax_io.brief(error)}") from error
 
 
 def _start_thread(initializer: Callable[[], None] | None) -> ThreadPoolExecutor:

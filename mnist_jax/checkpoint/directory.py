@@ -58,7 +58,7 @@ class CheckpointDirectory:
         return Checkpoint(self.path / str(step))
 
     def clean(self) -> tuple[str, ...]:
-        """Remove leftovers and return their names; fsync the path, for a checkpoint is lost with any name above it."""
+        """Remove leftovers, return their names, and fsync the directory and its parents."""
         removed = self.remove_leftovers(step=0)
         for path in (self.path, *self.path.parents):
             with contextlib.suppress(PermissionError):
@@ -75,7 +75,9 @@ class CheckpointDirectory:
         if not parent.exists() or not os.path.samestat(os.fstat(self._parent), parent.stat()):
             self.committed = set()
             raise SaveError(step, f"{parent} was moved or removed" + ", and replaced" * parent.exists())
-        self.path.mkdir(exist_ok=True)
+        if not self.path.exists():
+            self.path.mkdir()
+            integrity.fsync_path(parent)
         before = self.committed
         # This run did not write whatever else is there.
         self.committed = before & {checkpoint.step for checkpoint in list_checkpoints(self.path)}
@@ -126,17 +128,18 @@ class CheckpointDirectory:
         if removed.is_symlink():
             removed.unlink()
         for path in paths:
-            with contextlib.suppress(FileNotFoundError):
-                try:
-                    moved = path
-                    if path.parent != removed:
-                        removed.mkdir(exist_ok=True)
-                        moved = _unused(removed / path.name)
-                        path.rename(moved)
-                    integrity.remove(moved)
-                    gone.append(path.relative_to(self.path).as_posix())
-                except OSError as error:
-                    self._warn_once(step, "removal_failed", f"{path} could not be removed: {brief(error)}")
+            try:
+                moved = path
+                if path.parent != removed:
+                    removed.mkdir(exist_ok=True)
+                    moved = _unused(removed / path.name)
+                    path.rename(moved)
+                integrity.remove(moved)
+                gone.append(path.relative_to(self.path).as_posix())
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                self._warn_once(step, "removal_failed", f"{path} could not be removed: {brief(error)}")
         with contextlib.suppress(OSError):
             removed.rmdir()
         return gone

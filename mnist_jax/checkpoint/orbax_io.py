@@ -9,7 +9,7 @@ A save is collective. `Writer.write` runs on all processes in three phases with 
 
 A process that fails in one phase still arrives at the barriers, so that the others do not wait for it.
 
-Of Orbax only the handler of trees is used. Its `CheckpointManager` fsyncs nothing, waits for ever for a process whose
+Only Orbax's tree handler is used. Its `CheckpointManager` fsyncs nothing, waits forever for a process whose
 part failed, and has no place for a manifest between the last write and the rename.
 """
 

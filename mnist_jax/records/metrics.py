@@ -1,6 +1,6 @@
 """The files of a run that people and tools read: metrics.jsonl, TensorBoard scalars and events.jsonl.
 
-`metrics.jsonl` is part of the result of a run: its bytes depend on the config alone, however often the run was stopped.
+`metrics.jsonl` is part of the result of a run: its bytes are the same however often the run was stopped.
 `events.jsonl` is append-only and says what happened and when.
 """
 
@@ -276,7 +276,7 @@ def _next_scalars_path(directory: Path) -> Path:
     """Return the path of a new file for TensorBoard.
 
     TensorBoard reads the files in the order of their names. Its own writer names them by the clock, which may go back,
-    and writes in a thread, which a kill may find behind.
+    and writes in a thread, which may lag behind when the process is killed.
     """
     directory.mkdir(exist_ok=True)
     names = (re.fullmatch(r"events\.out\.tfevents\.([0-9]{10,20})", path.name) for path in directory.iterdir())

@@ -1,1 +1,1 @@
-"""Signals, locks, devices and processes. Imports nothing else of this package: lift it into your own project."""
+"""Signals, locks, devices and processes. Imports nothing else of this package: copy it into your own project."""

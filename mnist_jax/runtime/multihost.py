@@ -250,7 +250,7 @@ class ProcessGroup:
                 return json.loads(self._store.blocking_key_value_get(key, int(1000 * POLL_S)))
             except jax.errors.JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
-                    raise self._lost(f"process 0 is lost: {_first_line(error)}") from error
+                    raise self._lost(f"another process is lost: {_first_line(error)}") from error
             for index, reason in self._get_all("exit/").items():
                 if "signal" in reason:
                     self._stop.record_signal(reason["signal"])
@@ -272,11 +272,22 @@ class ProcessGroup:
         self._put(f"signal/{self.index}", self._stop.received)
 
     def _put(self, key: str, value: Any) -> None:
-        self._store.key_value_set(key, json.dumps(value), allow_overwrite=True)
+        with self._store_errors():
+            self._store.key_value_set(key, json.dumps(value), allow_overwrite=True)
 
     def _get_all(self, directory: str) -> dict[str, Any]:
         """Return the values under a directory by process index."""
-        return {key.rpartition("/")[2]: json.loads(value) for key, value in self._store.key_value_dir_get(directory)}
+        with self._store_errors():
+            values = self._store.key_value_dir_get(directory)
+        return {key.rpartition("/")[2]: json.loads(value) for key, value in values}
+
+    @contextlib.contextmanager
+    def _store_errors(self) -> Iterator[None]:
+        """Raise ProcessLostError for an error of the key-value store, which process 0 serves."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise self._lost(f"another process is lost: {_first_line(error)}") from error
 
     def _lost(self, message: str) -> ProcessLostError:
         self._is_broken = True

@@ -196,7 +196,9 @@ def check_same_run(metadata: Mapping[str, Any], config: Config, dataset: Dataset
     """
     configs.check_same_mathematics(configs.from_json(metadata["config"], where), config, where=where)
     if metadata["data"] != describe_data(dataset):
-        raise ConfigError(f"the run began with other data: {metadata['data']}, but these are {describe_data(dataset)}")
+        raise ConfigError(
+            f"the dataset differs from that of the run: {metadata['data']}, but these are {describe_data(dataset)}"
+        )
 
 
 def diff_environment(metadata: Mapping[str, Any], environment: Mapping[str, Mapping[str, Any]]) -> list[str]:

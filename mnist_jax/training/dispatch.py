@@ -94,7 +94,8 @@ class Dispatcher:
             ProcessLostError: another process is lost.
         """
         n = min(self.agreement.steps_per_call(self.queue.steps_per_call), self._next_boundary() - self.step)
-        self.state, sums = self.trainer.advance(self.state, self._data, step=self.step, n=n)
+        with self._group.watch():
+            self.state, sums = self.trainer.advance(self.state, self._data, step=self.step, n=n)
         for finished in self._put(self.queue, n, sums):
             self.latest = self.step, finished
         self.step += n
@@ -175,9 +176,11 @@ class Dispatcher:
         parts: list[MetricSums] = []
         images, labels = self._data.test_images, self._data.test_labels
         for first in range(0, len(labels), self.trainer.eval_call_images):
-            sums, _ = self.trainer.evaluate(self.state.eval_variables, images, labels, np.int32(first))
+            with self._group.watch():
+                sums, _ = self.trainer.evaluate(self.state.eval_variables, images, labels, np.int32(first))
             parts += self._put(queue, 1, sums)
             if self.agreement.should_stop:
+                self._drain(queue)
                 return None
         return add_sums(parts + self._drain(queue))
 

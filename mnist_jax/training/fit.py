@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mnist_jax import config as configs
 from mnist_jax.config import Config
 from mnist_jax.console import print_stderr
 from mnist_jax.records.metrics import read_metrics
@@ -44,9 +45,10 @@ def fit(config: Config, *, workdir: Path | str, stop: StopSignal | None = None) 
         ConfigError: the config contradicts the run in the directory, or does not fit the dataset or the devices.
         DataError: the dataset cannot be loaded.
         DivergedError: the loss is not finite; that state is not saved.
-        LockHeldError: another process or thread trains in the directory.
+        LockHeldError: another process or thread trains in the directory, also if a stop is requested meanwhile.
         OSError: the directory cannot be written.
         RemoteError: the upload of the last checkpoint failed.
+        StoppedError: a stop is requested while the dataset is looked for.
     """
     workdir = Path(workdir)
     with contextlib.ExitStack() as stack:
@@ -54,8 +56,12 @@ def fit(config: Config, *, workdir: Path | str, stop: StopSignal | None = None) 
             stop = StopSignal(exit_at_second=False)
             if threading.current_thread() is threading.main_thread():
                 stack.enter_context(stop)
-        stack.enter_context(exclusive_lock(workdir, wait_s=config.lock_wait_s, notify=print_stderr))
-        name = data.resolve(config.dataset, config.data_dir, notify=print_stderr)
+        configs.check_directory(workdir)
+        lock = exclusive_lock(
+            workdir, wait_s=config.lock_wait_s, notify=print_stderr, should_stop=lambda: stop.received is not None
+        )
+        stack.enter_context(lock)
+        name = stop.run(lambda: data.resolve(config.dataset, config.data_dir, notify=print_stderr))
         config = dataclasses.replace(config, dataset=name)
         outcome = stop.supervise(partial(loop.run, config, workdir, stop=stop, group=ProcessGroup(stop)))
     records = [record for record, _ in read_metrics(workdir / "metrics.jsonl")]

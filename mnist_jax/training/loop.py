@@ -39,7 +39,7 @@ def run(
 
     Raises:
         StoppedError: a signal came before the run directory is open, so nothing is logged.
-        Exception: as `train_and_evaluate`. It is logged, and the other processes know of it.
+        Exception: as `train_and_evaluate`. It is logged, and the other processes are notified.
     """
     opened, is_lost = None, False
     try:
@@ -92,14 +92,14 @@ def train_and_evaluate(
         DataError, CheckpointError: the dataset or the checkpoints cannot be used.
         DivergedError: the loss is not finite; that state is not saved.
         OSError: a file of the run directory cannot be written.
-        ProcessLostError: another process is gone.
+        ProcessLostError: another process is lost.
         SaveError: the final save failed.
         StoppedError: a signal came before the training started.
     """
     environment = compatibility.merge_environments(group.gather(compatibility.describe_environment()))
     recorder.log_start(environment)
     recorder.log_phase("data", checkpointer.newest_step)
-    # `stop.run` leaves the work as soon as a signal comes: loading and compiling do not look at the flag.
+    # `stop.run` abandons the work when a signal comes, because loading and compiling cannot check the flag.
     dataset = stop.run(loading.result if loading else lambda: setup.load_data(config, recorder))
     setup.check_same_data(dataset, group)
     trainer = setup.make_trainer(config, dataset)
@@ -118,7 +118,7 @@ def train_and_evaluate(
         state = stop.run(trainer.init_state)
     stop.run(lambda: checkpointer.prepare(state))
     devices.write_program_digests()
-    group.start_training()  # From here on a signal is no StoppedError, but agreed on by all processes.
+    group.start_training()  # From here on a signal raises no StoppedError; the processes agree when to stop.
     dispatcher = Dispatcher(trainer, dataset, state, stop=stop, group=group, **start["evaluation"])
     recorder.start_training(dispatcher, {"data": compatibility.describe_data(dataset), **environment})
     train(dispatcher, checkpointer, recorder)
@@ -167,6 +167,8 @@ def finish(dispatcher: Dispatcher, checkpointer: Checkpointer, recorder: Recorde
         DivergedError: the state, or one before it, is not finite.
         SaveError: the state could not be saved.
     """
+    checkpointer.wait()  # All processes stop because one of them found a state that is not finite; so will this one.
+    recorder.report_saves(is_last=True)
     recorder.raise_if_diverged()
     reason = "end"
     if not dispatcher.is_finished:

@@ -140,7 +140,7 @@ class Recorder:
     # ---- Saves
 
     def request_save_if_due(self) -> None:
-        """Request a save on all processes when the clock says so, and no call in flight has to be waited for."""
+        """Request a save on all processes when the interval has elapsed and no result must be awaited."""
         is_due = self.enabled and time.monotonic() >= self._next_save_s
         if is_due and not self.checkpointer.is_saving and not self.dispatcher.has_sums_in_flight:
             self.dispatcher.agreement.request_save()
@@ -170,7 +170,7 @@ class Recorder:
         return {"metadata": {**self.metadata, **saved}}
 
     def report_saves(self, *, is_last: bool = False) -> None:
-        """Log and print how the saves went that ended since the last call.
+        """Log and print the results of the saves that ended since the last call.
 
         A state that is not finite is not saved. Then all processes are asked to stop, and `raise_if_diverged` raises.
         """
@@ -216,7 +216,7 @@ class Recorder:
         if error and not self._has_warned_of_writes:
             self.terminal.warn(f"warning: metrics and events cannot be written and are kept in memory: {error}")
         elif self._has_warned_of_writes and not error:
-            self.terminal.warn("the metrics and events that were kept in memory are written")
+            self.terminal.warn("the metrics and events that were kept in memory have now been written")
         self._has_warned_of_writes = error is not None
 
     def _pin_best(self) -> None:
@@ -253,12 +253,12 @@ class Recorder:
         self.events.write("exit", outcome=outcome.word, code=outcome.exit_code, **outcome.fields)
         self.terminal.last(str(outcome))
 
-    def fail(self, error: Exception, code: int | None, stop: StopSignal) -> None:
+    def fail(self, error: Exception, code: int, stop: StopSignal) -> None:
         """Log that the run failed, and add the newest checkpoint to the error as a note."""
         if isinstance(error, ProcessLostError | SaveError | RemoteError | ReadError | OSError):
             newest = f"of step {self.checkpointer.newest_step}" if self.checkpointer.steps else "none"
             error.add_note(f"The newest checkpoint is {newest}.")
-        # Checkpoints that are committed are uploaded all the same. After the loss of a process there is no time: JAX
+        # Checkpoints that are committed are still uploaded. After the loss of a process there is no time: JAX
         # may abort this process at any moment.
         if not isinstance(error, RemoteError | ProcessLostError):
             with contextlib.suppress(RemoteError):

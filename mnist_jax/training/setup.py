@@ -45,7 +45,7 @@ def share_run(
 
     Raises:
         ConfigError: this process does not see the directory of process 0.
-        ProcessLostError: another process is gone, or does not see the directory.
+        ProcessLostError: another process is lost, or does not see the directory.
         StoppedError: a signal came.
     """
     if config is not None and workdir is not None:
@@ -101,7 +101,9 @@ def check_same_data(dataset: Dataset, group: ProcessGroup) -> None:
         ConfigError: it has another one.
     """
     if dataset.fingerprint != group.broadcast(dataset.fingerprint):
-        raise ConfigError(f"process {group.index} has another dataset than process 0 (by SHA-256); use the same files")
+        raise ConfigError(
+            f"the dataset of process {group.index} differs from that of process 0 (SHA-256); use the same files"
+        )
 
 
 def make_trainer(config: Config, dataset: Dataset) -> Trainer:
@@ -182,7 +184,7 @@ def restore(
 
 
 def start_from_step_0(trainer: Trainer, dataset: Dataset, checkpointer: Checkpointer, recorder: Recorder) -> None:
-    """Report that there is no checkpoint to resume from, and remove what an attempt before the first one wrote.
+    """Report that there is no checkpoint to resume from, and remove metrics that were written before the first one.
 
     Raises:
         NoGoodCheckpointError: there were checkpoints before.
