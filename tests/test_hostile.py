@@ -463,7 +463,7 @@ OF_ANOTHER_RUN = {
     "config with a zero byte in its path": with_value("a\0b", "metadata", "config", "data_dir"),
     "infinite data": with_value(float("inf"), "metadata", "data", "train_images"),
     "devices a list": with_value([], "metadata", "devices"),
-    "metrics of negative size": with_value(-1, "metadata", "metrics", "bytes"),
+    "metrics of other lines": with_value("[]\n", "metadata", "metrics", "lines"),
 }
 HARMLESS = [
     with_value(10**9, "metadata", "devices", "cpu_threads"),

@@ -150,15 +150,19 @@ def test_supervise_returns_the_result_or_raises(stop):
         stop.supervise(lambda: 1 / 0)
 
 
+BLOCKED = """
+import os, signal
+from mnist_jax.runtime.preemption import STOP_SIGNALS, StopSignal
+signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+os.kill(os.getpid(), signal.SIGTERM)
+with StopSignal() as stop:
+    assert stop.received is signal.SIGTERM
+assert signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+"""
+
+
 def test_signals_that_the_parent_blocked_are_unblocked():
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        send(signal.SIGTERM)
-        with StopSignal() as stop:
-            assert stop.received is signal.SIGTERM
-        assert signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    subprocess.run([sys.executable, "-c", BLOCKED], check=True)
 
 
 def test_signal_of_another_process_is_not_a_first_one(stop):

@@ -135,7 +135,7 @@ def forget_the_devices(workdir: Path) -> None:
         (lambda workdir: (workdir / "config.json").write_text("{"), "refuse", None, 2),
         (contradict_the_config, "refuse", None, 2),
         (forget_the_devices, "refuse", None, 2),
-        (lambda workdir: (workdir / "metrics.jsonl").unlink(), "resume", 40, 0),
+        (lambda workdir: (workdir / "metrics.jsonl").unlink(), "nothing", 40, 0),
     ],
 )
 def test_next_start_does_what_status_says(small_copy, capsys, change, action, step, code):

@@ -52,6 +52,7 @@ def signal_in_phase(monkeypatch, phase: str, number: signal.Signals = signal.SIG
         if name == phase:
             monkeypatch.setattr(Recorder, "log_phase", log_phase)
             os.kill(os.getpid(), number)
+            time.sleep(0.1)  # The main thread handles it; this is the thread that trains.
 
     monkeypatch.setattr(Recorder, "log_phase", log_and_signal)
 

@@ -43,6 +43,7 @@ class MetricWriter:
             enabled: whether this process writes; otherwise the lines are only kept in memory.
         """
         self._path, self._enabled = workdir / "metrics.jsonl", enabled
+        self._directory = workdir.stat()
         self._scalars = _AppendFile(_next_scalars_path(workdir / "tensorboard")) if enabled else _NullFile()
         self._pending_scalars: list[dict[str, Any]] = [{"file_version": "brain.Event:2"}]
         self._file = self._path.open("ab", buffering=0) if enabled else None
@@ -121,6 +122,8 @@ class MetricWriter:
         """Append to the file, or replace it by one with all lines if it is not known to hold the others."""
         assert self._file is not None
         try:
+            if not os.path.samestat(self._directory, self._path.parent.stat()):
+                raise OSError(errno.ESTALE, "the directory was replaced", str(self._path.parent))
             if self._write_error is not None or not self._is_in_place():
                 self._replace_file()
             elif self._file.write(line) != len(line):

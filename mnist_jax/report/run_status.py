@@ -11,7 +11,7 @@ from mnist_jax import config as configs
 from mnist_jax.checkpoint.checkpoint import Checkpoint, list_checkpoints
 from mnist_jax.checkpoint.integrity import CheckpointError, CorruptCheckpointError
 from mnist_jax.config import ConfigError
-from mnist_jax.records.metrics import accuracy_at, has_saves, read_events, read_metrics
+from mnist_jax.records.metrics import has_saves, read_events
 from mnist_jax.report.history import Attempt, as_number, read_attempts
 from mnist_jax.runtime import lock
 from mnist_jax.training import compatibility
@@ -145,7 +145,7 @@ def plan_next_start(workdir: Path, inspections: Sequence[Inspection], *, has_sav
             text = f"refuses: the checkpoint of step {checkpoint.step} does not belong to this run: {error}"
             return NextStart("refuse", None, 2, text)
         aside = "".join(f"; sets aside: {text}" for text in corrupt)
-        if checkpoint.step >= total and _is_evaluated(workdir / "metrics.jsonl", checkpoint.step):
+        if checkpoint.step >= total and metadata.get("test_accuracy") is not None:
             text = f"does nothing: the run is finished at step {total}{aside}"
             return NextStart("nothing", checkpoint.step, 0, text)
         condition = "" if verify else ", if it is not corrupt"
@@ -157,7 +157,3 @@ def plan_next_start(workdir: Path, inspections: Sequence[Inspection], *, has_sav
     if has_saves:
         return NextStart("refuse", None, 65, "refuses: the event log has saves, but the checkpoints are missing")
     return NextStart("begin", 0, 0, "begins at step 0: nothing has been saved yet")
-
-
-def _is_evaluated(metrics: Path, step: int) -> bool:
-    return accuracy_at(step, (record for record, _ in read_metrics(metrics))) is not None

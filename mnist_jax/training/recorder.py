@@ -58,7 +58,7 @@ class Recorder:
         self.terminal = Terminal(enabled=enabled, blocking=False)
         self.metrics, self.events = MetricWriter(workdir, enabled=enabled), EventLog(workdir, enabled=enabled)
         self.copies = RemoteCopies(config.mirror if enabled else None, workdir, checkpointer, self.events)
-        self._lock = _identity(workdir / "lock")
+        self._identities = _identity(workdir), _identity(workdir / "lock")
         self._next_save_s = math.inf
         self._has_warned_of_writes = False
         self._has_diverged = False
@@ -154,7 +154,8 @@ class Recorder:
         Raises:
             LockHeldError: the lock file was removed or replaced, so another process may write in the directory.
         """
-        if _identity(self.workdir / "lock") != self._lock:
+        directory, lock = self._identities
+        if _identity(self.workdir) == directory and _identity(self.workdir / "lock") != lock:
             raise LockHeldError(
                 f"the lock file in {self.workdir} was removed or replaced, so another process may write there; "
                 "this one stops without saving"
