@@ -122,7 +122,7 @@ class Writer:
         files = {name: integrity.describe_file(path) for name, path in own.items()}
         for path in own.values():
             integrity.fsync_path(path)
-        # This file comes last: its presence tells process 0 that the others are on the disk.
+        # This file comes last: where it exists, process 0 knows that the others are on the disk.
         hashes = directory / f"hashes.{process}.json"
         try:
             hashes.write_text(json.dumps({"leaves": leaves, "files": files}))

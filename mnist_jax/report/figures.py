@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from mnist_jax.report.history import LANES, Attempt, Curve
 
 PAGES = {False: "#ffffff", True: "#0d1117"}  # as in report.html; the keys say whether it is dark
-# These can be read on both pages, and told apart by people with colour blindness.
+# These can be read on both pages, and distinguished by people with colour blindness.
 BLUE, ORANGE, RED, GREEN, GREY = "#2b83c6", "#d9822b", "#d1495b", "#2a9d74", "#7d8590"
 END_STYLES: dict[str, dict[str, Any]] = {
     "stopped": {"color": GREY, "linestyle": "dashed"},

@@ -1,7 +1,7 @@
 """Signals that ask a process to stop or to save.
 
-A handler sets a flag and does nothing else. Work that cannot check the flag runs in a thread, which
-`StopSignal.run` abandons when the flag is set.
+The first signal only sets a flag, and a second request ends the process at once. Work that cannot check the flag runs
+in a thread, which `StopSignal.run` abandons when the flag is set.
 
 This file needs nothing else of the package; copy it into your own project.
 """

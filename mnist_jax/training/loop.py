@@ -39,7 +39,7 @@ def run(
 
     Raises:
         StoppedError: a signal came before the run directory is open, so nothing is logged.
-        Exception: as `train_and_evaluate`. It is logged, and the other processes are notified.
+        Exception: as `train_and_evaluate`, or RemoteError. It is logged, and the other processes are notified.
     """
     opened, is_lost = None, False
     try:
@@ -91,6 +91,7 @@ def train_and_evaluate(
         ConfigError: the config does not fit the devices or the checkpoint, or the dataset differs from the run's.
         DataError, CheckpointError: the dataset or the checkpoints cannot be used.
         DivergedError: the loss is not finite; that state is not saved.
+        LockHeldError: the lock file was removed or replaced.
         OSError: a file of the run directory cannot be written.
         ProcessLostError: another process is lost.
         SaveError: the final save failed.
@@ -144,7 +145,7 @@ def train(dispatcher: Dispatcher, checkpointer: Checkpointer, recorder: Recorder
 
 
 def evaluate_if_due(dispatcher: Dispatcher, checkpointer: Checkpointer, recorder: Recorder) -> None:
-    """Evaluate at the end of an epoch and of the run, and save the state if it is the best so far."""
+    """Evaluate if an evaluation is due, and save the state if it is the best so far."""
     if dispatcher.is_evaluation_due:
         recorder.write_train_metrics(dispatcher.pop_train_metrics())
         recorder.log_phase("evaluate", dispatcher.step)
@@ -167,7 +168,7 @@ def finish(dispatcher: Dispatcher, checkpointer: Checkpointer, recorder: Recorde
         DivergedError: the state, or one before it, is not finite.
         SaveError: the state could not be saved.
     """
-    checkpointer.wait()  # All processes stop because one of them found a state that is not finite; so will this one.
+    checkpointer.wait()  # If another process found a state that is not finite, so does this one, perhaps later.
     recorder.report_saves(is_last=True)
     recorder.raise_if_diverged()
     reason = "end"

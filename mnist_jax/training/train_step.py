@@ -64,7 +64,7 @@ def train_steps(
         return optax.softmax_cross_entropy(logits, targets).mean(), (logits, changed["batch_stats"])
 
     def update(_: jax.Array, carried: tuple[TrainState, jax.Array]) -> tuple[TrainState, jax.Array]:
-        """Make one update. Images, random numbers and learning rate depend on `state.step` only."""
+        """Make one update. Its images and random numbers depend on `state.rng` and `state.step` only."""
         state, correct = carried
         first = state.step % (data.order.size // config.batch_size) * config.batch_size
         rows = jax.lax.dynamic_slice_in_dim(data.order, first, config.batch_size)
