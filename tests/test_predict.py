@@ -76,6 +76,17 @@ def test_signal_ends_wait_for_a_pipe(small_run, tmp_path, capfd):
     (tmp_path / "pipe.png").open("wb").close()  # So that the waiting thread ends.
 
 
+def test_compiled_programs_are_kept_for_the_next_start(small_run, images, tmp_path):
+    """A start removes cached programs without a digest, and would compile them again."""
+    command = [sys.executable, "-m", "mnist_jax.predict", str(small_run.workdir), str(images[0])]
+    environment = {**os.environ, **small_run.environment, "XDG_CACHE_HOME": str(tmp_path)}
+    assert subprocess.run(command, env=environment, capture_output=True).returncode == 0
+    cache = tmp_path / "mnist_jax"
+    programs = {path.name for path in cache.glob("*-cache")}
+    assert programs
+    assert programs == {path.name.removesuffix(".sha256") for path in cache.glob("*.sha256")}
+
+
 def test_missing_images_or_run_are_usage_errors(small_run, images, tmp_path, capfd):
     assert run(small_run.workdir, capfd=capfd)[0] == 2
     code, _, err = run(tmp_path, images[0], capfd=capfd)
