@@ -339,7 +339,7 @@ def save(config: Config, path: Path) -> None:
     write_whole(path, (json.dumps(config.to_json(), indent=2) + "\n").encode())
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes | bytearray) -> None:
     """Write or replace a file, atomically and durably.
 
     Raises:

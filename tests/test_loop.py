@@ -1,5 +1,6 @@
 """The loop in this process, where parts of it can be made to fail."""
 
+import io
 import json
 import os
 import pathlib
@@ -324,11 +325,18 @@ class LimitedFile:
     def write(self, data):
         if self.disk["room"] is None:
             return self.file.write(data)
-        if data and not self.disk["room"]:
+        is_short = self.disk["room"] < len(data)
+        if (data and not self.disk["room"]) or (is_short and isinstance(self.file, io.BufferedIOBase)):
             raise OSError(28, "No space left on device")
         written = self.file.write(data[: self.disk["room"]])
         self.disk["room"] -= written
         return written
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
 
     def __getattr__(self, name):
         return getattr(self.file, name)

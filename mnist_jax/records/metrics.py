@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mnist_jax.config import write_whole
+
 MAX_TAIL_BYTES = 2**20  # of an event log that a start reads: a long one must not delay a signal
 
 
@@ -150,21 +152,11 @@ class MetricWriter:
         return path
 
     def _replace_file(self) -> None:
-        """Write all lines to a new file, fsync it, and rename it to `metrics.jsonl`."""
-        partial = self._path.with_name(f"{self._path.name}.partial")
-        partial.unlink(missing_ok=True)
-        file = partial.open("xb", buffering=0)
-        try:
-            if file.write(self._content) != len(self._content):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(file.fileno())
-            partial.replace(self._path)
-        except OSError:
-            file.close()
-            raise
+        """Replace the file by a new one with all lines."""
+        write_whole(self._path, self._content)
         if self._file is not None:
             self._file.close()
-        self._file = file
+        self._file = self._path.open("ab", buffering=0)
 
     def _write_scalars(self) -> None:
         # These imports take 0.1 s. The first step does not wait for them.
