@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from mnist_jax import config as configs
@@ -30,6 +30,9 @@ from mnist_jax.runtime.lock import LockHeldError, exclusive_lock
 from mnist_jax.runtime.multihost import ProcessGroup, initialize
 from mnist_jax.training import data
 
+if TYPE_CHECKING:
+    from mnist_jax.checkpoint.remote import RemoteStore
+
 RUNS = Path("runs")
 # Errors that may not come again: the same command may succeed later.
 TRANSIENT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC, errno.EDQUOT, errno.EIO)
@@ -38,8 +41,8 @@ TRANSIENT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSP
 def main(args: Sequence[str]) -> int:
     """Start or resume a run, and return the exit code.
 
-    It is 0 if the run is finished, `--preempted-exit-code` if it is stopped and saved, 128+n after a second signal n,
-    or another `cli.ExitCode`.
+    It is 0 if the run is finished, `--preempted-exit-code` if it is stopped and saved, or another `cli.ExitCode`. A
+    second signal n ends the process with 128+n; then this does not return.
     """
     repair_standard_streams()
     asked = configs.parse(args, Config())  # The defaults of a preset depend on the dataset, see `find_run`.
@@ -58,6 +61,7 @@ def start_or_resume(args: Sequence[str], asked: Config, stop: StopSignal) -> int
                 count=asked.num_processes,
                 index=asked.process_id,
                 timeout_s=asked.peer_timeout_s,
+                notify=print_stderr,
             )
             config = workdir = loading = None
             if group.is_primary:
@@ -88,7 +92,7 @@ def run(
     """Train as `loop.run` does, report an error, and return the exit code.
 
     Raises:
-        StoppedError: a signal came before the run directory is open.
+        StoppedError: a signal came before the run directory was open.
     """
     group = group or ProcessGroup(stop)
     try:
@@ -142,16 +146,18 @@ def find_run(args: Sequence[str], asked: Config, stop: StopSignal, locks: contex
         StoppedError: a signal came while this process waited for the network or for another process.
     """
     check_current_directory()
-    dataset = None
     workdir = None if asked.fresh else find_workdir(asked)
+    copied = stop.run(partial(read_remote_config, asked)) if asked.mirror else None
+    dataset = copied.dataset if copied else None
     if workdir is None:
-        dataset = resolve_dataset(asked, stop)
+        dataset = dataset or resolve_dataset(asked, stop)
         workdir = asked.workdir or RUNS / dataset
     lock_workdir(workdir, asked, stop, locks)
 
     if asked.mirror:
         check_is_elsewhere(asked.mirror, workdir)
-        stop.run(partial(download_newer, args, asked, workdir))
+    if copied:
+        stop.run(partial(download_newer, copied, args, asked, workdir))
     if asked.fresh and configs.holds_a_run(workdir):
         workdir = move_aside(workdir)
         lock_workdir(workdir, asked, stop, locks)  # This is a new directory; the old one stays locked as well.
@@ -215,31 +221,45 @@ def lock_workdir(workdir: Path, asked: Config, stop: StopSignal, locks: contextl
         raise ConfigError(f"{workdir} cannot hold a run ({error}); choose another --workdir") from error
 
 
-def download_newer(args: Sequence[str], asked: Config, workdir: Path) -> None:
-    """Download what the remote copy has that is newer than the run directory; all of it if the directory is empty.
+def read_remote_config(asked: Config) -> Config | None:
+    """Return the config of the run in the remote copy, None if the copy holds no checkpoint.
 
     Raises:
-        ConfigError: --mirror names no object store, or the copy of another run.
+        ConfigError: --mirror names no object store, or what it holds cannot be resumed.
         RemoteError: the object store does not answer.
     """
-    from mnist_jax.checkpoint.remote import RemoteStore  # It imports TensorStore, which only --mirror needs.
-
-    url = str(asked.mirror)
-    try:
-        remote = RemoteStore(url)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    url, remote = str(asked.mirror), open_remote(asked)
     if remote.newest_step() is None:
-        return
+        return None
     if asked.fresh:
         raise ConfigError(f"{url} holds the copy of a run; with --fresh use another --mirror, or empty it")
     content = remote.read("config.json", configs.MAX_CONFIG_BYTES)
     if content is None:
         raise ConfigError(f"{url} holds checkpoints of a run without its config.json; use another --mirror")
-    copied, path = configs.from_bytes(content, f"{url}/config.json"), workdir / "config.json"
+    return configs.from_bytes(content, f"{url}/config.json")
+
+
+def open_remote(asked: Config) -> "RemoteStore":
+    """Return the object store that --mirror names."""
+    from mnist_jax.checkpoint.remote import RemoteStore  # It imports TensorStore, which only --mirror needs.
+
+    try:
+        return RemoteStore(str(asked.mirror))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def download_newer(copied: Config, args: Sequence[str], asked: Config, workdir: Path) -> None:
+    """Download what the remote copy has that is newer than the run directory; all of it if the directory is empty.
+
+    Raises:
+        ConfigError: it is the copy of another run.
+        RemoteError: the object store does not answer.
+    """
+    url, path = asked.mirror, workdir / "config.json"
     if any(configs.contradictions(copied, apply_flags(args, configs.load(path) if path.exists() else copied))):
         raise ConfigError(f"{url} holds the copy of a run with other settings; use another --mirror")
-    downloaded = remote.download(workdir, files=configs.RECORDS)
+    downloaded = open_remote(asked).download(workdir, files=configs.RECORDS)
     for step, reason in downloaded.refused.items():
         print_stderr(f"warning: the remote copy of step {step} in {url} is not used: {reason}")
     if downloaded.steps:

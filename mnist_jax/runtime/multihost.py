@@ -1,23 +1,26 @@
-"""The process group of a run: initialization, messages before and after training, and shutdown.
+"""The process group of a run: initialization, messages before and after training, heartbeats, shutdown.
 
 A launcher, usually a scheduler, gives each process its index and the number of processes. Messages go through the
-key-value store of JAX's coordination service, which process 0 serves. Training needs no messages; see `agreement.py`.
+key-value store of JAX's coordination service, which process 0 serves. Training sends only heartbeats; its requests are
+in `agreement.py`.
 
 This file needs only `preemption.py`.
 """
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import math
 import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from typing import Any
 
-from mnist_jax.runtime.preemption import StoppedError, StopSignal
+from mnist_jax.runtime.preemption import StoppedError, StopSignal, start_in_thread
 
 # Environment variables of launchers: the number of processes, and the index of this one.
 LAUNCHERS = {
@@ -28,7 +31,9 @@ LAUNCHERS = {
 CLUSTER_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES")
 
 POLL_S = 0.1
+CONNECT_TIMEOUT_S, CONNECT_NOTICE_S = 300, 5
 SHUTDOWN_TIMEOUT_S = 10.0
+EXIT_TIMEOUT_S = 5.0  # from the discovery of a lost process to the exit of this one
 
 
 class ProcessLostError(Exception):
@@ -59,7 +64,13 @@ def _launcher() -> str | None:
 
 
 def initialize(
-    stop: StopSignal, coordinator: str | None, *, count: int | None, index: int | None, timeout_s: float
+    stop: StopSignal,
+    coordinator: str | None,
+    *,
+    count: int | None,
+    index: int | None,
+    timeout_s: float,
+    notify: Callable[[str], None],
 ) -> "ProcessGroup":
     """Return the process group when all processes are connected, or this process alone.
 
@@ -69,10 +80,11 @@ def initialize(
         count: number of processes; None if a scheduler knows it.
         index: index of this process; None if a scheduler knows it.
         timeout_s: a process that is silent for this long is lost.
+        notify: receives a line if the other processes are late.
 
     Raises:
         ProcessGroupError: the address is wrong or unknown.
-        ProcessLostError: not all processes connected.
+        ProcessLostError: not all processes connected within `CONNECT_TIMEOUT_S`.
         StoppedError: a signal was received.
     """
     if count == 1 or not (coordinator or may_be_distributed()):
@@ -83,7 +95,9 @@ def initialize(
     # Processes connect directly. Through a web proxy they would hang.
     os.environ.setdefault("grpc_proxy", "")
     jax.config.update("jax_check_proxy_envs", False)
-    options: dict[str, Any] = {"heartbeat_timeout_seconds": math.ceil(timeout_s)}
+    # JAX's own heartbeats end a process with SIGABRT. They are the last resort, after those of `ProcessGroup`.
+    options: dict[str, Any] = {"heartbeat_timeout_seconds": math.ceil(timeout_s + 2 * EXIT_TIMEOUT_S)}
+    options["initialization_timeout"] = CONNECT_TIMEOUT_S + 60  # It would end this process with SIGABRT as well.
     if coordinator:
         options["cluster_detection_method"] = "deactivate"
         if coordinator.startswith(("127.", "localhost:", "[::1]:")):
@@ -91,7 +105,8 @@ def initialize(
         if index == 0:
             _check_port_is_free(options.get("coordinator_bind_address"), coordinator)
     try:
-        stop.run(lambda: jax.distributed.initialize(coordinator, count, index, **options))
+        connecting = start_in_thread(lambda: jax.distributed.initialize(coordinator, count, index, **options))
+        _wait_until_connected(connecting, stop, count=count, notify=notify)
     except ValueError as error:
         if coordinator is None:
             _check_no_launcher()
@@ -100,6 +115,31 @@ def initialize(
     except RuntimeError as error:
         raise ProcessLostError(f"the processes did not connect: {_first_line(error)}") from error
     return ProcessGroup(stop, timeout_s)
+
+
+def _wait_until_connected(
+    connecting: "Future[None]", stop: StopSignal, *, count: int | None, notify: Callable[[str], None]
+) -> None:
+    """Wait until all processes are connected; JAX does not tell how many are.
+
+    In an interactive shell of several tasks, such as that of `srun --pty`, the others never come.
+    """
+    began_s, is_notified = time.monotonic(), False
+    launcher = _launcher()
+    expected = f"{launcher}={os.environ[launcher]}" if launcher and count is None else f"--num-processes {count}"
+    alone = "if this process is to train alone, add --num-processes 1"
+    while not wait([connecting], timeout=POLL_S).done:
+        stop.check()
+        waited_s = time.monotonic() - began_s
+        if waited_s > CONNECT_TIMEOUT_S:
+            raise ProcessLostError(
+                f"not all processes ({expected}) connected within {CONNECT_TIMEOUT_S} s; start all of them, or {alone}"
+            )
+        if waited_s > CONNECT_NOTICE_S and not is_notified:
+            is_notified = True
+            left_s = CONNECT_TIMEOUT_S - waited_s
+            notify(f"waiting for the other processes ({expected}), {left_s:.0f} s at most; {alone}")
+    connecting.result()
 
 
 def _check_no_launcher() -> None:
@@ -138,6 +178,7 @@ class ProcessGroup:
         gather/<n>/<index>   a value for process 0
         signal/<index>       a signal that a process received before training
         exit/<index>         why a process exits: a signal, or an error with its exit code
+        alive/<index>        a counter that a process increments, its heartbeat
     """
 
     def __init__(self, stop: StopSignal, timeout_s: float | None = None) -> None:
@@ -147,13 +188,15 @@ class ProcessGroup:
         self.index, self.count = 0, 1
         self._broadcasts = 0
         self._is_training = self._is_broken = self._has_failed = False
+        self._has_ended = threading.Event()
         if not self.is_alone:
             # JAX has no public API for its key-value store.
             from jax._src.distributed import global_state
 
             self.index, self.count = global_state.process_id, global_state.num_processes
             self._store: Any = global_state.client
-            threading.Thread(target=self._exchange_signals, daemon=True, name="exchange signals").start()
+            for work in (self._exchange_signals, self._exchange_heartbeats):
+                threading.Thread(target=work, daemon=True, name=work.__name__).start()
 
     @property
     def is_primary(self) -> bool:
@@ -204,7 +247,7 @@ class ProcessGroup:
         self._is_training = True
 
     def report_failure(self, error: Exception, code: int) -> None:
-        """Report to the other processes, before or after training, why this one exits. They exit with the same code.
+        """Report to the other processes why this one exits. They exit with the same code.
 
         By that code a scheduler decides whether to restart them.
         """
@@ -234,6 +277,7 @@ class ProcessGroup:
             return
         import jax
 
+        self._has_ended.set()
         shutdown = threading.Thread(target=jax.distributed.shutdown, daemon=True, name="shutdown")
         shutdown.start()
         shutdown.join(SHUTDOWN_TIMEOUT_S)
@@ -245,6 +289,8 @@ class ProcessGroup:
         while True:
             if not ignore_signals:
                 self._stop.check()
+            elif self._stop.error is not None:
+                raise self._stop.error
             try:
                 # Python runs no signal handler during this wait, so it is short.
                 return json.loads(self._store.blocking_key_value_get(key, int(1000 * POLL_S)))
@@ -267,6 +313,30 @@ class ProcessGroup:
                 for number in self._get_all("signal/").values():
                     self._stop.record_signal(number)
                 time.sleep(POLL_S)
+
+    def _exchange_heartbeats(self) -> None:
+        """Abort this process if another one is silent.
+
+        JAX's own service would end it with SIGABRT and a C++ stack, so JAX's timeout is longer. The thread that trains
+        may be in a computation that waits for the other process for ever, so it cannot be asked to exit.
+        """
+        beats, changed_s = dict[str, Any](), [time.monotonic()] * self.count
+        try:
+            for count in itertools.count():
+                self._put(f"alive/{self.index}", count)
+                before, beats, now_s = beats, self._get_all("alive/"), time.monotonic()
+                for index in map(str, range(self.count)):
+                    if beats.get(index) != before.get(index):
+                        changed_s[int(index)] = now_s
+                    elif now_s - changed_s[int(index)] > self.timeout_s:
+                        raise self._lost(f"process {index} is lost: no heartbeat for {self.timeout_s:.0f} s")
+                if self._has_ended.wait(self.timeout_s / 5):
+                    return
+        except ProcessLostError as error:
+            self._stop.error = error
+            if not self._has_ended.wait(EXIT_TIMEOUT_S):
+                os.write(2, f"error: process {self.index} of {self.count}: {error}\n".encode())
+                os._exit(error.exit_code)
 
     def _send_signal(self) -> None:
         self._put(f"signal/{self.index}", self._stop.received)

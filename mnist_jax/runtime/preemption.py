@@ -65,6 +65,7 @@ class StopSignal:
             exit_at_second: whether a second stop signal ends the process; False in a notebook.
         """
         self.received: signal.Signals | None = None  # the first stop signal
+        self.error: Exception | None = None  # set by any thread: what `check` and `run` raise instead of StoppedError
         self._first_s: float | None = None  # when this process caught its first one
         self._caught: set[int] = set()
         self._exit_at_second = exit_at_second
@@ -103,7 +104,7 @@ class StopSignal:
         self._save_requested = True
 
     def record_signal(self, number: int) -> None:
-        """Record a stop signal that another process caught. It does not count as the first one of this process."""
+        """Record a stop signal, also of another process. Alone it does not count as the first one of this process."""
         if self.received is None:
             self.received = signal.Signals(number)
 
@@ -112,7 +113,9 @@ class StopSignal:
         self.record_signal(signal.SIGTERM)
 
     def check(self) -> None:
-        """Raise `StoppedError` if a stop signal was received."""
+        """Raise `error` if it is set, and `StoppedError` if a stop signal was received."""
+        if self.error is not None:
+            raise self.error
         if self.received is not None:
             raise StoppedError
 
