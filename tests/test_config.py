@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -392,6 +393,40 @@ def test_auto_becomes_the_dataset_that_there_is(here: Path, monkeypatch: pytest.
     config, workdir = find_run("--fresh")  # There is nothing to move aside.
     assert (config.dataset, workdir, config.epochs) == ("digits", Path("runs/digits"), 15)
     assert contents(here).keys() == {Path("runs/digits/lock")}
+
+
+@pytest.mark.parametrize("flags", [(), ("--workdir", "one")])
+def test_remote_copy_says_what_a_lost_run_was(flags: tuple[str, ...], here: Path) -> None:
+    """No other dataset is announced, and no network is asked for it."""
+    manifest = here / "copy" / "checkpoints" / "20" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text('{"files": {}}')
+    configs.save(Config.of_preset("fast", "cnn", "kmnist"), here / "copy" / "config.json")
+    config, workdir = find_run("--mirror", f"file://{here}/copy", *flags)
+    assert config.dataset == "kmnist"
+    assert workdir == Path("one" if flags else "runs/kmnist")
+    assert (workdir / "checkpoints" / "20").is_dir()
+
+
+def test_byte_order_mark_of_an_editor_is_accepted(here: Path) -> None:
+    run = make_run("one", Config(dataset="digits", seed=5))
+    Path("one/config.json").write_bytes(b"\xef\xbb\xbf" + Path("one/config.json").read_bytes())
+    assert find_run("--workdir", "one")[0] == dataclasses.replace(run, workdir=Path("one"))
+
+
+def test_fresh_start_on_a_mount_point_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run("one", Config(dataset="digits"))
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path.name == "one":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(ConfigError, match="--workdir"):
+        find_run("--workdir", "one", "--fresh", "--dataset", "digits")
+    assert (here / "one" / "config.json").exists()
 
 
 def test_the_settings_of_the_run_are_the_defaults(here: Path) -> None:

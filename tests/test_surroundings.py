@@ -1,15 +1,17 @@
 """A training in the surroundings of real machines: it works, or it is refused with one line that names the cause."""
 
+import ctypes
 import os
 import pwd
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
 import pytest
-from runs import Run
+from runs import Run, end, stop
 
 from mnist_jax.config import ConfigError
 from mnist_jax.training import compatibility, data
@@ -103,6 +105,29 @@ def test_rough_surroundings(environment, tmp_path):
     assert "are missing here" in missing
     assert last.startswith("stopped step=")
     assert run.events("exit")[-1]["outcome"] == "stopped"
+
+
+def test_signals_to_threads_are_harmless_and_an_escalation_loses_one_interval(new_run):
+    """Signals to threads of jaxlib corrupt its memory. A notebook's or an editor's stop button escalates to SIGKILL."""
+    flags = ("--dataset", "digits", "--steps", "1000000", "--log-every-steps", "1", "--checkpoint-every-steps", "20")
+    run = new_run()
+    process = run.start(*flags)
+    assert run.wait_for(lambda: len(run.events("save")) > 1, process)
+    threads = [int(task.name) for task in Path(f"/proc/{process.pid}/task").iterdir()]
+    for thread in threads:
+        if thread != process.pid:
+            ctypes.CDLL(None).tgkill(process.pid, thread, signal.SIGTERM)
+    before = run.lines()
+    assert run.wait_for(lambda: run.lines() > before + 20, process)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGINT, signal.SIGKILL):
+        process.send_signal(number)
+        time.sleep(0.2)
+    end(process)
+    process = run.start(*flags)
+    assert run.wait_for(lambda: run.events("resume"), process)
+    assert stop(process, signal.SIGTERM).code == 0
+    [resume] = run.events("resume")
+    assert resume["lost_steps"] <= 40  # those of an interval, and those of a save in progress
 
 
 def test_deleted_current_directory_is_refused(tmp_path, environment):
