@@ -1,6 +1,7 @@
 """A campaign of fault injection: every fault must be survived, and no result may be silently wrong.
 
-`python tests/faults.py N` injects N bit flips, and the other faults in proportion, and prints a table with the columns
+`python tests/faults.py N` injects N bit flips, and the other faults in proportion. Words after N select the rows that
+contain one of them, such as `SIGKILL`. It prints a table with the columns
 
     injected             number of faults
     detected             reported, and a rerun resumed from the newest good checkpoint; or the run was refused
@@ -845,7 +846,9 @@ def main(args: list[str]) -> int:
     data = ("--data-dir", str(Path(folder).absolute())) if folder else ("--dataset", "digits")
     with tempfile.TemporaryDirectory(prefix="faults-") as root:
         campaign = prepare(Path(root), {"HOME": root, "XDG_CACHE_HOME": root}, data)
-        rows = [run_row(campaign, *row) for row in table(campaign, int(args[0]) if args else 1000).items()]
+        all_rows = table(campaign, int(args[0]) if args else 1000).items()
+        selected = [row for row in all_rows if not args[1:] or any(word in row[0] for word in args[1:])]
+        rows = [run_row(campaign, *row) for row in selected]
     print_table(rows)
     return 0 if all(row.is_good for row in rows) else 1
 
