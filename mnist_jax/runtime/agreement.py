@@ -1,8 +1,8 @@
 """Agreement of all processes of a run: at which call to stop or to save, and how many steps a call makes.
 
-Each process fills in a row of integers, its requests. With every call of train steps the processes also dispatch a
-small jitted sum of these requests, and read it with the result of the call, one call later. All processes read the same
-sum at the same point, so all decide alike. A single process dispatches no sum.
+Each process fills in a row of integers, its requests. With every training or evaluation call the processes also
+dispatch a small jitted sum of these requests, and read it with the result of the call, one call later. All processes
+read the same sum at the same point, so all decide the same. A single process dispatches no sum.
 
 This file needs only `preemption.py`.
 """
@@ -52,7 +52,7 @@ class Agreement:
 
     @property
     def should_stop(self) -> bool:
-        """Whether all processes stop now, because one of them received a signal or failed."""
+        """Whether all processes stop now, because one of them received a signal or a state is not finite."""
         return self._requests_stop if self._is_alone else self._agreed_stop
 
     def request_stop(self) -> None:
@@ -64,7 +64,7 @@ class Agreement:
         return self._own_stop or self._stop.received is not None
 
     def steps_per_call(self, proposed: int) -> int:
-        """Return the steps of the next call: as process 0 proposed, a few calls delayed if there are several."""
+        """Return the steps of the next call. With several processes, process 0 proposed them a few calls ago."""
         return proposed if self._is_alone else self._agreed_steps
 
     def request_save(self) -> None:
@@ -72,7 +72,7 @@ class Agreement:
         self._own_save = max(self._own_save, SAVE_REASONS.index("time"))
 
     def pop_save_request(self) -> str:
-        """Return why a process requested a save since the last call, "" if none did."""
+        """Return why a process requested a save since this method was last called, "" if none did."""
         if self._is_alone:
             self._agreed_save = self._pop_own_save()
         agreed, self._agreed_save = self._agreed_save, 0
@@ -100,7 +100,7 @@ class Agreement:
         return total
 
     def update(self, total: jax.Array | None) -> None:
-        """Read a sum of requests that is computed."""
+        """Read a sum of requests. Its computation has finished."""
         if total is None:
             return
         requests = np.asarray(total)

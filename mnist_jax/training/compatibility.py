@@ -45,7 +45,7 @@ def prepare_jax(cpu_threads: int | None) -> None:
     """Configure JAX so that a run continues with the same bits. Call it before JAX touches a device.
 
     Args:
-        cpu_threads: size of XLA's thread pool so far in the run, None if that does not matter.
+        cpu_threads: the size of XLA's thread pool that the run has used, None if that does not matter.
 
     Raises:
         ConfigError: an environment variable has a value with which the training does not work.

@@ -16,7 +16,9 @@ from mnist_jax.training.data import Dataset
 from mnist_jax.training.train_state import MetricSums, TrainState
 from mnist_jax.training.trainer import Trainer
 
-CALL_S = 0.06  # Target duration of a call. Two may be in flight, so a signal is acted on within twice that.
+# Target duration of a call. Two may be in flight, so a signal is acted on within twice that, or four times that with
+# several processes.
+CALL_S = 0.06
 
 
 class DivergedError(Exception):
@@ -67,7 +69,7 @@ class Dispatcher:
             best_accuracy: the highest test accuracy so far, None before the first evaluation.
         """
         self.trainer, self.config, self.state = trainer, trainer.config, state
-        self.step = int(state.step)  # number of updates made, including those in flight
+        self.step = int(state.step)  # number of updates dispatched
         self.queue = DispatchQueue(CALL_S)
         self.latest: tuple[int, MetricSums] | None = None  # the newest finished call: its last step and its sums
         self.agreement = Agreement(trainer.mesh, stop)
@@ -78,7 +80,7 @@ class Dispatcher:
 
     @property
     def is_over(self) -> bool:
-        """Whether all updates are made."""
+        """Whether all updates are dispatched."""
         return self.step >= self.trainer.total_steps
 
     @property
@@ -202,7 +204,7 @@ class Dispatcher:
         return [sums for sums, _ in finished]
 
     def block_until_ready(self) -> None:
-        """Wait for all calls. After this, the loss of another process cannot break this one.
+        """Wait for all calls. After this, the loss of another process breaks no update.
 
         Raises:
             ProcessLostError: another process is lost.

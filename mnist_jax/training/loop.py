@@ -38,7 +38,7 @@ def run(
         exit_code: maps an error to the exit code that is logged, and sent to the other processes.
 
     Raises:
-        StoppedError: a signal came before the run directory is open, so nothing is logged.
+        StoppedError: a signal came before the run directory was open, so nothing is logged.
         Exception: as `train_and_evaluate`, or RemoteError. It is logged, and the other processes are notified.
     """
     opened, is_lost = None, False

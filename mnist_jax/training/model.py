@@ -1,4 +1,4 @@
-"""The networks: a few convolutions each, in a form that is fast on CPUs or in the usual form.
+"""The networks: a few convolutions each, each in a form for CPUs and in the usual form.
 
 model = MODELS["cnn"]
 variables = model.init(key, images, train=False)
@@ -35,8 +35,8 @@ class Network(nn.Module):
         unpooled: numbers of the convolutions without pooling, from 1.
         padding: "SAME" pads with zeros, so that a convolution keeps height and width; "VALID" does not pad.
         hidden: width of the dense layer.
-        activation: of the hidden layers. It must not decrease, because it is applied after the pooling, to a quarter
-            of the values.
+        activation: of the hidden layers. It must be non-decreasing, because it is applied after the pooling, to a
+            quarter of the values.
         logits_activation: of the last layer.
         dropout: share of the hidden units dropped in training, in [0, 1); needs `rngs={"dropout": key}`.
         batch_norm: normalize before the hidden activations (S. Ioffe and C. Szegedy, 2015), by the batch in training

@@ -1,4 +1,4 @@
-"""The train state: everything that the next update depends on, and so everything that a checkpoint holds."""
+"""The train state: all that changes from update to update, and so all that a checkpoint holds."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ class MetricSums(struct.PyTreeNode):
 
 
 class TrainState(struct.PyTreeNode):
-    """The state of a training. Equal states continue with equal results."""
+    """The state of a training. With the same config, dataset, software and devices, equal states continue equally."""
 
     step: jax.Array  # [] int32, number of updates made
     params: Any

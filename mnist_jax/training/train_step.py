@@ -1,5 +1,6 @@
 """The mathematics of the training: pure functions of arrays, without files, clocks or signals."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -55,16 +56,8 @@ def train_steps(
     """
     devices = len(batch_sharding.device_set)
 
-    def mean_loss(
-        params: Any, batch_stats: Any, images: jax.Array, labels: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, tuple[jax.Array, Any]]:
-        variables = {"params": params, "batch_stats": batch_stats}
-        logits, changed = model.apply(variables, images, train=True, rngs={"dropout": key}, mutable=["batch_stats"])
-        targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), config.label_smoothing)
-        return optax.softmax_cross_entropy(logits, targets).mean(), (logits, changed["batch_stats"])
-
     def update(_: jax.Array, carried: tuple[TrainState, jax.Array]) -> tuple[TrainState, jax.Array]:
-        """Make one update. Its images and random numbers depend on `state.rng` and `state.step` only."""
+        """Make one update: images by `data.order` and the step, random numbers by `state.rng` and the step."""
         state, correct = carried
         first = state.step % (data.order.size // config.batch_size) * config.batch_size
         rows = jax.lax.dynamic_slice_in_dim(data.order, first, config.batch_size)
@@ -73,7 +66,7 @@ def train_steps(
         dropout_key, augment_key = jax.random.split(jax.random.fold_in(state.rng, state.step))
         amounts = {"shift_px": config.shift_px, "rotation_deg": config.rotation_deg, "zoom": config.zoom}
         images = augment(data.images[rows], augment_key, **amounts)
-        gradient = jax.value_and_grad(mean_loss, has_aux=True)
+        gradient = jax.value_and_grad(partial(_mean_loss, model, config.label_smoothing), has_aux=True)
         (loss, (logits, batch_stats)), gradients = gradient(
             state.params, state.batch_stats, images, labels, dropout_key
         )
@@ -95,6 +88,22 @@ def train_steps(
     state, correct = jax.lax.fori_loop(0, n, update, (state, none))
     state = state.replace(metrics=state.metrics.replace(correct=state.metrics.correct + jnp.sum(correct)))
     return state, state.metrics
+
+
+def _mean_loss(
+    model: Network,
+    label_smoothing: float,
+    params: Any,
+    batch_stats: Any,
+    images: jax.Array,
+    labels: jax.Array,
+    dropout_key: jax.Array,
+) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+    """Return the mean cross-entropy of a batch, [] float32, and with it the logits and the new batch statistics."""
+    variables, rngs = {"params": params, "batch_stats": batch_stats}, {"dropout": dropout_key}
+    logits, changed = model.apply(variables, images, train=True, rngs=rngs, mutable=["batch_stats"])
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
+    return optax.softmax_cross_entropy(logits, targets).mean(), (logits, changed["batch_stats"])
 
 
 def _count(correct: jax.Array, devices: int) -> jax.Array:
