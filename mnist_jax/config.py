@@ -328,7 +328,8 @@ def cli(kind: type[T], command: str, args: Sequence[str], **options: Any) -> T:
         raise
     finally:
         if text := help_text.getvalue():
-            print(f"{_shorten_usage(text)}The flag --version prints the version.")
+            also = "WORKDIR may also be given as --workdir DIR. " if _has_workdir_first(kind) else ""
+            print(f"{_shorten_usage(text)}{also}The flag --version prints the version.")
 
 
 def version() -> str:
@@ -361,7 +362,7 @@ def _shorten_usage(text: str) -> str:
 
 def _workdir_first(kind: Any, args: Sequence[str]) -> Sequence[str]:
     """Return the arguments with `--workdir DIR` as the first positional argument, where `kind` has it as one."""
-    if not any(field.name == "workdir" and field.default is dataclasses.MISSING for field in dataclasses.fields(kind)):
+    if not _has_workdir_first(kind):
         return args
     for index, word in enumerate(args):
         if word.startswith("--workdir="):
@@ -369,6 +370,11 @@ def _workdir_first(kind: Any, args: Sequence[str]) -> Sequence[str]:
         if word == "--workdir" and index + 1 < len(args):
             return [args[index + 1], *args[:index], *args[index + 2 :]]
     return args
+
+
+def _has_workdir_first(kind: Any) -> bool:
+    """Return whether the run directory is a positional argument of a command."""
+    return any(field.name == "workdir" and field.default is dataclasses.MISSING for field in dataclasses.fields(kind))
 
 
 def mistyped_values(kind: type, args: Sequence[str]) -> list[tuple[str, str, str]]:

@@ -6,11 +6,14 @@ import sys
 from functools import partial
 
 import jax
+import jax.export
 import numpy as np
 import pytest
 from numpy.lib.stride_tricks import sliding_window_view
 
 from mnist_jax import export
+from mnist_jax.inference import classifier
+from mnist_jax.runtime.preemption import StopSignal
 from mnist_jax.training import data
 from mnist_jax.training.model import MODELS
 
@@ -109,6 +112,59 @@ def test_file_holds_the_classifier_of_the_run(small_run, tmp_path):
     assert (metadata["step"], metadata["model"], metadata["dataset"]) == ("40", "cnn", "digits")
     assert json.loads(metadata["class_names"]) == list("0123456789")
     assert [path.name for path in tmp_path.iterdir()] == ["weights.safetensors"]
+
+
+# A process that has JAX, and cannot import this package.
+CALLER = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        assert name.split(".")[0] != "mnist_jax", name
+sys.meta_path.insert(0, Refuse())
+import numpy as np
+from jax import export
+program, images, logits = sys.argv[1:]
+exported = export.deserialize(bytearray(open(program, "rb").read()))
+assert set(exported.platforms) == {"cpu", "cuda", "tpu"}
+images = np.load(images)
+np.savez(logits, *(exported.call(images[:size]) for size in (1, 7, len(images))))
+assert "mnist_jax" not in sys.modules
+"""
+# XLA compiles another program for each batch size, and the evaluation has compiler options of its own.
+LOGITS_TOLERANCE = 1e-4
+
+
+def test_program_computes_the_logits_of_the_evaluation_for_any_batch_size(trained_run, mnist_dir, tmp_path):
+    dataset = data.load("mnist", mnist_dir, notify=print)
+    with StopSignal() as stop:
+        expected = classifier.load(trained_run.workdir, on_cpu=False).evaluate(dataset, stop)
+    program, images, logits = (tmp_path / name for name in ("program.stablehlo", "images.npy", "logits.npz"))
+    assert export.main([str(trained_run.workdir), str(program)]) == 0
+    np.save(images, dataset.test_images)
+    caller = [sys.executable, "-I", "-c", CALLER, program, images, logits]
+    ended = subprocess.run(caller, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    found = [*np.load(logits).values()]
+    assert [values.shape for values in found] == [(1, 10), (7, 10), (10_000, 10)]
+    for values in found:
+        np.testing.assert_allclose(values, expected.logits[: len(values)], rtol=0, atol=LOGITS_TOLERANCE)
+    assert np.mean(found[-1].argmax(axis=1) == dataset.test_labels) == expected.accuracy
+
+
+@pytest.mark.parametrize("name", ["cnn-large", "original-power"])  # with batch statistics; with other activations
+def test_program_of_other_models_has_a_free_batch_size(name):
+    model, images = MODELS[name], data.load("digits", notify=print).test_images[:3]
+    variables = {"batch_stats": {}, **jax.jit(partial(model.init, train=False))(jax.random.key(0), images)}
+    program = jax.export.deserialize(bytearray(export.serialize(variables, name)))
+    expected = jax.jit(partial(model.apply, train=False))(variables, images)
+    np.testing.assert_allclose(program.call(images), expected, rtol=0, atol=LOGITS_TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w", "w.safetensors.gz", "w.SAFETENSORS"])
+def test_unknown_suffix_is_refused(small_run, tmp_path, capfd, name):
+    assert export.main([str(small_run.workdir), str(tmp_path / name)]) == 2
+    assert all(word in capfd.readouterr().err for word in (name, ".safetensors", ".stablehlo"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_existing_file_stays(small_run, tmp_path, capfd):

@@ -209,9 +209,11 @@ def check_length(step: int, config: Config, train_size: int) -> None:
     """
     total_steps = config.total_steps(train_size)
     if step > total_steps:
-        asked = f"steps={total_steps} is" if config.steps is not None else f"epochs={config.epochs} makes {total_steps}"
+        makes = "is" if config.steps is not None else f"makes {total_steps} steps,"
+        asked = f"steps={config.steps}" if config.steps is not None else f"epochs={config.epochs}"
         raise ConfigError(
-            f"{asked} below the {step} updates that the run has made; use --steps {step} or more, or another --workdir"
+            f"{asked} {makes} below the {step} steps that the run has made; use --steps {step} or more, or another "
+            "--workdir"
         )
 
 
