@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from runs import Run, act_at
+from several import start as start_several
 from tampering import read_metadata
 
 import mnist_jax
 from mnist_jax import config as configs
 from mnist_jax import replay, train
 from mnist_jax.checkpoint.checkpoint import Checkpoint
+from mnist_jax.checkpoint.integrity import host_leaves
 from mnist_jax.config import Config, ConfigError
 from mnist_jax.training import setup
 from mnist_jax.training.data import load
@@ -39,22 +41,15 @@ def result(workdir: Path) -> tuple[str, bytes]:
 
 
 def weights(workdir: Path, step: int) -> dict[str, str]:
-    """Return the digests of params and batch statistics in a checkpoint, by leaf, without that of their name."""
-    rows = leaves(workdir, step)
-    return {name: values.tobytes().hex() for name, values in rows.items() if name.startswith(("params.", "batch_st"))}
+    """Return the SHA-256 of params and batch statistics in a checkpoint, by leaf."""
+    table = Checkpoint(workdir / "checkpoints" / str(step)).manifest()["leaves"]
+    return {name: row["sha256"] for name, row in table.items() if name.startswith(("params.", "batch_stats."))}
 
 
 def leaves(workdir: Path, step: int) -> dict[str, np.ndarray]:
-    checkpoint = Checkpoint(workdir / "checkpoints" / str(step))
-    config = configs.from_json(checkpoint.metadata()["config"], workdir)
-    trainer = setup.make_trainer(config, load("digits", notify=print))
-    return setup_leaves(checkpoint.read(trainer.abstract_state)[0])
-
-
-def setup_leaves(state: object) -> dict[str, np.ndarray]:
-    from mnist_jax.checkpoint.integrity import host_leaves
-
-    return host_leaves(state)
+    """Return the state in a checkpoint, by leaf."""
+    trainer = setup.make_trainer(configs.load(workdir / "config.json"), load("digits", notify=print))
+    return host_leaves(Checkpoint(workdir / "checkpoints" / str(step)).read(trainer.abstract_state)[0])
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +113,7 @@ def test_stop_before_the_first_save_needs_the_parent_again(child, small_copy, tm
     assert result(run) == result(child)
 
 
-def test_best_and_latest_are_chosen_by_name(small_run):
+def test_best_and_latest_are_chosen_by_name():
     assert configs.split_init_from(Path("/a@b/run@best")) == (Path("/a@b/run"), "best")
     assert configs.split_init_from(Path("runs/x@702")) == (Path("runs/x"), 702)
     for plain in ("runs/x", "runs/x@y", "@best", "runs@x/y"):
@@ -194,3 +189,11 @@ def test_replay_needs_the_saved_step_0(child, tmp_path, capsys):
     assert replay.main([str(run), "--from", "0", "--to", "20"]) == 2
     assert "init_from" in capsys.readouterr().err
     assert replay.main([str(run), "--from", "10", "--to", "20"]) == 0
+
+
+def test_several_processes_begin_with_the_same_weights(small_run, new_run):
+    run = new_run()
+    ended = start_several(run, 2, *FLAGS, "--steps", "10", "--init-from", f"{small_run.workdir}@20").end()
+    assert [one.code for one in ended] == [0, 0], "".join(one.err for one in ended)
+    assert weights(run.workdir, 0) == weights(small_run.workdir, 20)
+    assert run.steps() == [0, 10]
