@@ -328,7 +328,7 @@ def cli(kind: type[T], command: str, args: Sequence[str], **options: Any) -> T:
         raise
     finally:
         if text := help_text.getvalue():
-            also = "WORKDIR may also be given as --workdir DIR. " if _has_workdir_first(kind) else ""
+            also = "WORKDIR may also be given as --workdir DIR.\n" if _has_workdir_first(kind) else ""
             print(f"{_shorten_usage(text)}{also}The flag --version prints the version.")
 
 
