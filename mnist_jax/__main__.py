@@ -1,9 +1,11 @@
 """The command `python -m mnist_jax`: list the commands, or run one by its name."""
 
+import difflib
 import importlib
 import sys
 from collections.abc import Sequence
 
+import mnist_jax
 from mnist_jax.console import exit_process
 
 COMMANDS = {
@@ -13,7 +15,7 @@ COMMANDS = {
     "predict": "Predict the digits in PNG or JPEG images.",
     "demo": "Serve a local page to draw digits on.",
     "report": "Write a run's report as one HTML page.",
-    "export": "Write a run's weights as safetensors.",
+    "export": "Write a run's weights as safetensors, or its program as StableHLO.",
     "replay": "Recompute the steps between two checkpoints, and compare the states.",
 }
 
@@ -25,11 +27,13 @@ def run(args: Sequence[str]) -> int:
         package = ".__main__" if name in ("demo", "report") else ""
         return int(importlib.import_module(f"mnist_jax.{name}{package}").main(rest))
     lines = [f"  {command:9} {about}" for command, about in COMMANDS.items()]
-    listing = "\n".join(["usage: python -m mnist_jax COMMAND ...", "", *lines, "", "COMMAND --help lists its flags."])
-    if name in ("-h", "--help"):
-        print(listing)
+    end = "COMMAND --help lists its flags; --version prints the version."
+    listing = "\n".join(["usage: python -m mnist_jax COMMAND ...", "", *lines, "", end])
+    if name in ("-h", "--help", "--version"):
+        print(f"mnist_jax {mnist_jax.__version__}" if name == "--version" else listing)
         return 0
-    print(f"error: there is no command {name}\n\n{listing}", file=sys.stderr)
+    near = "".join(f"; did you mean {command}?" for command in difflib.get_close_matches(name, COMMANDS, n=1))
+    print(f"error: there is no command {name}{near}\n\n{listing}", file=sys.stderr)
     return 2
 
 

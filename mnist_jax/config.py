@@ -5,7 +5,10 @@ Imports no JAX, so that `--help` and usage errors come at once.
 
 import contextlib
 import dataclasses
+import difflib
 import inspect
+import io
+import itertools
 import json
 import math
 import os
@@ -18,6 +21,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
+
+import mnist_jax
 
 T = TypeVar("T")
 DatasetName = Literal["auto", "mnist", "fashion_mnist", "kmnist", "digits"]
@@ -103,6 +108,8 @@ class Config:
     """Set of defaults. fast: 99 % in seconds. accurate: 99.6 % in minutes. original: like the TensorFlow 1 script."""
     model: Annotated[ModelName, _choice(ModelName, _by_preset("model"))] = "cnn"
     """Network to train."""
+    init_from: Annotated[Path | None, _flag("RUN[@best|@STEP]", "random weights")] = None
+    """Run directory whose weights a new run starts from: those of the latest checkpoint, the best, or one of a step."""
     epochs: Annotated[float, _flag("EPOCHS", _by_preset("epochs"))] = 1.5
     """Length of the training in passes over the images. On the built-in digits the default is ten times higher."""
     steps: Annotated[int | None, _flag("STEPS", "computed from --epochs")] = None
@@ -264,14 +271,17 @@ _RANGES: tuple[tuple[float, float, str, tuple[str, ...]], ...] = (
 # What a run computes. The dataset and the length are compared apart.
 MATHEMATICS = (
     *("preset", "model", "batch_size", "learning_rate", "adam_b1", "adam_b2", "label_smoothing"),
-    *("shift_px", "rotation_deg", "zoom", "average_decay", "seed"),
+    *("shift_px", "rotation_deg", "zoom", "average_decay", "seed", "init_from"),
 )
+# Fields that runs of older versions lack, each with the value that means what those versions did.
+_ADDED_FIELDS = {"init_from": None}
 # Settings of a single start.
 _NOT_OF_THE_RUN = (
     *("workdir", "lock_wait_s", "fresh", "mirror"),
     *("coordinator", "num_processes", "process_id", "peer_timeout_s"),
 )
 MAX_CONFIG_BYTES = 2**20
+MAX_USAGE = 80
 RECORDS = ("config.json", "metrics.jsonl", "events.jsonl")  # A checkpoint is useless without them.
 _FILES = (*RECORDS, "config.json.partial", "lock")
 _DIRECTORIES = ("checkpoints", "checkpoints/quarantine", "tensorboard")
@@ -297,12 +307,109 @@ def parse(args: Sequence[str], default: Config | None = None) -> Config:
 def cli(kind: type[T], command: str, args: Sequence[str], **options: Any) -> T:
     """Parse the arguments of a command. Messages have colours on a terminal, unless `NO_COLOR` is set (no-color.org).
 
+    Where the run directory is an argument without a name, `--workdir DIR` is accepted in its place.
+
     Raises:
-        SystemExit: bad usage, after a message (code 2); or `--help` (code 0).
+        SystemExit: bad usage, after a message (code 2); or `--help` or `--version` (code 0).
     """
+    if "--version" in args:
+        print(version())
+        raise SystemExit(0)
     if os.environ.get("NO_COLOR"):
         tyro._experimental_options["ansi_codes"] = False  # There is no public option at run time.
-    return tyro.cli(kind, prog=f"python -m mnist_jax.{command}", args=args, **options)
+    has_help = not {"-h", "--help"}.isdisjoint(args)
+    help_text = _HelpText(sys.stdout)
+    try:
+        with contextlib.redirect_stdout(help_text) if has_help else contextlib.nullcontext():
+            return tyro.cli(kind, prog=f"python -m mnist_jax.{command}", args=_workdir_first(kind, args), **options)
+    except SystemExit as end:
+        for flag, value, choice in mistyped_values(kind, args) if end.code else ():
+            print(f"{flag} {value}: did you mean {choice}?", file=sys.stderr)
+        raise
+    finally:
+        if text := help_text.getvalue():
+            also = "WORKDIR may also be given as --workdir DIR.\n" if _has_workdir_first(kind) else ""
+            print(f"{_shorten_usage(text)}{also}The flag --version prints the version.")
+
+
+def version() -> str:
+    """Return the line that `--version` prints."""
+    return f"mnist_jax {mnist_jax.__version__}"
+
+
+class _HelpText(io.StringIO):
+    """Collects help with the characters and colours of the stream that will show it."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__()
+        self._stream = stream
+
+    @property
+    def encoding(self) -> Any:  # type: ignore[override]
+        return getattr(self._stream, "encoding", None)
+
+    def isatty(self) -> bool:
+        return self._stream is not None and bool(self._stream.isatty())
+
+
+def _shorten_usage(text: str) -> str:
+    """Return a help text whose first line, the usage, has at most `MAX_USAGE` characters; tyro does not wrap it."""
+    usage, rest = text.split("\n", 1)
+    if len(re.sub(r"\x1b\[[0-9;]*m", "", usage)) > MAX_USAGE:
+        usage = re.sub(r"( \[--[^\]]*\])+", " [OPTIONS]", usage)
+    return f"{usage}\n{rest}"
+
+
+def _workdir_first(kind: Any, args: Sequence[str]) -> Sequence[str]:
+    """Return the arguments with `--workdir DIR` as the first positional argument, where `kind` has it as one."""
+    if not _has_workdir_first(kind):
+        return args
+    for index, word in enumerate(args):
+        if word.startswith("--workdir="):
+            return [word.removeprefix("--workdir="), *args[:index], *args[index + 1 :]]
+        if word == "--workdir" and index + 1 < len(args):
+            return [args[index + 1], *args[:index], *args[index + 2 :]]
+    return args
+
+
+def _has_workdir_first(kind: Any) -> bool:
+    """Return whether the run directory is a positional argument of a command."""
+    return any(field.name == "workdir" and field.default is dataclasses.MISSING for field in dataclasses.fields(kind))
+
+
+def mistyped_values(kind: type, args: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Return the values in the arguments that nearly are one of the names that a flag takes: flag, value, name."""
+    words = [word for arg in args for word in (arg.split("=", 1) if arg.startswith("--") else [arg])]
+    found = []
+    for field, hint in typing.get_type_hints(kind).items():
+        flag, names = "--" + field.replace("_", "-"), _names(hint)
+        for value in (value for word, value in itertools.pairwise(words) if word == flag and value not in names):
+            found += [(flag, value, near) for near in difflib.get_close_matches(value, names, n=1)]
+    return found
+
+
+def _names(kind: Any) -> list[str]:
+    """Return the texts among the values of a type: those of its literals."""
+    if typing.get_origin(kind) is Literal:
+        return [name for name in typing.get_args(kind) if isinstance(name, str)]
+    return [name for option in typing.get_args(kind) for name in _names(option)]
+
+
+def split_init_from(init_from: Path) -> tuple[Path, WhichStep]:
+    """Return the run directory and the checkpoint that `init_from` names: RUN, RUN@latest, RUN@best or RUN@STEP."""
+    run, _, which = str(init_from).rpartition("@")
+    if run and which in ("latest", "best"):
+        return Path(run), typing.cast(WhichStep, which)
+    if run and re.fullmatch("[0-9]{1,18}", which):
+        return Path(run), int(which)
+    return init_from, "latest"
+
+
+def absolute_init_from(config: Config) -> Config:
+    """Return a config whose `init_from` is absolute, because a restart may happen in another working directory."""
+    if config.init_from is None:
+        return config
+    return dataclasses.replace(config, init_from=Path(os.path.abspath(config.init_from)))
 
 
 def holds_a_run(workdir: Path) -> bool:
@@ -397,6 +504,7 @@ def from_json(values: Any, path: Path | str) -> Config:
     if not isinstance(values, dict):
         raise _unusable(path, "is not a JSON object")
     types = {name: kind for name, kind in typing.get_type_hints(Config).items() if name not in _NOT_OF_THE_RUN}
+    values = {**_ADDED_FIELDS, **values}
     for name in types.keys() - values.keys():
         raise _unusable(path, f"has no setting {name!r}")
     for name, value in values.items():
@@ -404,9 +512,9 @@ def from_json(values: Any, path: Path | str) -> Config:
             raise _unusable(path, f"has an unknown setting {name!r}")
         if not _has_type(value, types[name]):
             raise _unusable(path, f"has {name}={value!r}, which should be {inspect.formatannotation(types[name])}")
-    data_dir = None if values["data_dir"] is None else Path(values["data_dir"])
+    paths = {name: Path(values[name]) for name in ("data_dir", "init_from") if values[name] is not None}
     try:
-        return Config(**{**values, "data_dir": data_dir})
+        return Config(**{**values, **paths})
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
@@ -459,8 +567,14 @@ def check_same_mathematics(run: Config, asked: Config, *, where: Path) -> None:
     """
     if rows := contradictions(run, asked):
         table = columns([("field", "run", "asked"), *(tuple(map(str, row)) for row in rows)])
+        is_longer = run.schedule == "one-cycle" and {"steps", "epochs"} & {name for name, _, _ in rows}
+        further = (
+            f"Its learning rate depends on its length. To train further, start a new run from its weights:\n"
+            f"--init-from {where} --workdir DIR.\n"
+        )
         raise ConfigError(
             f"{where} holds a run with other settings; these would change its mathematics:\n{table}\n"
+            f"{further if is_longer else ''}"
             "Leave out these flags to resume the run, use another --workdir for a second run,\n"
             "or add --fresh to move the run aside and start over."
         )

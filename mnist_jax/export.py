@@ -1,6 +1,10 @@
-"""The command `python -m mnist_jax.export`: write the weights of a classifier as safetensors.
+"""The command `python -m mnist_jax.export`: write a classifier for use without this package.
 
-Safetensors (https://github.com/huggingface/safetensors) is a JSON header and the raw arrays.
+The suffix of the file decides about its format:
+
+    .safetensors    the weights and a description of the architecture: a JSON header and the raw arrays
+                    (https://github.com/huggingface/safetensors)
+    .stablehlo      the whole program, weights included: what `jax.export` serializes, a StableHLO module
 """
 
 import json
@@ -12,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
 
 import mnist_jax
@@ -21,15 +26,18 @@ from mnist_jax.config import ConfigError
 from mnist_jax.console import Terminal, exit_process
 from mnist_jax.runtime.preemption import StopSignal
 
+SUFFIXES = (".safetensors", ".stablehlo")
+PLATFORMS = ("cpu", "cuda", "tpu")
+
 
 @dataclass(frozen=True)
 class Options:
-    """Write the weights of a run's classifier to a safetensors file."""
+    """Write a run's classifier: OUT.safetensors has its weights, OUT.stablehlo runs."""
 
     workdir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WORKDIR")]
     """Directory of the run. Read-only."""
-    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT.safetensors")]
-    """File to write. It must not exist."""
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    """File to write. Its suffix decides about the format: .safetensors or .stablehlo. It must not exist."""
     step: configs.WhichStep = "latest"
 
 
@@ -39,29 +47,33 @@ def main(args: Sequence[str]) -> int:
 
 
 def export(options: Options, stop: StopSignal, terminal: Terminal) -> int:
-    """Write the variables of a classifier, completely or not at all."""
+    """Write a classifier, completely or not at all."""
     from mnist_jax.inference import classifier
 
+    if options.out.suffix not in SUFFIXES:
+        raise ConfigError(f"{options.out} has no known suffix; use {' or '.join(SUFFIXES)}")
     for path in (options.out, options.out.with_name(options.out.name + ".partial")):
         if os.path.lexists(path):
             raise ConfigError(f"{path} exists; remove it, or use another file name")
     if not options.out.parent.is_dir():
         raise ConfigError(f"{options.out.parent} is not a directory; create it, or use another file name")
     model = stop.run(lambda: classifier.load(options.workdir, options.step))
-    metadata = {
-        "dataset": model.data.name,
-        "class_names": json.dumps(model.class_names),
-        "step": str(model.step),
-        "test_accuracy": "unknown" if model.test_accuracy is None else str(model.test_accuracy),
-        "state_sha256": model.sha256,
-    }
-    content = pack(model.variables, model.config.model, metadata)
+    if options.out.suffix == ".safetensors":
+        metadata = {
+            "dataset": model.data.name,
+            "class_names": json.dumps(model.class_names),
+            "step": str(model.step),
+            "test_accuracy": "unknown" if model.test_accuracy is None else str(model.test_accuracy),
+            "state_sha256": model.sha256,
+        }
+        content, what = pack(model.variables, model.config.model, metadata), "weights"
+        note = "the metadata describe the architecture"
+    else:
+        content, what = stop.run(lambda: serialize(model.variables, model.config.model)), "program"
+        note = "images [N, 28, 28, 1] uint8 -> logits [N, 10] float32, read by jax.export.deserialize"
     stop.check()
     configs.write_whole(options.out, content)
-    terminal.info(
-        f"wrote the weights of step {model.step} to {options.out} ({len(content) / 1e6:.2f} MB); "
-        "the metadata describe the architecture"
-    )
+    terminal.info(f"wrote the {what} of step {model.step} to {options.out} ({len(content) / 1e6:.2f} MB); {note}")
     return 0
 
 
@@ -77,6 +89,32 @@ def pack(variables: dict[str, Any], name: str, metadata: dict[str, str]) -> byte
 
     model = {"mnist_jax": mnist_jax.__version__, "model": name, "architecture": json.dumps(describe(MODELS[name]))}
     return save(host_leaves(variables), metadata={**model, **metadata})
+
+
+def serialize(variables: dict[str, Any], name: str) -> bytes:
+    """Return the program of a model with its weights, as `jax.export` serializes it.
+
+    It computes the logits [N, 10] float32 of images [N, 28, 28, 1] uint8, for any N of 1 or more, on `PLATFORMS`.
+    """
+    import jax
+    import jax.numpy as jnp
+    from jax import export as jax_export
+
+    from mnist_jax.training.model import MODELS
+
+    constants = jax.tree.map(np.asarray, variables)
+
+    def logits(images: jax.Array, *, for_cpu: bool) -> Any:
+        return MODELS[name].clone(for_cpu=for_cpu).apply(constants, images, train=False)
+
+    @jax.jit
+    def program(images: jax.Array) -> Any:
+        forms = {"cpu": partial(logits, for_cpu=True), "default": partial(logits, for_cpu=False)}
+        return jax.lax.platform_dependent(images, **forms)
+
+    [batch] = jax_export.symbolic_shape("n")
+    images = jax.ShapeDtypeStruct((batch, 28, 28, 1), jnp.uint8)
+    return bytes(jax_export.export(program, platforms=PLATFORMS)(images).serialize())
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import tyro
@@ -16,11 +16,14 @@ import tyro
 from mnist_jax import cli
 from mnist_jax import config as configs
 from mnist_jax.checkpoint.checkpoint import Checkpoint, list_checkpoints
-from mnist_jax.checkpoint.integrity import digest_leaves, host_leaves
+from mnist_jax.checkpoint.integrity import CheckpointError, digest_leaves, host_leaves
 from mnist_jax.config import ConfigError
 from mnist_jax.console import Terminal, exit_process
 from mnist_jax.runtime.preemption import StopSignal
 from mnist_jax.training import compatibility, data, setup
+from mnist_jax.training.data import Dataset
+from mnist_jax.training.train_state import TrainState
+from mnist_jax.training.trainer import Trainer
 
 MAX_STEPS_PER_CALL = 16  # Signals are checked between calls.
 
@@ -56,27 +59,16 @@ def print_differences(options: Options, stop: StopSignal, terminal: Terminal) ->
 def replay(options: Options, stop: StopSignal, terminal: Terminal) -> list[str]:
     """Return a line for each leaf that differs between the recomputed state and the saved one."""
     configs.check_directory(options.workdir)
-    first, last = choose(options)
-    compatibility.prepare_jax(compatibility.cpu_threads_of([last]))
-    metadata = compatibility.check_metadata(last.metadata(), last.step)
-    config = configs.from_json(metadata["config"], last.path)
-    dataset = stop.run(lambda: data.load(config.dataset, config.data_dir, notify=terminal.info))
-    compatibility.check_same_run(metadata, config, dataset, where=last.path)
-    trainer = setup.make_trainer(config, dataset)
-    expected = last.read(trainer.abstract_state)[0]
-    compatibility.check_step(last.step, expected)
-    if last.step > trainer.total_steps:
-        raise ConfigError(f"step {last.step} is beyond the run's end, step {trainer.total_steps}")
+    trainer, dataset, state, expected, metadata = read_states(options, stop, terminal)
     stop.run(trainer.compile)
-    step = first.step if first else 0
-    state = first.read(trainer.abstract_state)[0] if first else stop.run(trainer.init_state)
-    compatibility.check_step(step, state)
+    step, last = (0 if state is None else int(state.step)), int(expected.step)
+    state = stop.run(trainer.init_state) if state is None else state
     device_data = trainer.put(dataset)
-    terminal.info(f"training from step {step} to step {last.step} again")
+    terminal.info(f"training from step {step} to step {last} again")
     for change in compatibility.diff_environment(metadata, compatibility.describe_environment()):
         terminal.warn(f"warning: the bits may differ because this changed: {change}")
-    while step < last.step:
-        n = min(MAX_STEPS_PER_CALL, trainer.next_boundary(step) - step, last.step - step)
+    while step < last:
+        n = min(MAX_STEPS_PER_CALL, trainer.next_boundary(step) - step, last - step)
         state, _ = trainer.advance(state, device_data, step=step, n=n)
         state.step.block_until_ready()
         step += n
@@ -84,9 +76,68 @@ def replay(options: Options, stop: StopSignal, terminal: Terminal) -> list[str]:
     return compare(expected, state)
 
 
-def choose(options: Options) -> tuple[Checkpoint | None, Checkpoint]:
+class States(NamedTuple):
+    """What a replay needs: the state to start from (None for that of the config), and the one to compare with."""
+
+    trainer: Trainer
+    dataset: Dataset
+    first: TrainState | None
+    last: TrainState
+    metadata: dict[str, Any]  # of the last one
+
+
+def read_states(options: Options, stop: StopSignal, terminal: Terminal) -> States:
+    """Read two checkpoints. If a running training has removed one meanwhile, choose again.
+
+    Raises:
+        CheckpointError: a checkpoint is corrupt, or cannot be read now.
+        ConfigError: there is no such checkpoint, or the running training has removed one that was asked for.
+    """
+    while True:
+        checkpoints = list_checkpoints(options.workdir / "checkpoints")
+        first, last = choose(options, checkpoints)
+        try:
+            return _read_states(first, last, stop, terminal)
+        except (CheckpointError, OSError) as error:
+            left = list_checkpoints(options.workdir / "checkpoints")
+            gone = {checkpoint.step for checkpoint in checkpoints if checkpoint not in left}
+            if not gone:
+                raise
+            if asked := sorted(gone & {options.first, options.last}):
+                steps = ", ".join(str(checkpoint.step) for checkpoint in left)
+                raise ConfigError(
+                    f"the running training has removed the checkpoint of step {asked[0]}; use one of {steps}, or train "
+                    "with a higher --keep"
+                ) from error
+
+
+def _read_states(first: Checkpoint | None, last: Checkpoint, stop: StopSignal, terminal: Terminal) -> States:
+    compatibility.prepare_jax(compatibility.cpu_threads_of([last]))
+    metadata = compatibility.check_metadata(last.metadata(), last.step)
+    config = configs.from_json(metadata["config"], last.path)
+    if first is None and config.init_from is not None:
+        raise ConfigError(
+            f"the run began with init_from={config.init_from}, and its checkpoint of step 0 is not kept; use --from "
+            "with the step of another checkpoint"
+        )
+    dataset = stop.run(lambda: data.load(config.dataset, config.data_dir, notify=terminal.info))
+    compatibility.check_same_run(metadata, config, dataset, where=last.path)
+    trainer = setup.make_trainer(config, dataset)
+    if last.step > trainer.total_steps:
+        raise ConfigError(f"step {last.step} is beyond the run's end, step {trainer.total_steps}")
+    state = None if first is None else _read_state(first, trainer)
+    return States(trainer, dataset, state, _read_state(last, trainer), metadata)
+
+
+def _read_state(checkpoint: Checkpoint, trainer: Trainer) -> TrainState:
+    state: TrainState = checkpoint.read(trainer.abstract_state)[0]
+    compatibility.check_step(checkpoint.step, state)
+    return state
+
+
+def choose(options: Options, checkpoints: Sequence[Checkpoint]) -> tuple[Checkpoint | None, Checkpoint]:
     """Return the checkpoint to start from (None for step 0) and the one to compare with."""
-    kept = {checkpoint.step: checkpoint for checkpoint in list_checkpoints(options.workdir / "checkpoints")}
+    kept = {checkpoint.step: checkpoint for checkpoint in checkpoints}
     if not kept:
         raise ConfigError(f"there are no checkpoints in {options.workdir}")
     last = max(kept) if options.last is None else options.last

@@ -140,7 +140,8 @@ def find_run(args: Sequence[str], asked: Config, stop: StopSignal, locks: contex
         locks: holds the lock of the directory until it is closed.
 
     Raises:
-        ConfigError: the arguments contradict the run in the directory or in the remote copy, or a config is unreadable.
+        ConfigError: the arguments contradict the run in the directory or in the remote copy, a config is unreadable, or
+            --init-from names no checkpoint.
         LockHeldError: another process works in the directory.
         RemoteError: the object store does not answer; it may hold a run to resume.
         StoppedError: a signal came while this process waited for the network or for another process.
@@ -158,13 +159,22 @@ def find_run(args: Sequence[str], asked: Config, stop: StopSignal, locks: contex
         check_is_elsewhere(asked.mirror, workdir)
     if copied:
         stop.run(partial(download_newer, copied, args, asked, workdir))
+    moved: tuple[Path, Path] | None = None
     if asked.fresh and configs.holds_a_run(workdir):
-        workdir = move_aside(workdir)
+        check_init_from(configs.absolute_init_from(asked), stop)  # before the run is moved aside for nothing
+        moved = move_aside(workdir)
+        workdir = moved[0]
         lock_workdir(workdir, asked, stop, locks)  # This is a new directory; the old one stays locked as well.
     if (workdir / "config.json").exists():
-        return config_of_resumed_run(args, asked, workdir), workdir
-    dataset = dataset or resolve_dataset(asked, stop)
-    return apply_flags(args, Config.of_preset(asked.preset, asked.model, dataset)), workdir
+        config = config_of_resumed_run(args, asked, workdir)
+    else:
+        dataset = dataset or resolve_dataset(asked, stop)
+        config = apply_flags(args, Config.of_preset(asked.preset, asked.model, dataset))
+    if moved:
+        config = follow_move(config, *moved)
+    if not has_checkpoints(workdir):
+        check_init_from(config, stop)
+    return config, workdir
 
 
 def check_current_directory() -> None:
@@ -266,8 +276,33 @@ def download_newer(copied: Config, args: Sequence[str], asked: Config, workdir: 
         print_stderr(f"downloaded from {url}: the checkpoints of steps {', '.join(map(str, downloaded.steps))}")
 
 
-def move_aside(workdir: Path) -> Path:
-    """Rename the directory of an old run, and return the absolute path that is free now."""
+def check_init_from(config: Config, stop: StopSignal) -> None:
+    """Check that the checkpoint exists whose weights a new run is to begin with, if the config names one.
+
+    Raises:
+        ConfigError: there is no such checkpoint.
+    """
+    if config.init_from is not None:
+        _import_loop()
+        from mnist_jax.checkpoint.checkpoint import Checkpoint
+        from mnist_jax.training import initial_weights
+
+        stop.run(partial(initial_weights.select, config.init_from, Checkpoint.manifest))
+
+
+def follow_move(config: Config, moved_from: Path, moved_to: Path) -> Config:
+    """Return a config whose `init_from` has the new path, if it names a run in a directory that was moved."""
+    if config.init_from is None:
+        return config
+    run, _ = configs.split_init_from(config.init_from)
+    if not run.resolve().is_relative_to(moved_from):
+        return config
+    which = str(config.init_from).removeprefix(str(run))
+    return dataclasses.replace(config, init_from=Path(f"{moved_to / run.resolve().relative_to(moved_from)}{which}"))
+
+
+def move_aside(workdir: Path) -> tuple[Path, Path]:
+    """Rename the directory of an old run, and return its absolute path, which is free now, and its new path."""
     workdir = workdir.resolve()  # "." would move with its directory, and renaming a link would move the link only.
     aside = next(path for n in range(1, 10**6) if not (path := workdir.with_name(f"{workdir.name}.old-{n}")).exists())
     try:
@@ -275,14 +310,14 @@ def move_aside(workdir: Path) -> Path:
     except OSError as error:  # such as a mount point
         raise ConfigError(f"{workdir} cannot be renamed to {aside} ({error}); use another --workdir") from error
     print_line(f"moved the old run to {aside}; omit --fresh to resume the new run")
-    return workdir
+    return workdir, aside
 
 
 def config_of_resumed_run(args: Sequence[str], asked: Config, workdir: Path) -> Config:
     """Return the saved config of a run, changed by the flags, which must not contradict its checkpoints."""
     saved = configs.load(workdir / "config.json")
     config = apply_flags(args, saved)
-    if any(path.name.isdecimal() for path in (workdir / "checkpoints").glob("*")):
+    if has_checkpoints(workdir):
         configs.check_same_mathematics(saved, config, where=workdir)
     if (config.preset, config.model, config.dataset) != (saved.preset, saved.model, saved.dataset):
         # There is no checkpoint yet. The defaults are those of what is asked for, not the saved ones.
@@ -291,9 +326,14 @@ def config_of_resumed_run(args: Sequence[str], asked: Config, workdir: Path) -> 
     return config
 
 
+def has_checkpoints(workdir: Path) -> bool:
+    """Return whether a run has saved a checkpoint."""
+    return any(path.name.isdecimal() for path in (workdir / "checkpoints").glob("*"))
+
+
 def apply_flags(args: Sequence[str], defaults: Config) -> Config:
     """Return a config changed by the flags; "--dataset auto" does not change the dataset."""
-    config = configs.parse(args, defaults)
+    config = configs.absolute_init_from(configs.parse(args, defaults))
     return dataclasses.replace(config, dataset=defaults.dataset) if config.dataset == "auto" else config
 
 

@@ -3,6 +3,7 @@ import signal
 
 import pytest
 
+import mnist_jax
 from mnist_jax import __main__, cli
 from mnist_jax.checkpoint.integrity import CorruptCheckpointError, IncompatibleCheckpointError, ReadError
 from mnist_jax.config import ConfigError
@@ -62,3 +63,15 @@ def test_commands_are_listed_and_run_by_name(tmp_path, capfd):
     assert __main__.run(["status", str(tmp_path)]) == 2
     assert __main__.run(["unknown"]) == 2
     assert "unknown" in capfd.readouterr().err
+    assert __main__.run(["trian"]) == 2
+    assert "did you mean train?" in capfd.readouterr().err
+
+
+def test_each_command_prints_the_version(capfd):
+    assert __main__.run(["--version"]) == 0
+    for name in __main__.COMMANDS:
+        with pytest.raises(SystemExit) as end:
+            __main__.run([name, "--version"])
+        assert end.value.code == 0
+    count = len(__main__.COMMANDS) + 1
+    assert capfd.readouterr() == (f"mnist_jax {mnist_jax.__version__}\n" * count, "")

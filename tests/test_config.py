@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tyro
 
 from mnist_jax import config as configs
 from mnist_jax import train
@@ -39,6 +40,7 @@ MATHEMATICS: dict[str, tuple[Any, Any]] = {
     "zoom": (0.0, 0.1),
     "average_decay": (0.0, 0.9),
     "seed": (0, 1),
+    "init_from": (None, Path("/runs/parent@best")),
     "dataset": ("mnist", "digits"),
 }
 LENGTH = {"epochs": 2.5, "steps": 7}
@@ -163,6 +165,8 @@ def test_a_url_is_no_workdir_and_a_mirror_is_a_url() -> None:
         (["--steps", "1.5"], ["--steps", "1.5"]),
         (["--seed", "-1"], ["seed=-1 ", "from 0 to 4294967295"]),
         (["--model", "resnet"], ["--model", "resnet", *typing.get_args(configs.ModelName)]),
+        (["--model", "cn"], ["--model cn: did you mean cnn?"]),
+        (["--preset=fats", "--seed", "1"], ["--preset fats: did you mean fast?"]),
     ],
 )
 def test_bad_usage_exits_with_2_and_is_named(args: list[str], named: list[str], capsys) -> None:
@@ -188,6 +192,36 @@ def test_help_describes_every_flag_in_80_columns(capsys, monkeypatch) -> None:
         assert re.search(r"[A-Z][^.]+\.", section), f"{name} has no sentence"
         assert re.search(r"\(default: [^)]+\)", section), f"{name} has no default"
     assert "(default: 1.5 for fast, 10 for accurate, 10 for original)" in sections["--epochs"]
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--stepz", "1"]])
+def test_no_columns_means_the_usual_number(args: list[str], capsys, monkeypatch) -> None:
+    shown = []
+    for columns in ("", "0"):
+        monkeypatch.setenv("COLUMNS", columns)
+        with pytest.raises(SystemExit):
+            configs.parse(args)
+        shown.append(capsys.readouterr())
+    assert shown[0] == shown[1]
+    assert "--steps" in shown[0].out + shown[0].err
+
+
+def test_workdir_is_accepted_where_the_run_is_positional(capsys) -> None:
+    @dataclasses.dataclass
+    class Options:
+        workdir: tyro.conf.Positional[Path]
+        images: tyro.conf.Positional[tuple[Path, ...]]
+        step: configs.WhichStep = "latest"
+
+    expected = Options(Path("run"), (Path("a"), Path("b")), 7)
+    for args in ("run a b --step 7", "--step 7 a b --workdir run", "a --workdir=run b --step 7"):
+        assert configs.cli(Options, "predict", args.split()) == expected
+    with pytest.raises(SystemExit):
+        configs.cli(Options, "predict", ["a", "--workdir"])
+    assert "workdir" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        configs.cli(Options, "predict", ["--help"])
+    assert "--workdir DIR" in capsys.readouterr().out
 
 
 def test_help_and_usage_errors_do_not_import_jax() -> None:
@@ -261,10 +295,25 @@ def test_an_unreadable_config_file_is_refused(tmp_path: Path) -> None:
         configs.load(tmp_path)
 
 
+# Fields that were added after the first version, with the value that means what runs did before.
+OLD_VALUES = {"init_from": None}
+
+
+@pytest.mark.parametrize("field", OLD_VALUES)
+def test_a_run_of_a_version_without_a_setting_has_its_old_meaning(field: str, tmp_path: Path) -> None:
+    older = {name: value for name, value in FULL.to_json().items() if name != field}
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    run = configs.load(tmp_path / "config.json")
+    assert getattr(run, field) == OLD_VALUES[field]
+    assert run.to_json() == {**FULL.to_json(), field: OLD_VALUES[field]}
+
+
 def test_missing_and_unknown_settings_are_named(tmp_path: Path) -> None:
     values = Config().to_json()
     for field in values:
         less = {name: value for name, value in values.items() if name != field}
+        if field in OLD_VALUES:
+            continue
         refused(tmp_path, json.dumps(less).encode(), repr(field), "--fresh")
     for field in ("momentum", "workdir", "fresh", "mirror"):
         refused(tmp_path, json.dumps({**values, field: None}).encode(), repr(field))
@@ -324,10 +373,14 @@ def test_the_length_may_change_only_at_a_constant_learning_rate() -> None:
 def test_contradictions_are_shown_as_a_table() -> None:
     with pytest.raises(ConfigError) as refusal:
         configs.check_same_mathematics(Config(seed=1, steps=7), Config(seed=2), where=Path("runs/mnist"))
-    first, *table, _, last = str(refusal.value).splitlines()
+    first, *table, _, further, _, last = str(refusal.value).splitlines()
     assert "runs/mnist" in first
     assert table == ["  field  run  asked", "  seed   1    2", "  steps  7    None"]
+    assert "--init-from runs/mnist " in further
     assert "--fresh" in last
+    with pytest.raises(ConfigError) as refusal:
+        configs.check_same_mathematics(Config(seed=1), Config(seed=2), where=Path("runs/mnist"))
+    assert "--init-from" not in str(refusal.value)
 
 
 # How long a run is

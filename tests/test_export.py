@@ -6,11 +6,14 @@ import sys
 from functools import partial
 
 import jax
+import jax.export
 import numpy as np
 import pytest
 from numpy.lib.stride_tricks import sliding_window_view
 
 from mnist_jax import export
+from mnist_jax.inference import classifier
+from mnist_jax.runtime.preemption import StopSignal
 from mnist_jax.training import data
 from mnist_jax.training.model import MODELS
 
@@ -74,7 +77,7 @@ def logits_of(content: bytes, images: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["cnn", "cnn-large", "original-power"])  # one of each kind
-def test_numpy_computes_the_logits_from_the_file(name):
+def test_numpy_and_the_program_compute_the_logits_from_a_file(name):
     model, images = MODELS[name].clone(for_cpu=True), data.load("digits", notify=print).test_images[:12]
     shapes = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)
     rng = np.random.default_rng(0)
@@ -90,6 +93,8 @@ def test_numpy_computes_the_logits_from_the_file(name):
     assert np.ptp(expected, axis=0).max() > 0.1
     # float64 here, and sums of thousands of float32 there.
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    program = jax.export.deserialize(bytearray(export.serialize(variables, name)))
+    np.testing.assert_allclose(program.call(images), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def test_file_holds_the_classifier_of_the_run(small_run, tmp_path):
@@ -109,6 +114,51 @@ def test_file_holds_the_classifier_of_the_run(small_run, tmp_path):
     assert (metadata["step"], metadata["model"], metadata["dataset"]) == ("40", "cnn", "digits")
     assert json.loads(metadata["class_names"]) == list("0123456789")
     assert [path.name for path in tmp_path.iterdir()] == ["weights.safetensors"]
+
+
+# A process that has JAX, and cannot import this package.
+CALLER = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        assert name.split(".")[0] != "mnist_jax", name
+sys.meta_path.insert(0, Refuse())
+import numpy as np
+from jax import export
+program, images, logits = sys.argv[1:]
+exported = export.deserialize(bytearray(open(program, "rb").read()))
+assert set(exported.platforms) == {"cpu", "cuda", "tpu"}
+images = np.load(images)
+np.savez(logits, *(exported.call(images[:size]) for size in (1, 7, len(images))))
+assert "mnist_jax" not in sys.modules
+"""
+# XLA compiles another program for each batch size, and the evaluation has compiler options of its own.
+LOGITS_TOLERANCE = 1e-5
+
+
+def test_program_computes_the_logits_of_the_evaluation_for_any_batch_size(trained_run, mnist_dir, tmp_path):
+    dataset = data.load("mnist", mnist_dir, notify=print)
+    with StopSignal() as stop:
+        expected = classifier.load(trained_run.workdir, on_cpu=False).evaluate(dataset, stop)
+    program, images, logits = (tmp_path / name for name in ("program.stablehlo", "images.npy", "logits.npz"))
+    assert export.main([str(trained_run.workdir), str(program)]) == 0
+    np.save(images, dataset.test_images)
+    caller = [sys.executable, "-I", "-c", CALLER, program, images, logits]
+    ended = subprocess.run(caller, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    found = [*np.load(logits).values()]
+    assert [values.shape for values in found] == [(1, 10), (7, 10), (10_000, 10)]
+    for values in found:
+        np.testing.assert_allclose(values, expected.logits[: len(values)], rtol=0, atol=LOGITS_TOLERANCE)
+    assert np.mean(found[-1].argmax(axis=1) == dataset.test_labels) == expected.accuracy
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w", "w.safetensors.gz", "w.SAFETENSORS"])
+def test_unknown_suffix_is_refused(small_run, tmp_path, capfd, name):
+    assert export.main([str(small_run.workdir), str(tmp_path / name)]) == 2
+    err = capfd.readouterr().err
+    assert all(word in err for word in (name, ".safetensors", ".stablehlo"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_existing_file_stays(small_run, tmp_path, capfd):

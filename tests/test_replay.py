@@ -137,6 +137,23 @@ def test_corrupt_checkpoint_exits_65(run_copy, capsys, step, name):
     assert snapshot(run_copy) == before
 
 
+@pytest.mark.parametrize(
+    ("args", "code", "words"), [((), 0, "from step 20 to step 40 again"), (("--from", 10), 2, "--keep")]
+)
+def test_checkpoint_that_the_training_removes_is_replaced(run_copy, monkeypatch, capsys, args, code, words):
+    read = Checkpoint.read
+
+    def remove_and_read(checkpoint, like):
+        shutil.rmtree(run_copy / "checkpoints" / "10", ignore_errors=True)
+        return read(checkpoint, like)
+
+    monkeypatch.setattr(Checkpoint, "read", remove_and_read)
+    found, out, err = run(run_copy, *args, capsys=capsys)
+    assert found == code
+    assert words in out + err
+    assert code == 0 or "removed the checkpoint of step 10; use one of 20, 22, 25, 30, 40" in err
+
+
 def test_other_data_is_usage_error(finished, monkeypatch, capsys):
     load = data.load
 

@@ -132,6 +132,28 @@ def test_flags_must_not_contradict_the_run(copied, capsys):
     assert json.loads((copied / "config.json").read_text())["keep"] == 2
 
 
+def test_a_length_below_what_is_done_is_refused(in_this_process, tmp_path, capsys):
+    flags = ("--dataset", "digits", "--preset", "original", "--model", "cnn", "--batch-size", "64")
+    assert start(tmp_path, *flags, "--epochs", "0.3") == 0
+    before = (tmp_path / "config.json").read_bytes()
+    capsys.readouterr()
+    for asked, words in (("--steps=5", "steps=5 is below the 7 steps"), ("--epochs=0.2", "makes 4 steps, below the 7")):
+        assert start(tmp_path, asked) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert words in err
+        assert (tmp_path / "config.json").read_bytes() == before
+    assert start(tmp_path, "--epochs", "0.4") == 0
+    assert Run(tmp_path).events("exit")[-1]["step"] == 9
+
+
+def test_the_last_line_has_four_digits_of_the_accuracy(finished, copied, capsys):
+    assert start(copied) == 0
+    accuracy = Run(finished).events("exit")[-1]["test_accuracy"]
+    assert f"test_accuracy={accuracy:.4f} " in capsys.readouterr().out.splitlines()[-1]
+    assert len(str(accuracy)) > 6
+
+
 def test_fresh_moves_the_old_run_aside(copied, finished):
     assert start(copied, *FLAGS, "--fresh", "--keep", "2") == 0
     assert Run(copied).events("phase")[-1]["step"] == 40

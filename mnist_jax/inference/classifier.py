@@ -7,19 +7,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mnist_jax import config as configs
-from mnist_jax.checkpoint.checkpoint import Checkpoint, list_checkpoints
-from mnist_jax.checkpoint.integrity import CheckpointError
-from mnist_jax.config import Config, ConfigError, WhichStep
+from mnist_jax.checkpoint.checkpoint import Checkpoint
+from mnist_jax.config import Config, WhichStep
 from mnist_jax.runtime import devices
 from mnist_jax.runtime.preemption import StopSignal
-from mnist_jax.training import compatibility, data
+from mnist_jax.training import compatibility, data, selection
 from mnist_jax.training.data import Dataset
 from mnist_jax.training.dispatch import add_sums, means
+from mnist_jax.training.selection import NoCheckpointYetError as NoCheckpointYetError
+from mnist_jax.training.selection import find_checkpoints as find_checkpoints
 from mnist_jax.training.trainer import Trainer
-
-
-class NoCheckpointYetError(ConfigError):
-    """A run has no such checkpoint yet, but may have one later."""
 
 
 class Evaluation(NamedTuple):
@@ -54,7 +51,7 @@ class Classifier:
     @property
     def test_accuracy(self) -> float | None:
         """The test accuracy that the run measured at this step, None if it did not evaluate there."""
-        return _test_accuracy(self.metadata)
+        return selection.accuracy_of(self.metadata)
 
     def predict(self, image: np.ndarray) -> np.ndarray:
         """Return the probabilities of the classes. image: [28, 28, 1] uint8, foreground 255 -> [10] float32.
@@ -107,44 +104,10 @@ def load(workdir: Path | str, which: WhichStep = "latest", *, on_cpu: bool = Tru
         CheckpointError, OSError: the checkpoint cannot be read, or is corrupt.
         ConfigError: there is no run, or no such checkpoint.
     """
-    workdir = Path(workdir)
-    while True:
-        checkpoints = find_checkpoints(workdir)
-        try:
-            checkpoint = choose(checkpoints, which, workdir)
-            compatibility.prepare_jax(compatibility.cpu_threads_of([checkpoint]))
-            devices.share_accelerator(on_cpu=on_cpu)
-            return Classifier(checkpoint)
-        except (CheckpointError, OSError):
-            if find_checkpoints(workdir) == checkpoints:  # otherwise a running training may have removed it
-                raise
 
+    def read(checkpoint: Checkpoint) -> Classifier:
+        compatibility.prepare_jax(compatibility.cpu_threads_of([checkpoint]))
+        devices.share_accelerator(on_cpu=on_cpu)
+        return Classifier(checkpoint)
 
-def find_checkpoints(workdir: Path) -> list[Checkpoint]:
-    """Return the checkpoints of a run, oldest first; raise `ConfigError` if there is no run."""
-    configs.check_holds_a_run(workdir)
-    return list_checkpoints(workdir / "checkpoints")
-
-
-def choose(checkpoints: list[Checkpoint], which: WhichStep, workdir: Path) -> Checkpoint:
-    """Return the requested checkpoint; "best" is the first with the highest test accuracy."""
-    if not checkpoints:
-        raise NoCheckpointYetError(f"{workdir} has no checkpoint yet")
-    if which == "latest":
-        return checkpoints[-1]
-    if which == "best":
-        evaluated = [(checkpoint, _test_accuracy(checkpoint.metadata())) for checkpoint in checkpoints]
-        accuracies = {checkpoint: accuracy for checkpoint, accuracy in evaluated if accuracy is not None}
-        if not accuracies:
-            raise NoCheckpointYetError(f"{workdir} has no evaluated checkpoint yet; --step latest needs no evaluation")
-        return max(accuracies, key=lambda checkpoint: accuracies[checkpoint])
-    for checkpoint in checkpoints:
-        if checkpoint.step == which:
-            return checkpoint
-    steps = ", ".join(str(checkpoint.step) for checkpoint in checkpoints)
-    raise ConfigError(f"{workdir} has no checkpoint of step {which}; there are: {steps}")
-
-
-def _test_accuracy(metadata: Any) -> float | None:
-    accuracy = metadata.get("test_accuracy") if isinstance(metadata, dict) else None
-    return accuracy if isinstance(accuracy, float) and 0 <= accuracy <= 1 else None
+    return selection.read(Path(workdir), which, read)

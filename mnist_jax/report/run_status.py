@@ -140,7 +140,9 @@ def plan_next_start(workdir: Path, inspections: Sequence[Inspection], *, has_sav
             metadata = compatibility.check_metadata(metadata, checkpoint.step)
             saved_config = configs.from_json(metadata["config"], workdir)
             configs.check_same_mathematics(saved_config, config or saved_config, where=workdir)
-            total = (config or saved_config).total_steps(int(metadata["data"]["train_images"]))
+            train_size = int(metadata["data"]["train_images"])
+            total = (config or saved_config).total_steps(train_size)
+            compatibility.check_length(checkpoint.step, config or saved_config, train_size)
         except (CheckpointError, ConfigError, KeyError, TypeError, ValueError, OverflowError) as error:
             text = f"refuses: the checkpoint of step {checkpoint.step} does not belong to this run: {error}"
             return NextStart("refuse", None, 2, text)

@@ -201,6 +201,22 @@ def check_same_run(metadata: Mapping[str, Any], config: Config, dataset: Dataset
         )
 
 
+def check_length(step: int, config: Config, train_size: int) -> None:
+    """Check that a run is not asked to end before the step that it has reached.
+
+    Raises:
+        ConfigError: it is.
+    """
+    total_steps = config.total_steps(train_size)
+    if step > total_steps:
+        makes = "is" if config.steps is not None else f"makes {total_steps} steps,"
+        asked = f"steps={config.steps}" if config.steps is not None else f"epochs={config.epochs}"
+        raise ConfigError(
+            f"{asked} {makes} below the {step} steps that the run has made; use --steps {step} or more, or another "
+            "--workdir"
+        )
+
+
 def diff_environment(metadata: Mapping[str, Any], environment: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return what differs from the environment in `metadata`. If nothing does, the run resumes bit for bit."""
     return [

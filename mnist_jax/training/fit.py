@@ -42,7 +42,8 @@ def fit(config: Config, *, workdir: Path | str, stop: StopSignal | None = None) 
 
     Raises:
         CheckpointError: the checkpoints cannot be used, or the final save failed.
-        ConfigError: the config contradicts the run in the directory, or does not fit the dataset or the devices.
+        ConfigError: the config contradicts the run in the directory, or does not fit the dataset, the devices or the
+            weights of `init_from`.
         DataError: the dataset cannot be loaded.
         DivergedError: the loss is not finite; that state is not saved.
         LockHeldError: another process or thread trains in the directory, also if a stop is requested meanwhile.
@@ -62,7 +63,7 @@ def fit(config: Config, *, workdir: Path | str, stop: StopSignal | None = None) 
         )
         stack.enter_context(lock)
         name = stop.run(lambda: data.resolve(config.dataset, config.data_dir, notify=print_stderr))
-        config = dataclasses.replace(config, dataset=name)
+        config = configs.absolute_init_from(dataclasses.replace(config, dataset=name))
         outcome = stop.supervise(partial(loop.run, config, workdir, stop=stop, group=ProcessGroup(stop)))
     records = [record for record, _ in read_metrics(workdir / "metrics.jsonl")]
     fields = outcome.fields

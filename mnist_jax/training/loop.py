@@ -12,7 +12,7 @@ from mnist_jax.config import Config
 from mnist_jax.runtime import devices
 from mnist_jax.runtime.multihost import ProcessGroup, ProcessLostError
 from mnist_jax.runtime.preemption import StoppedError, StopSignal
-from mnist_jax.training import compatibility, setup
+from mnist_jax.training import compatibility, initial_weights, setup
 from mnist_jax.training.data import Dataset
 from mnist_jax.training.dispatch import Dispatcher
 from mnist_jax.training.recorder import Outcome, Recorder
@@ -94,7 +94,7 @@ def train_and_evaluate(
         LockHeldError: the lock file was removed or replaced.
         OSError: a file of the run directory cannot be written.
         ProcessLostError: another process is lost.
-        SaveError: the final save failed.
+        SaveError: the final save failed, or that of the initial weights of `init_from`.
         StoppedError: a signal came before the training started.
     """
     environment = compatibility.merge_environments(group.gather(compatibility.describe_environment()))
@@ -116,12 +116,14 @@ def train_and_evaluate(
     elif step is not None:  # another process than process 0
         state = Checkpoint(checkpointer.directory / str(step)).read(trainer.abstract_state)[0]
     else:
-        state = stop.run(trainer.init_state)
+        state = stop.run(lambda: initial_weights.make_state(trainer, start["parent"]))
     stop.run(lambda: checkpointer.prepare(state))
     devices.write_program_digests()
     group.start_training()  # From here on a signal raises no StoppedError; the processes agree when to stop.
     dispatcher = Dispatcher(trainer, dataset, state, stop=stop, group=group, **start["evaluation"])
     recorder.start_training(dispatcher, {"data": compatibility.describe_data(dataset), **environment})
+    if step is None and start["parent"]:  # From here on the run does not need its parent.
+        save_and_wait(dispatcher, checkpointer, recorder, initial_weights.REASON)
     train(dispatcher, checkpointer, recorder)
     return finish(dispatcher, checkpointer, recorder, stop)
 
@@ -161,6 +163,22 @@ def save(dispatcher: Dispatcher, checkpointer: Checkpointer, recorder: Recorder,
     checkpointer.save(dispatcher.step, dispatcher.state, valid=dispatcher.is_finite(), **request)
 
 
+def save_and_wait(dispatcher: Dispatcher, checkpointer: Checkpointer, recorder: Recorder, reason: str) -> None:
+    """Save the state, and wait until it is committed.
+
+    Raises:
+        DivergedError: the state, or one before it, is not finite.
+        SaveError: the state could not be saved.
+    """
+    request = recorder.prepare_save(reason)
+    try:
+        with contextlib.suppress(InvalidStateError):
+            checkpointer.save(dispatcher.step, dispatcher.state, valid=dispatcher.is_finite(), wait=True, **request)
+    finally:
+        recorder.report_saves(is_last=True)
+    recorder.raise_if_diverged()
+
+
 def finish(dispatcher: Dispatcher, checkpointer: Checkpointer, recorder: Recorder, stop: StopSignal) -> Outcome:
     """Save the final state, wait until it is committed, and return the outcome.
 
@@ -176,12 +194,6 @@ def finish(dispatcher: Dispatcher, checkpointer: Checkpointer, recorder: Recorde
         assert stop.received is not None
         reason, step = f"signal {stop.received.name}", dispatcher.step
         recorder.terminal.info(f"{stop.received.name}: saving step {step} and exiting; the same command resumes")
-    request = recorder.prepare_save(reason)
-    try:
-        with contextlib.suppress(InvalidStateError):
-            checkpointer.save(dispatcher.step, dispatcher.state, valid=dispatcher.is_finite(), wait=True, **request)
-    finally:
-        recorder.report_saves(is_last=True)
-    recorder.raise_if_diverged()
+    save_and_wait(dispatcher, checkpointer, recorder, reason)
     recorder.copies.begin(dispatcher.step)
     return recorder.finished(dispatcher.step) if dispatcher.is_finished else recorder.stopped(stop)

@@ -82,7 +82,7 @@ class Network(nn.Module):
             pooled = number not in self.unpooled
             x = Conv(features, size, self.padding, use_bias, pooled, self.for_cpu, name=f"conv{number}")(x)
             x = self.activation(normalize(x, f"conv{number}_norm"))
-        x = nn.Dense(self.hidden, use_bias, name="dense1")(x.reshape(len(x), -1))
+        x = nn.Dense(self.hidden, use_bias, name="dense1")(x.reshape(x.shape[0], -1))
         x = self.activation(normalize(x, "dense1_norm"))
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return self.logits_activation(nn.Dense(10, name="logits")(x))
@@ -152,7 +152,7 @@ def pooled_conv_of_one_channel(x: Array, kernel: Array, margin: int) -> Array:
     size, height, width = len(kernel), *(pixels - len(kernel) + 1 for pixels in x.shape[1:3])
     rows = jnp.concatenate([x[:, i : i + height, j : j + width] for i in range(size) for j in range(size)], axis=-1)
     y = rows.reshape(-1, kernel[..., 0].size) @ kernel.reshape(-1, kernel.shape[-1])
-    return y.reshape(len(x), height, width, len(CORNERS), -1).max(axis=-2)
+    return y.reshape(x.shape[0], height, width, len(CORNERS), -1).max(axis=-2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

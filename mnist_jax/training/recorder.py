@@ -38,8 +38,9 @@ class Outcome(NamedTuple):
         return self.word == "stopped"
 
     def __str__(self) -> str:
-        """Return the line."""
-        return " ".join([self.word, *(f"{name}={value}" for name, value in self.fields.items())])
+        """Return the line. It has four digits of an accuracy; `fields` has all."""
+        values = ((name, f"{value:.4f}" if isinstance(value, float) else value) for name, value in self.fields.items())
+        return " ".join([self.word, *(f"{name}={value}" for name, value in values)])
 
 
 class Recorder:
@@ -63,6 +64,9 @@ class Recorder:
         self._has_warned_of_writes = False
         self._has_diverged = False
         self._best_steps: set[int] = set()
+        self.parent: dict[str, Any] | None = (
+            None  # the checkpoint whose weights the run began with; see `initial_weights`
+        )
 
     # ---- Before the training
 
@@ -85,9 +89,9 @@ class Recorder:
         self.events.write("phase", step=step, phase=name)
 
     def start_training(self, dispatcher: Dispatcher, metadata: dict[str, Any]) -> None:
-        """Record a training. `metadata` is what each checkpoint stores besides the config."""
+        """Record a training. `metadata` is what each checkpoint stores besides the config and the parent."""
         self.dispatcher = dispatcher
-        self.metadata = {"config": self.config.to_json(), **metadata}
+        self.metadata = {"config": self.config.to_json(), "parent": self.parent, **metadata}
         self._next_save_s = time.monotonic() + self.config.checkpoint_every_s
         self._pin_best()
         self.log_phase("train", dispatcher.step)

@@ -12,7 +12,7 @@ from mnist_jax.config import Config, ConfigError
 from mnist_jax.runtime import devices
 from mnist_jax.runtime.multihost import ProcessGroup
 from mnist_jax.runtime.preemption import StopSignal
-from mnist_jax.training import compatibility, data
+from mnist_jax.training import compatibility, data, initial_weights
 from mnist_jax.training.data import Dataset
 from mnist_jax.training.recorder import Recorder
 from mnist_jax.training.trainer import Trainer
@@ -123,13 +123,15 @@ def make_trainer(config: Config, dataset: Dataset) -> Trainer:
 def describe_start(restored: Restored | None, trainer: Trainer, recorder: Recorder) -> dict[str, Any]:
     """Return what the other processes need to start as process 0 does, as JSON values.
 
-    `step` to resume from, None for a new run; `is_finished`; and `evaluation`, arguments of `Dispatcher`.
+    `step` to resume from, None for a new run; `is_finished`; `parent`, whose weights a new run begins with; and
+    `evaluation`, arguments of `Dispatcher`.
     """
     step = restored.step if restored else 0
     accuracy, best = recorder.metrics.accuracy_at(step), recorder.metrics.best() or {}
     return {
         "step": step if restored else None,
         "is_finished": step >= trainer.total_steps and accuracy is not None,
+        "parent": recorder.parent,
         "evaluation": {"is_evaluated": accuracy is not None, "best_accuracy": best.get("accuracy")},
     }
 
@@ -147,7 +149,8 @@ def restore(
 
     Raises:
         CheckpointError: there are checkpoints, and none can be used.
-        ConfigError: the config or the dataset differs from that of the checkpoint.
+        ConfigError: the config or the dataset differs from that of the checkpoint, the run is asked to end before it,
+            or a new run cannot begin with the weights of `init_from`.
         OSError: the metrics cannot be restored.
     """
     events, terminal = recorder.events, recorder.terminal
@@ -162,7 +165,9 @@ def restore(
         )
     compatibility.check_step(restored.step, restored.state)
     metadata = compatibility.check_metadata(restored.metadata, restored.step)
-    compatibility.check_same_run(metadata, trainer.config, dataset, where=checkpointer.directory)
+    compatibility.check_same_run(metadata, trainer.config, dataset, where=recorder.workdir)
+    compatibility.check_length(restored.step, trainer.config, trainer.train_size)
+    recorder.parent = metadata.get("parent")
     recorder.save_config()  # Not before these checks: a config that contradicts the checkpoint is not written.
     recorder.copies.begin(restored.step)  # The previous attempt may have ended before this upload.
     changed = compatibility.diff_environment(metadata, environment)
@@ -187,6 +192,7 @@ def start_from_step_0(trainer: Trainer, dataset: Dataset, checkpointer: Checkpoi
     """Report that there is no checkpoint to resume from, and remove metrics that were written before the first one.
 
     Raises:
+        ConfigError: the run cannot begin with the weights of `init_from`.
         NoGoodCheckpointError: there were checkpoints before.
         OSError: the metrics cannot be restored.
     """
@@ -198,10 +204,13 @@ def start_from_step_0(trainer: Trainer, dataset: Dataset, checkpointer: Checkpoi
     if lost_steps := restore_metrics({}, 0, recorder):
         recorder.events.write("lost", step=0, lost_steps=lost_steps)
         recorder.terminal.info(f"no checkpoint was saved yet: {lost_steps} steps or more are recomputed")
+    recorder.parent = initial_weights.find_parent(trainer)
     recorder.terminal.info(
         f"training {trainer.config.model} on {dataset.name}: {trainer.total_steps} steps in {recorder.workdir}\n"
         "Ctrl-C saves and exits; the same command resumes."
     )
+    if parent := recorder.parent:
+        recorder.terminal.info(f"the initial weights are those of step {parent['step']} of {parent['run']}")
 
 
 def restore_metrics(snapshot: dict[str, Any], step: int, recorder: Recorder) -> int:
