@@ -274,7 +274,10 @@ _NOT_OF_THE_RUN = (
 MAX_CONFIG_BYTES = 2**20
 RECORDS = ("config.json", "metrics.jsonl", "events.jsonl")  # A checkpoint is useless without them.
 _FILES = (*RECORDS, "config.json.partial", "lock")
-_DIRECTORIES = ("checkpoints", "checkpoints/quarantine", "tensorboard")
+_DIRECTORIES = (
+    *("checkpoints", "checkpoints/quarantine"),
+    *("tensorboard", "tensorboard/train", "tensorboard/test", "tensorboard/report"),
+)
 
 
 def parse(args: Sequence[str], default: Config | None = None) -> Config:

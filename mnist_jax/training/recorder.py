@@ -91,6 +91,7 @@ class Recorder:
         self._next_save_s = time.monotonic() + self.config.checkpoint_every_s
         self._pin_best()
         self.log_phase("train", dispatcher.step)
+        self._training_since = dispatcher.step, time.monotonic()
 
     # ---- Metrics
 
@@ -103,7 +104,11 @@ class Recorder:
     def write_train_metrics(self, metrics: Metrics | None) -> None:
         """Write the metrics of a log interval, if one ended."""
         if metrics is not None:
-            self._write("train", metrics)
+            (since_step, since_s), now_s = self._training_since, time.monotonic()
+            images_per_s = (metrics.step - since_step) * self.config.batch_size / max(now_s - since_s, 1e-9)
+            self._training_since = metrics.step, now_s
+            self.events.write("throughput", step=metrics.step, images_per_s=round(images_per_s, 1))
+            self._write("train", metrics, images_per_s)
             self.terminal.interval(self._describe(*metrics))
 
     def write_test_metrics(self, metrics: Metrics | None) -> None:
@@ -113,14 +118,15 @@ class Recorder:
         step, loss, accuracy = metrics
         self._write("test", metrics)
         self.events.write("evaluation", step=step, loss=loss, accuracy=accuracy)
+        self._training_since = step, time.monotonic()
         self.terminal.info(f"step {step}: test loss {loss:.4f}, test accuracy {accuracy:.4f}")
         self._pin_best()
 
-    def _write(self, split: str, metrics: Metrics) -> None:
+    def _write(self, split: str, metrics: Metrics, images_per_s: float | None = None) -> None:
         step, loss, accuracy = metrics
         # The rate of the update that led to this step, in the shortest decimal form of the float32.
         rate = float(str(np.float32(self.dispatcher.trainer.learning_rate(np.int32(step - 1)))))
-        self.metrics.write(step, split, loss=loss, accuracy=accuracy, learning_rate=rate)
+        self.metrics.write(step, split, loss=loss, accuracy=accuracy, learning_rate=rate, images_per_s=images_per_s)
 
     def _describe(self, step: int, loss: float, accuracy: float) -> str:
         """Return the progress line, up to 79 characters long in a run of usual size."""
