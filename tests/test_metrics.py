@@ -283,14 +283,16 @@ def test_tensorboard_begins_at_the_beginning_with_the_times_and_speeds_of_the_ev
     shutil.rmtree(tmp_path / "tensorboard")
     (tmp_path / "config.json").write_text('{"seed": 7}')
     events = [{"event": "throughput", "step": 10, "time": time_s, "images_per_s": 9 * time_s} for time_s in (4.0, 5.0)]
-    events += [{"event": "evaluation", "step": 10, "time": 6.0}, {"event": "throughput", "step": 20, "time": None}]
+    events += [{"event": "evaluation", "step": 10, "time": 6.0}, {"event": "throughput", "step": 12, "time": None}]
+    events += [{"event": "throughput", "step": 20, "time": 9.0, "images_per_s": 8.0}]
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     with closing(MetricWriter(tmp_path)) as writer:
         writer.restore(None, 15)
-        writer.write(20, "train", loss=1.0, accuracy=0.5, learning_rate=0.1, images_per_s=8.0)
+        for step in (20, 30):
+            writer.write(step, "train", loss=1.0, accuracy=0.5, learning_rate=0.1, images_per_s=8.0)
     check_scalars(tmp_path)
     train, test = (EventAccumulator(str(tmp_path / "tensorboard" / split)).Reload() for split in ("train", "test"))
-    assert [(row.step, row.value) for row in train.Scalars("images_per_second")] == [(10, 45.0), (20, 8.0)]
+    assert [(row.step, row.value) for row in train.Scalars("images_per_second")] == [(10, 45.0), (20, 8.0), (30, 8.0)]
     assert train.Scalars("loss")[0].wall_time == 5.0
     assert [row.wall_time for row in test.Scalars("loss")] == [6.0, 6.0]
     assert '"seed": 7' in train.Tensors("config")[0].tensor_proto.string_val[0].decode()

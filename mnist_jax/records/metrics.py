@@ -49,7 +49,6 @@ class MetricWriter:
         self._path, self._enabled = workdir / "metrics.jsonl", enabled
         self._directory = workdir.stat()
         self._scalars = ScalarWriter(workdir)
-        self._pending_points: list[Point] = []
         self._are_scalars_stale = False
         self._file = self._path.open("ab", buffering=0) if enabled else None
         self._content, self._records = bytearray(), list[dict[str, Any]]()
@@ -84,8 +83,7 @@ class MetricWriter:
             lines = b"".join(line for _, line in itertools.takewhile(lambda row: row[0]["step"] <= step, records))
         self._content = bytearray(lines)
         self._records = [record for record, _ in parse_metrics(lines.splitlines(keepends=True))]
-        # Reading their times and writing them waits for the next line: the first step does not wait for it.
-        self._pending_points = []
+        # They are written with the next line: the first step does not wait for it.
         self._are_scalars_stale = len(self._records) != len(records)
         if found.startswith(lines):
             self._file.truncate(len(lines))
@@ -112,8 +110,10 @@ class MetricWriter:
         self._content += line
         if self._enabled:
             self._append(line)
-            self._pending_points.append(_point(record, time.time(), images_per_s))
-            self._write_scalars()
+            if self._scalars.is_open:
+                self._scalars.append(_point(record, time.time(), images_per_s))
+            else:
+                self._write_all_scalars()
 
     def sync(self) -> None:
         """Fsync `metrics.jsonl`. A checkpoint is committed only after the lines that lead to it.
@@ -180,16 +180,9 @@ class MetricWriter:
             self._file.close()
         self._file = file
 
-    def _write_scalars(self) -> None:
-        if not self._scalars.is_open:
-            restored = self._records[: len(self._records) - len(self._pending_points)]
-            events = read_events(self._path.with_name("events.jsonl"), max_bytes=MAX_TAIL_BYTES)
-            self._scalars.replace([*_restored_points(restored, events), *self._pending_points])
-        else:
-            for point in self._pending_points:
-                self._scalars.append(point)
-        if self._scalars.is_open:
-            self._pending_points.clear()
+    def _write_all_scalars(self) -> None:
+        events = read_events(self._path.with_name("events.jsonl"), max_bytes=MAX_TAIL_BYTES)
+        self._scalars.replace(_points(self._records, events))
 
     def accuracy_at(self, step: int) -> float | None:
         """Return the test accuracy at a step, None if there was no evaluation."""
@@ -211,7 +204,7 @@ class MetricWriter:
                 self._append(b"")
             self._file.close()
             if self._are_scalars_stale and not self._scalars.is_open:
-                self._write_scalars()
+                self._write_all_scalars()
         self._scalars.close()
 
 
@@ -250,8 +243,8 @@ class EventLog:
         self._file.close()
 
 
-def _restored_points(records: Iterable[dict[str, Any]], events: Iterable[dict[str, Any]]) -> Iterator[Point]:
-    """Yield the points of restored lines, with the times and speeds in the event log.
+def _points(records: Iterable[dict[str, Any]], events: Iterable[dict[str, Any]]) -> Iterator[Point]:
+    """Yield the scalars of all lines, with the times and speeds in the event log.
 
     A line without an event, as in logs of older versions, has the time of the latest one before it.
     """
@@ -272,7 +265,8 @@ def _restored_points(records: Iterable[dict[str, Any]], events: Iterable[dict[st
 
 
 def _point(record: dict[str, Any], time_s: float, images_per_s: float | None) -> Point:
-    scalars = {name: value for name, value in record.items() if name not in ("step", "split") and _is_finite(value)}
+    names = ("loss", "accuracy", "learning_rate")
+    scalars = {name: record[name] for name in names if _is_finite(record.get(name))}
     if images_per_s is not None:
         scalars["images_per_second"] = images_per_s
     return Point(record["step"], record["split"], scalars, time_s)

@@ -72,28 +72,12 @@ class ScalarWriter:
 
     def _replace(self, split: str, config: str, points: Iterable[Point]) -> AppendFile:
         """Replace the files of a split by one with its points; that of the training has the config as a text."""
-        folder = self._folder / split
-        folder.mkdir(parents=True, exist_ok=True)
-        old = _files_in(folder)
-        # A new name, because TensorBoard continues to read where it was in a file that it knows.
-        number = max((int(path.name.rpartition(".")[2]) for path in old), default=-1) + 1
-        partial = folder / "partial"  # TensorBoard reads files whose names contain "tfevents".
-        partial.unlink(missing_ok=True)
-        file = AppendFile(partial)
-        events: list[dict[str, Any]] = [{"file_version": "brain.Event:2"}, {"session_log": {"status": "START"}}]
+        events: list[dict[str, Any]] = [{"session_log": {"status": "START"}}]
         if split == "train" and config:
             events.append({"summary": {"value": [_text("config", config)]}})
-        try:
-            file.write(_encode(*events, *(_event(point) for point in points if point.split == split)))
-            if file.write_error:
-                raise file.write_error
-            partial.rename(folder / f"events.out.tfevents.{number:010d}")
-        except OSError:
-            file.close()
-            raise
-        for path in old:
-            path.unlink()
-        return file
+        return _replace_files(
+            self._folder / split, [*events, *(_event(point) for point in points if point.split == split)]
+        )
 
     def append(self, point: Point) -> None:
         """Write a point; an error is in `write_error` afterwards."""
@@ -105,14 +89,44 @@ class ScalarWriter:
             file.close()
 
 
-def images_file(step: int, images: Mapping[str, bytes]) -> bytes:
-    """Return a file for TensorBoard that holds PNG images, by their tags."""
+def replace_images(workdir: Path, step: int, images: Mapping[str, bytes]) -> None:
+    """Replace the images in `tensorboard/report`, PNG files by their tags.
+
+    Raises:
+        OSError: they cannot be written.
+    """
     values = []
     for tag, png in images.items():
         width, height = struct.unpack(">II", png[16:24])  # PNG specification, 11.2.2: the header is the first chunk.
         image = {"width": width, "height": height, "colorspace": 3, "encoded_image_string": png}
         values.append({"tag": tag, "image": image})
-    return _encode({"file_version": "brain.Event:2"}, {"step": step, "summary": {"value": values}})
+    _replace_files(workdir / "tensorboard" / "report", [{"step": step, "summary": {"value": values}}]).close()
+
+
+def _replace_files(folder: Path, events: Iterable[dict[str, Any]]) -> AppendFile:
+    """Replace our files in a folder by one with these events, which is returned.
+
+    Raises:
+        OSError: it cannot be written; the old files are unchanged.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    old = _files_in(folder)
+    # A new name, because TensorBoard continues to read where it was in a file that it knows.
+    number = max((int(path.name.rpartition(".")[2]) for path in old), default=-1) + 1
+    partial = folder / "partial"  # TensorBoard reads files whose names contain "tfevents".
+    partial.unlink(missing_ok=True)
+    file = AppendFile(partial)
+    try:
+        file.write(_encode({"file_version": "brain.Event:2"}, *events))
+        if file.write_error:
+            raise file.write_error
+        partial.rename(folder / f"events.out.tfevents.{number:010d}")
+    except OSError:
+        file.close()
+        raise
+    for path in old:
+        path.unlink()
+    return file
 
 
 def _files_in(folder: Path) -> list[Path]:

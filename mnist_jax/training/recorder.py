@@ -265,12 +265,15 @@ class Recorder:
         if isinstance(error, ProcessLostError | SaveError | RemoteError | ReadError | OSError):
             newest = f"of step {self.checkpointer.newest_step}" if self.checkpointer.steps else "none"
             error.add_note(f"The newest checkpoint is {newest}.")
-        # Checkpoints that are committed are still uploaded. After the loss of a process there is no time: JAX
-        # may abort this process at any moment.
+        self.events.write("exit", outcome="failed", code=code, step=self.checkpointer.newest_step, error=str(error))
+        # Committed checkpoints are still uploaded, and the event log with this error. After the loss of a process there
+        # is no time: JAX may abort this process at any moment. Without the lock the files may be those of another run.
         if not isinstance(error, RemoteError | ProcessLostError):
             with contextlib.suppress(RemoteError):
                 self.copies.finish(stop)
-        self.events.write("exit", outcome="failed", code=code, step=self.checkpointer.newest_step, error=str(error))
+                if self.checkpointer.steps and not isinstance(error, LockHeldError):
+                    self.copies.begin(self.checkpointer.newest_step)
+                    self.copies.finish(stop)
 
     def close(self) -> None:
         """Close the files."""
