@@ -212,11 +212,7 @@ def test_remote_copy_shows_how_a_run_ended(tmp_path):
     assert [attempt.outcome for attempt in attempts_of(*read_events(tmp_path / "25.jsonl"))][-1] == "failed: broken"
 
 
-def test_a_save_on_request_is_no_stop():
-    for reason, outcome in (("signal SIGTERM", "stopped by SIGTERM"), ("signal SIGUSR2", "killed"), ("time", "killed")):
-        [attempt] = attempts_of(START, {"event": "save", "step": 9, "reason": reason})
-        assert attempt.outcome == outcome
-    [attempt] = read_attempts(
-        [START, {"event": "save", "step": 9, "reason": "signal SIGTERM"}], is_running=True, now_s=0.0
-    )
-    assert attempt.outcome == "running"
+def test_a_run_that_uploads_its_last_checkpoint_is_running():
+    events = [START, SIGNAL, {"event": "outcome", "step": 9, "outcome": "stopped"}]
+    outcomes = [read_attempts(events, is_running=running, now_s=0.0)[0].outcome for running in (True, False)]
+    assert outcomes == ["running", "stopped by SIGTERM"]

@@ -10,12 +10,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from mnist_jax.records.metrics import read_metrics
-from mnist_jax.runtime.preemption import SAVE_SIGNALS
 
 LANES = {"data": "load data", "compile": "compile", "train": "train", "evaluate": "evaluate", "save": "save"}
 MAX_TEXT = 300
-# The reason of a save on a signal that does not stop the run.
-_SAVE_REASONS = tuple(f"signal {number.name}" for number in SAVE_SIGNALS)
 MAX_SECONDS = 2.0**33  # the year 2242; `time.localtime` raises for much larger times
 
 
@@ -122,15 +119,10 @@ def _read_attempt(events: list[dict[str, Any]]) -> Attempt:
             attempt.changed = [as_text(text) for text in changed[:20]] if isinstance(changed, list) else []
         elif name == "signal":
             attempt.reason, attempt.saved_in_s = as_text(event.get("signal")), as_number(event.get("seconds"))
-        elif name == "exit":
+        elif name in ("exit", "outcome"):
             outcome = event.get("outcome")
             attempt.end = outcome if outcome in ("stopped", "finished") else "failed"
             attempt.reason = as_text(event.get("error")) if attempt.end == "failed" else attempt.reason
-    saved_because = next((as_text(e.get("reason")) for e in reversed(events) if e["event"] == "save"), "")
-    if not attempt.has_exit and saved_because == "end":
-        attempt.end = "finished"
-    elif not attempt.has_exit and saved_because.startswith("signal ") and saved_because not in _SAVE_REASONS:
-        attempt.end, attempt.reason = "stopped", saved_because.removeprefix("signal ")
     return attempt
 
 

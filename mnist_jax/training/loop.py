@@ -183,5 +183,7 @@ def finish(dispatcher: Dispatcher, checkpointer: Checkpointer, recorder: Recorde
     finally:
         recorder.report_saves(is_last=True)
     recorder.raise_if_diverged()
+    outcome = recorder.finished(dispatcher.step) if dispatcher.is_finished else recorder.stopped(stop)
+    recorder.log_outcome(outcome)  # before the upload, so that a remote copy shows how the run ended
     recorder.copies.begin(dispatcher.step)
-    return recorder.finished(dispatcher.step) if dispatcher.is_finished else recorder.stopped(stop)
+    return outcome

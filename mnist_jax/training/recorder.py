@@ -255,6 +255,10 @@ class Recorder:
             sha256 = "unknown"
         return Outcome("stopped", {"step": step, "signal": name, "state_sha256": sha256})
 
+    def log_outcome(self, outcome: Outcome) -> None:
+        """Log the outcome of a run whose final state is saved. Its exit is logged when the last upload is done."""
+        self.events.write("outcome", step=outcome.fields["step"], outcome=outcome.word)
+
     def exit(self, outcome: Outcome) -> None:
         """Log and print how the run ended."""
         self.events.write("exit", outcome=outcome.word, code=outcome.exit_code, **outcome.fields)
