@@ -284,7 +284,10 @@ MAX_CONFIG_BYTES = 2**20
 MAX_USAGE = 80
 RECORDS = ("config.json", "metrics.jsonl", "events.jsonl")  # A checkpoint is useless without them.
 _FILES = (*RECORDS, "config.json.partial", "lock")
-_DIRECTORIES = ("checkpoints", "checkpoints/quarantine", "tensorboard")
+_DIRECTORIES = (
+    *("checkpoints", "checkpoints/quarantine"),
+    *("tensorboard", "tensorboard/train", "tensorboard/test", "tensorboard/report"),
+)
 
 
 def parse(args: Sequence[str], default: Config | None = None) -> Config:

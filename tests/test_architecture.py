@@ -40,7 +40,7 @@ OWNERS = {
     "safetensors": {"export"},
     "scipy": {"inference.preprocessing"},
     "signal": {"runtime.preemption"},
-    "tensorboard": {"records.metrics"},
+    "tensorboard": {"records.tensorboard"},
     "tensorstore": {"checkpoint.orbax_io", "checkpoint.remote"},
     "tyro": {"config", "status", "replay", "evaluate", "predict", "export", "demo.__main__", "report.__main__"},
     "waitress": {"demo.__main__"},

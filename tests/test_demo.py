@@ -1,5 +1,6 @@
 """The demo page: predictions, reloading, the network, and the page in a browser."""
 
+import base64
 import http.client
 import io
 import json
@@ -12,8 +13,9 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from mnist_jax import predict
 from mnist_jax.console import Terminal
 from mnist_jax.demo import __main__ as demo
 from mnist_jax.inference import classifier, preprocessing
+from mnist_jax.training.data import DataError
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -177,6 +180,23 @@ def test_unreadable_images_have_a_reason(client):
         assert reason in answer.json["error"]
 
 
+def test_test_image_is_predicted_as_it_is(client, reloader):
+    chosen = client.get("/test-image").json
+    images, labels = reloader.test_set()
+    assert chosen["image"] == images[chosen["index"]].ravel().tolist()
+    assert chosen["label"] == str(labels[chosen["index"]])
+    answer = client.post(f"/predict?test={chosen['index']}").json
+    assert answer["image"] == chosen["image"]
+    assert answer["probabilities"] == reloader.model.predict(images[chosen["index"]]).tolist()
+    assert client.post(f"/predict?test={len(images)}").status_code == 400
+
+
+def test_missing_test_images_have_a_reason(client, reloader, monkeypatch):
+    monkeypatch.setattr(reloader, "test_set", lambda: (_ for _ in ()).throw(DataError("a file is missing")))
+    answer = client.get("/test-image")
+    assert (answer.status_code, answer.json["error"]) == (404, "There are no test images: a file is missing")
+
+
 # Reloading
 
 
@@ -267,6 +287,7 @@ def test_other_host_names_are_forbidden(reloader):
     )
     codes = [client.get("/model", headers={"Host": host}).status_code for host in hosts]
     assert codes == [200, 200, 200, 200, 403, 403, 403, 403]
+    assert "Behind a proxy" in client.get("/model", headers={"Host": "notebook.example"}).text
 
 
 def test_server_is_local_and_limits_requests(port):
@@ -280,6 +301,31 @@ def test_server_is_local_and_limits_requests(port):
     content = drawing("2")
     chunks = (content[first : first + 700] for first in range(0, len(content), 700))
     assert json.loads(ask(port, "/predict", chunks)[1])["answer"] == "2"
+
+
+def test_unfinished_requests_delay_no_other_and_are_closed():
+    def app(environ, start_response):
+        start_response("200 OK", [("Content-Length", "2")])
+        return [b"ok"]
+
+    server = demo.make_server(app, demo.listen("127.0.0.1", 0), timeout_s=1)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    with ExitStack() as stack:
+        stack.callback(thread.join)
+        stack.callback(server.trigger.close)
+        stack.callback(server.task_dispatcher.shutdown)
+        stack.callback(server.close)
+        unfinished = []
+        for _ in range(300):  # Waitress accepts 100 by default.
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", server.effective_port), timeout=60))
+            connection.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n")
+            unfinished.append(connection)
+        started_s = time.monotonic()
+        assert ask(server.effective_port, "/model") == (200, b"ok")
+        answered_s = time.monotonic()
+        assert [connection.recv(1) for connection in unfinished] == 300 * [b""]
+        assert answered_s - started_s < 0.5 * (time.monotonic() - started_s)
 
 
 @pytest.mark.parametrize(("host", "port"), [("127.0.0.1", None), ("192.0.2.1", 0), (64 * "é", 0), ("127.0.0.1", 65536)])
@@ -474,10 +520,13 @@ def test_page_recovers_from_an_offline_server(page):
     page.run("window.realFetch = fetch; window.fetch = () => Promise.reject(new TypeError('no connection'))")
     page.draw("7")
     page.wait_for("return notice.textContent === OFFLINE")
+    opacity = "return +getComputedStyle(document.getElementById('prediction')).opacity"
+    assert page.run(opacity) < 0.5
     assert page.ink[0] > 0
     page.run("window.fetch = realFetch")
     page.wait()
     page.wait_for("return notice.textContent === ''")
+    assert page.run(opacity) == 1
     assert page.answer == "7"
 
 
@@ -496,3 +545,70 @@ def test_page_fits_a_phone(page):
     finally:
         page.run("document.body.style.paddingBottom = ''")
         page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_test_digit_comes_by_keyboard(page):
+    page.driver.find_element("id", "test").send_keys("\ue007")
+    page.wait_for("return remark.textContent.includes('labelled')")
+    assert page.answer in "0123456789"
+    label = page.run("return remark.textContent")[-1]
+    assert page.run("return strokes[0].remark") == f"labelled {label}"
+    assert min(page.ink) > 0
+    page.draw("7")  # replaces it
+    page.wait()
+    assert (page.answer, page.run("return remark.textContent")) == ("7", "")
+
+
+@pytest.mark.parametrize("way", ["drop", "paste"])
+def test_picture_is_predicted(page, way):
+    send = """
+        const [way, name, content] = arguments, data = new DataTransfer();
+        data.items.add(new File([Uint8Array.from(atob(content), (c) => c.charCodeAt(0))], name));
+        const Kind = {drop: DragEvent, paste: ClipboardEvent}[way];
+        document.body.dispatchEvent(new Kind(way, {bubbles: true, dataTransfer: data, clipboardData: data}));"""
+    page.driver.execute_script(send, way, "3.png", base64.b64encode(drawing("3")).decode())
+    page.wait_for("return strokes.length")
+    page.wait()
+    assert page.answer == "3"
+    assert page.ink[0] > 0
+    page.click("undo")
+    assert page.is_empty
+    page.driver.execute_script(send, way, "3.txt", base64.b64encode(b"three").decode())
+    page.wait_for("return notice.textContent.includes('cannot read')")
+    page.run("showNotice('')")
+
+
+def test_doubt_is_shown(page):
+    page.draw("7")
+    page.wait()
+    shown = "show({answer: '7', probabilities: Array(9).fill(%s).concat(%s)}); return remark.textContent"
+    assert page.run(shown % (0.05, 0.55)) == "not sure"
+    assert page.run(shown % (0.02, 0.82)) == ""
+
+
+def test_page_fits_the_window(page):
+    """A window, a phone upright and on its side, and a window of 1200 by 800 at 200 %."""
+    page.run("document.getElementById('test').click()")
+    page.wait_for("return remark.textContent")
+    try:
+        for width, height in ((1200, 800), (390, 844), (844, 390), (600, 400)):
+            size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width != 1200}
+            page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+            page.wait_for(f"return innerWidth === {width} && innerHeight === {height}")
+            shown = page.run("const e = document.documentElement; return [e.scrollWidth, e.scrollHeight]")
+            assert shown == [width, height]
+            buttons = page.run("return [...document.querySelectorAll('button')].map((b) => b.offsetHeight)")
+            assert min(buttons) >= 44
+            assert page.run("return canvas.clientWidth") >= 200
+    finally:
+        page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_bars_are_visible_in_forced_colours(page):
+    forced = {"features": [{"name": "forced-colors", "value": "active"}]}
+    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", forced)
+    try:
+        colours = "const style = (q) => getComputedStyle(document.querySelector(q)).backgroundColor;"
+        assert page.run(f"{colours} return style('.bar > span') !== style('body')")
+    finally:
+        page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})

@@ -17,7 +17,13 @@ def plot(count: int, *, dark: bool = False) -> bytes:
     """Plot a run of attempts of 100 steps and 10 s each."""
     attempts = [
         Attempt(
-            *([], 100 * n, 100 * n + 100, 1e9 + 20 * n, 1e9 + 20 * n + 10),
+            *(
+                [{"time": 1e9 + 20 * n + 5, "images_per_s": 1e3}],
+                100 * n,
+                100 * n + 100,
+                1e9 + 20 * n,
+                1e9 + 20 * n + 10,
+            ),
             end=("stopped", "killed", "failed", "finished")[n % 4],
             lost_steps=20 * (n % 4 == 1),
             spans=[Span(lane, 1e9 + 20 * n + 2 * i, 1e9 + 20 * n + 2 * i + 2) for i, lane in enumerate(figures.LANES)],
@@ -25,9 +31,9 @@ def plot(count: int, *, dark: bool = False) -> bytes:
         for n in range(count)
     ]
     steps = list(range(1, 100 * count))
-    train = Curve(steps, [1.0] * len(steps), [0.9] * len(steps))
-    test = Curve([100 * count], [0.1], [1.0]) if count else Curve([], [], [])
-    return figures.plot_run(attempts, train, test, dark=dark)
+    train = Curve(steps, [1.0] * len(steps), [0.9] * len(steps), [0.1] * len(steps))
+    test = Curve([100 * count], [0.1], [1.0], [None]) if count else Curve([], [], [], [])
+    return figures.plot_run(attempts, train, test, train_name="training", min_loss=0.5, dark=dark)
 
 
 def pixels(png: bytes) -> np.ndarray:
@@ -42,8 +48,8 @@ def light() -> bytes:
 def test_figures_have_the_colours_of_the_page(light):
     for png, page in ((light, 255), (plot(0, dark=True), 13)):
         drawn = pixels(png)
-        assert drawn.shape[1] == 1400
-        assert drawn[0, 0, 0] == drawn[500, 1399, 0] == np.median(drawn[..., 0]) == page
+        assert drawn.shape[1] == 975
+        assert drawn[0, 0, 0] == drawn[500, 974, 0] == np.median(drawn[..., 0]) == page
         assert np.abs(drawn[..., 0] - page).max() > 200
     colours = {tuple(colour) for colour in pixels(light).reshape(-1, 3)}
     expected = (figures.BLUE, figures.ORANGE, figures.RED, figures.GREEN, figures.GREY)
@@ -51,7 +57,16 @@ def test_figures_have_the_colours_of_the_page(light):
 
 
 def test_long_runs_can_be_plotted():
-    assert pixels(plot(60)).shape == (1050, 1400, 3)
+    assert pixels(plot(60)).shape == (1350, 975, 3)
+
+
+def test_a_curve_of_one_point_is_visible():
+    def blue(train: Curve) -> int:
+        drawn = pixels(figures.plot_comparison([(train, Curve([], [], [], []))], dark=False))
+        return int((drawn == tuple(bytes.fromhex(figures.BLUE[1:]))).all(axis=2)[150:].sum())  # below the legend
+
+    assert blue(Curve([], [], [], [])) == 0
+    assert blue(Curve([5], [1.0], [0.5], [0.1])) > 20
 
 
 def test_confusion_matrix_colours_mistakes_only():

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,12 +17,24 @@ from mnist_jax import status, train
 from mnist_jax.config import Config
 from mnist_jax.records.metrics import read_events
 from mnist_jax.report import __main__ as report
-from mnist_jax.report.history import Attempt, read_attempts, read_curve
-from mnist_jax.report.run_status import CheckpointStatus, NextStart, Status
+from mnist_jax.report.history import Attempt, goodput, read_attempts, read_curve
+from mnist_jax.report.run_status import CheckpointStatus, NextStart, Status, summarize
 from mnist_jax.runtime.lock import exclusive_lock
 from mnist_jax.runtime.preemption import StopSignal
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
+
+
+SMALL = Config(
+    dataset="digits",
+    steps=40,
+    batch_size=64,
+    average_decay=0.9,
+    log_every_steps=2,
+    eval_every_steps=20,
+    checkpoint_every_steps=10,
+    keep=9,
+)
 
 
 def attempts_of(*events: dict) -> list[Attempt]:
@@ -32,16 +45,6 @@ def attempts_of(*events: dict) -> list[Attempt]:
 def eventful(tmp_path_factory) -> Run:
     """A run that was stopped after step 15, killed after step 27 and stopped after step 35."""
     folder = tmp_path_factory.mktemp("eventful")
-    config = Config(
-        dataset="digits",
-        steps=40,
-        batch_size=64,
-        average_decay=0.9,
-        log_every_steps=2,
-        eval_every_steps=20,
-        checkpoint_every_steps=10,
-        keep=9,
-    )
 
     def kill() -> None:
         """Copy what is on the disk, as a kill leaves it; the attempt in the original directory goes on."""
@@ -56,7 +59,7 @@ def eventful(tmp_path_factory) -> Run:
     ):
         with StopSignal() as stop, pytest.MonkeyPatch.context() as patch:
             act_at(patch, step, action)
-            assert train.run(config, folder / name, stop) == 0
+            assert train.run(SMALL, folder / name, stop) == 0
     return Run(folder / "run")
 
 
@@ -160,5 +163,56 @@ def test_unusable_metrics_are_skipped(tmp_path):
     odd = [{"loss": "0"}, {"loss": float("nan")}, {"loss": 1e300}, {"accuracy": float("nan")}, {"accuracy": 7.0}]
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({**good, **change}) + "\n" for change in ({}, *odd, {"step": 9})))
-    assert read_curve(path, "train") == ([1, 9], [0.5, 0.5], [0.5, 0.5])
-    assert read_curve(tmp_path / "none", "test") == ([], [], [])
+    assert read_curve(path, "train") == ([1, 9], [0.5, 0.5], [0.5, 0.5], [None, None])
+    assert read_curve(tmp_path / "none", "test") == ([], [], [], [])
+
+
+def test_goodput_is_training_that_was_not_lost():
+    def at(time_s: float, step: int, event: str = "phase", **details: object) -> dict:
+        return {"event": event, "step": step, "time": time_s, **details}
+
+    first = (at(0, 0, "start"), at(4, 0, phase="train"), at(14, 100, "throughput", images_per_s=1000.0))
+    resumed = at(20.5, 60, "resume", exact=True, lost_steps=40)
+    second = (at(20, 60, "start"), resumed, at(21, 60, phase="train"), at(25, 100, phase="evaluate"))
+    attempts = attempts_of(*first, *second, at(26, 100, "exit", outcome="finished"))
+    assert goodput(attempts) == (10 * 0.6 + 4, 14 + 6, 26)
+    assert [attempt.speeds for attempt in attempts] == [[(14.0, 1000.0)], []]
+    assert goodput([]) == (0, 0, 0)
+
+
+def test_a_kill_happened_where_the_metrics_end():
+    events = [START, {"event": "phase", "phase": "train", "step": 8}]
+    assert read_attempts(events, is_running=False, now_s=0.0, metrics_step=27)[0].last_step == 27
+    [attempt, _] = read_attempts([*events, START], is_running=False, now_s=0.0, metrics_step=27)  # killed again
+    assert attempt.last_step == 27
+    [attempt] = read_attempts([*events, STOPPED], is_running=False, now_s=0.0, metrics_step=27)
+    assert attempt.last_step == 9
+
+
+def test_remote_copy_shows_how_a_run_ended(tmp_path):
+    """The copy is uploaded after the last save, before the end is logged."""
+    mirror = tmp_path / "mirror"
+    config = replace(SMALL, mirror=mirror.as_uri(), workdir=None)
+
+    def ends() -> list[str]:
+        return [attempt.outcome for attempt in attempts_of(*read_events(mirror / "events.jsonl"))]
+
+    def fail() -> None:
+        raise RuntimeError("broken")
+
+    for step, action, code in ((15, lambda: os.kill(os.getpid(), signal.SIGTERM), 0), (25, fail, 70), (99, int, 0)):
+        with StopSignal() as stop, pytest.MonkeyPatch.context() as patch:
+            act_at(patch, step, action)
+            assert train.run(config, tmp_path / "run", stop) == code
+        shutil.copy(mirror / "events.jsonl", tmp_path / f"{step}.jsonl")
+    assert ends() == ["stopped by SIGTERM", "failed: broken", "finished"]
+    copied = read_events(tmp_path / "15.jsonl")
+    assert "exit" not in [event["event"] for event in copied]
+    assert [event["event"] for event in summarize(attempts_of(*copied))][-1] == "stopped"
+    assert [attempt.outcome for attempt in attempts_of(*read_events(tmp_path / "25.jsonl"))][-1] == "failed: broken"
+
+
+def test_a_run_that_uploads_its_last_checkpoint_is_running():
+    events = [START, SIGNAL, {"event": "outcome", "step": 9, "outcome": "stopped"}]
+    outcomes = [read_attempts(events, is_running=running, now_s=0.0)[0].outcome for running in (True, False)]
+    assert outcomes == ["running", "stopped by SIGTERM"]

@@ -10,6 +10,7 @@ import os
 import pickle
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -184,6 +185,7 @@ def assert_resumes_from_30(call, workdir: Path, *, is_foretold: bool = True) -> 
         ("checkpoints", "link"),
         ("checkpoints/quarantine", "file"),
         ("tensorboard", "dangling link"),
+        ("tensorboard/train", "link"),
     ],
 )
 def test_links_and_pipes_in_a_run_are_refused(run_in, outside, call, name, kind):
@@ -202,11 +204,11 @@ def test_links_and_pipes_in_a_run_are_refused(run_in, outside, call, name, kind)
 def test_tensorboard_files_are_always_new(run_in, outside, call):
     remove(newest(run_in))
     for name, kind in (("0000000001", "link"), ("9999999999", "pipe")):
-        place = run_in / "tensorboard" / f"events.out.tfevents.{name}"
+        place = run_in / "tensorboard" / "train" / f"events.out.tfevents.{name}"
         place.symlink_to(outside / "file") if kind == "link" else os.mkfifo(place)
-    files = len(list((run_in / "tensorboard").iterdir()))
     assert call(train.main, run_in, *START).code == 0
-    assert len(list((run_in / "tensorboard").iterdir())) == files + 1
+    [file] = (run_in / "tensorboard" / "train").iterdir()
+    assert stat.S_ISREG(file.lstat().st_mode)
 
 
 def test_links_in_leftovers_are_not_followed(run_in, outside, call):

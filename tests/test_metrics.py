@@ -2,18 +2,25 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
+import tensorboard_data_server
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensorboard import context
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+from tensorboard.data import grpc_provider
+from tensorboard.data.proto.data_provider_pb2_grpc import TensorBoardDataProviderStub
 
 from mnist_jax.records.metrics import EventLog, MetricWriter, has_saves, read_events
 
@@ -260,16 +267,109 @@ def test_tensorboard_shows_each_step_once_after_restarts(seconds_between, tmp_pa
     check_scalars(tmp_path)
 
 
+def test_tensorboard_forgets_lost_steps_that_another_cadence_skips(tmp_path):
+    """The default reader ignores the record of a restart, and drops points only for a new one at or before them."""
+    write(tmp_path, [(step, "train", 1.0, 0.5) for step in range(10, 80, 10)] + [(70, "test", 1.0, 0.5)])
+    write(tmp_path, [(75, "train", 2.0, 0.5), (100, "train", 2.0, 0.5), (100, "test", 2.0, 0.5)], after=50)
+    assert steps(tmp_path) == [10, 20, 30, 40, 50, 75, 100, 100]
+    check_scalars(tmp_path)
+    write(tmp_path, [], after=60)  # It stops before it writes a line.
+    check_scalars(tmp_path)
+
+
+def test_tensorboard_begins_at_the_beginning_with_the_times_and_speeds_of_the_events(tmp_path):
+    """The directory may come from a remote copy, which has no files for TensorBoard."""
+    write(tmp_path, [(10, "train", 1.0, 0.5), (10, "test", 1.0, 0.5), (15, "test", 1.0, 0.5)])
+    shutil.rmtree(tmp_path / "tensorboard")
+    (tmp_path / "config.json").write_text('{"seed": 7}')
+    events = [{"event": "throughput", "step": 10, "time": time_s, "images_per_s": 9 * time_s} for time_s in (4.0, 5.0)]
+    events += [{"event": "evaluation", "step": 10, "time": 6.0}, {"event": "throughput", "step": 12, "time": None}]
+    events += [{"event": "throughput", "step": 20, "time": 9.0, "images_per_s": 8.0}]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    with closing(MetricWriter(tmp_path)) as writer:
+        writer.restore(None, 15)
+        for step in (20, 30):
+            writer.write(step, "train", loss=1.0, accuracy=0.5, learning_rate=0.1, images_per_s=8.0)
+    check_scalars(tmp_path)
+    train, test = (EventAccumulator(str(tmp_path / "tensorboard" / split)).Reload() for split in ("train", "test"))
+    assert [(row.step, row.value) for row in train.Scalars("images_per_second")] == [(10, 45.0), (20, 8.0), (30, 8.0)]
+    assert train.Scalars("loss")[0].wall_time == 5.0
+    assert [row.wall_time for row in test.Scalars("loss")] == [6.0, 6.0]
+    assert '"seed": 7' in train.Tensors("config")[0].tensor_proto.string_val[0].decode()
+
+
+def test_tensorboard_files_of_older_versions_are_replaced(tmp_path):
+    (tmp_path / "tensorboard").mkdir()
+    for name in ("events.out.tfevents.0000000001", "events.out.tfevents.1700000000.host"):
+        (tmp_path / "tensorboard" / name).touch()
+    write(tmp_path, [(1, "train", 1.0, 0.5)])
+    assert sorted(path.name for path in (tmp_path / "tensorboard").iterdir()) == [
+        *("events.out.tfevents.1700000000.host", "test", "train")
+    ]
+
+
+def test_full_disk_delays_the_scalars(tmp_path, monkeypatch):
+    with closing(MetricWriter(tmp_path)) as writer:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            writer.write(1, "train", loss=1.0, accuracy=0.5, learning_rate=0.1)
+            assert "No space" in str(writer.write_error)
+        writer.write(2, "train", loss=1.0, accuracy=0.5, learning_rate=0.1)
+        assert writer.write_error is None
+    check_scalars(tmp_path)
+
+
 def check_scalars(workdir: Path) -> None:
-    """Check that TensorBoard shows the values of metrics.jsonl, each once and in order."""
-    expected: dict[str, list[tuple[int, float]]] = {}
+    """Check that both of TensorBoard's readers show the values of metrics.jsonl, each once and in order."""
+    expected: Curves = {}
     for line in metrics(workdir).splitlines():
         record = json.loads(line)
         for name in ("loss", "accuracy", "learning_rate"):
             value = float(np.float32(record[name]))  # TensorBoard's own precision
-            expected.setdefault(f"{name}/{record['split']}", []).append((record["step"], value))
+            expected.setdefault((record["split"], name), []).append((record["step"], value))
     assert expected
-    accumulator = EventAccumulator(str(workdir / "tensorboard"), size_guidance={SCALARS: 0})
-    accumulator.Reload()
-    found = {tag: [(row.step, row.value) for row in accumulator.Scalars(tag)] for tag in accumulator.Tags()[SCALARS]}
-    assert found == expected
+    folder = workdir / "tensorboard"
+    assert read_in_python(folder) == expected
+    with default_reader(folder) as read:
+        deadline_s = time.monotonic() + 10  # It answers before it has read all files.
+        while (found := read()) != expected and time.monotonic() < deadline_s:
+            time.sleep(0.02)
+        assert found == expected
+
+
+Curves = dict[tuple[str, str], list[tuple[int, float]]]  # step and value, by run and tag
+
+
+def read_in_python(folder: Path) -> Curves:
+    found = {}
+    for path in folder.iterdir():
+        accumulator = EventAccumulator(str(path), size_guidance={SCALARS: 0}).Reload()
+        for tag in set(accumulator.Tags()[SCALARS]) - {"images_per_second"}:
+            found[path.name, tag] = [(row.step, row.value) for row in accumulator.Scalars(tag)]
+    return found
+
+
+@contextmanager
+def default_reader(folder: Path) -> Iterator[Callable[[], Curves]]:
+    """Run the server that TensorBoard reads through by default, and return a function that reads the curves."""
+    port_file = folder.with_name("port")
+    flags = (f"--logdir={folder}", "--port=0", f"--port-file={port_file}", "--die-after-stdin", "--reload=1")
+    with subprocess.Popen([tensorboard_data_server.server_binary(), *flags], stdin=subprocess.PIPE):
+        while not (port_file.exists() and port_file.read_text().endswith("\n")):
+            time.sleep(0.01)
+        address = f"localhost:{port_file.read_text().strip()}"
+        port_file.unlink()
+        with grpc.insecure_channel(address) as channel:
+            provider = grpc_provider.GrpcDataProvider(address, TensorBoardDataProviderStub(channel))
+            every = {"experiment_id": "", "plugin_name": "scalars", "downsample": 10_000}
+
+            def read() -> Curves:
+                runs = provider.read_scalars(context.RequestContext(), **every)
+                rows = {(run, tag): found for run, tags in runs.items() for tag, found in tags.items()}
+                return {
+                    key: [(row.step, row.value) for row in found]
+                    for key, found in rows.items()
+                    if key[1] != "images_per_second"
+                }
+
+            yield read

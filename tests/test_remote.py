@@ -428,7 +428,7 @@ def test_upload_replaces_one_that_has_not_started(held, bucket, run):
     assert remote.wait(0)
     remote.begin_upload(run, 10, keep=STEPS, files=FILES)
     assert began.wait(60)
-    for step in (20, 10, 20, 30):  # 10 is running, and is not repeated.
+    for step in (20, 10, 20, 30):
         remote.begin_upload(run, step, keep=STEPS, files=FILES)
         assert remote.uploading_steps == {10, step}
     assert not remote.wait(0.01)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from runs import snapshot
 from tampering import HOSTILE_EVENTS, HOSTILE_TEXTS
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mnist_jax import evaluate
 from mnist_jax.checkpoint.checkpoint import list_checkpoints
@@ -27,6 +28,9 @@ from mnist_jax.runtime.preemption import StoppedError, StopSignal
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
+# What is wider than the page, or has more content than it shows.
+WIDER = """return [...document.querySelectorAll('table, td, th, dl, dd, img, p')].filter(
+    (e) => e.getBoundingClientRect().right > innerWidth || e.scrollWidth > e.clientWidth + 1).map((e) => e.outerHTML)"""
 IMAGES = {f"{name}{theme}.png" for name in ("run", "confusion", "mistakes") for theme in ("", "-dark")}
 
 
@@ -99,18 +103,33 @@ def test_page_has_the_facts_of_the_run(page, small_run):
     assert f"{end['test_accuracy']:.2%} at step 40" in page.text
     assert end["state_sha256"] in page.text
     assert "finished" in page.text
+    for name, value in (("label_smoothing", "0.1"), ("batch_size", "64"), ("adam_b1", "0.7")):
+        assert f"{name} {value}" in page.text
+    [start] = small_run.events("start")
+    assert f"jax {start['software']['jax']}" in page.text
+    assert "1 × cpu" in page.text
+    assert re.search(r"Goodput \d+%: [\d.]+ s of training", page.text)
+    assert re.search(r"Throughput [\d,]+ images/s", page.text)
+    assert "training, label smoothing 0.1" in page.text
+    assert "below 0.500 nats" in page.text
     for step in small_run.steps():
-        assert re.search(rf"\b{step} \d{{4}}-\d\d-\d\d [\d:]+ [\d.]+ MB [a-z ]+ ([\d.]+ % )?good", page.text)
+        assert re.search(
+            rf"\b{step} \d{{4}}-\d\d-\d\d [\d:]+ [+-]\d{{4}} [\d.]+ MB [a-z ]+ ([\d.]+ % )?good", page.text
+        )
 
 
 def test_confusion_matrix_is_that_of_evaluate(small_run, page):
     with StopSignal() as stop:
         evaluated = evaluate.evaluate(evaluate.Options(small_run.workdir), stop, Terminal())
-        results = report.evaluate_newest(report.Options(small_run.workdir), stop, Terminal())
+        results = report.evaluate_newest(small_run.workdir, report.Options(small_run.workdir), stop, Terminal())
     assert results.confusion.tolist() == evaluated.confusion
     incorrect = round(evaluated.images * (1 - evaluated.accuracy))
     assert len(results.mistakes) == min(24, incorrect) > 0
     assert f"Step 40: {incorrect} of 359 test images have an incorrect prediction" in page.text
+    correct = sum(count * accuracy for _, count, accuracy, _ in results.classes)
+    assert round(correct) == 359 - incorrect
+    for name, count, accuracy, wrong in results.classes:
+        assert f"{name} {count} {100 * accuracy:.2f} % {wrong}".strip() in page.text
 
 
 def test_worst_mistakes_come_first():
@@ -146,7 +165,38 @@ def test_page_fits_phone_and_dark_mode(folder):
             shown = [base64.b64decode(source.partition(",")[2]) for source in browser.execute_script(decode)]
             assert shown == [(folder / f"{name}{suffix}.png").read_bytes() for name in ("run", "confusion", "mistakes")]
             assert browser.execute_script("return document.documentElement.scrollWidth") == 390
+            assert browser.execute_script(WIDER) == []
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        paper = {"width": 690, "height": 1000, "deviceScaleFactor": 1, "mobile": False}  # A4 without its margins
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", paper)
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print", "features": [feature]})  # dark
+        assert browser.execute_script(WIDER) == []
+        assert browser.execute_script("return document.querySelector('thead').offsetHeight") > 0
+        assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
         assert browser.get_log("browser") == []  # The security policy of the page forbids nothing that it uses.
+
+
+def test_runs_are_compared(small_copy, small_run, tmp_path, capsys):
+    config = json.loads((small_copy / "config.json").read_text())
+    (small_copy / "config.json").write_text(json.dumps({**config, "log_every_steps": 7}))
+    page = write_page(small_run.workdir, small_copy, "--out", tmp_path / "out", capsys=capsys)
+    assert "Comparison of 2 runs" in page.text
+    assert "log_every_steps 10 7" in page.text
+    assert "eval_every_steps 20 20" not in page.text
+    names = {"comparison.png", "comparison-dark.png", *(f"{n}-{name}" for n in (1, 2) for name in IMAGES)}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*names, "report.html"}
+    assert page.text.count("Accuracy per class") == 2
+
+
+def test_report_adds_images_to_tensorboard(small_copy, capsys):
+    for _ in range(2):
+        write_page(small_copy, capsys=capsys)
+    images = EventAccumulator(str(small_copy / "tensorboard" / "report")).Reload()
+    assert images.Tags()["images"] == ["worst mistakes", "confusion matrix"]
+    [image] = images.Images("worst mistakes")
+    assert image.step == 40
+    assert image.encoded_image_string == (small_copy / "report" / "mistakes.png").read_bytes()
+    assert image.width == 975
 
 
 # Missing or corrupt parts
@@ -187,7 +237,7 @@ def test_signal_stops_the_report(small_run):
     with StopSignal() as stop:
         stop.record_signal(signal.SIGTERM)
         with pytest.raises(StoppedError):
-            report.make_report(report.Options(small_run.workdir), stop, Terminal())
+            report.read_run(small_run.workdir, report.Options(small_run.workdir), stop, Terminal())
 
 
 # Output
@@ -235,19 +285,23 @@ def test_write_replaces_an_earlier_report(tmp_path):
 
 def test_untrusted_files_are_escaped_and_plotted():
     attempts = read_attempts(HOSTILE_EVENTS, is_running=True, now_s=2e9)
-    empty = Curve([], [], [])
-    assert figures.plot_run(attempts, empty, empty, dark=True)
+    empty = Curve([], [], [], [])
+    assert figures.plot_run(attempts, empty, empty, train_name="training", min_loss=0.0, dark=True)
     for text in HOSTILE_TEXTS:
         checkpoint = CheckpointStatus(5, float("nan"), 10, text, 1e300, good=False, problem=text)
         found = Status(text, None, [checkpoint], [text], [], NextStart("refuse", None, 2, text))
-        html = report.render(
-            name=text,
-            facts={**report.describe_progress(found, attempts, empty), **report.count_interruptions(found, attempts)},
-            status=found,
-            attempts=attempts,
-            results=report.TestResults(text, 0, (), np.zeros((10, 10), int), []),
-            images={"run.png": b"", "run-dark.png": b""},
-        ).decode()
+        start = {"event": "start", "software": {text: text, "jax": [text]}, "devices": {"cpu": text, "count": text}}
+        facts = {
+            **report.describe_progress(found, attempts, empty),
+            **report.count_interruptions(found, attempts),
+            **report.describe_speed(attempts),
+            **report.describe_environment([start]),
+        }
+        results = report.TestResults(text, 0, (), np.zeros((10, 10), int), [])
+        images = {"run.png": b"", "run-dark.png": b""}
+        loss = report.TrainingLoss()
+        run = report.RunReport(text, facts, {text: text}, found, attempts, empty, empty, loss, results, images)
+        html = report.render(runs=[run]).decode()
         assert html.count("&lt;b x=") >= 7 or text not in HOSTILE_TEXTS[0]
         assert not {"b", "script"} & Page(html).tags
         assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", html)

@@ -133,15 +133,15 @@ class RemoteStore:
         return Uploaded(step, time.monotonic() - started)
 
     def begin_upload(self, run: Path, step: int, *, keep: Collection[int], files: Sequence[str]) -> None:
-        """Start `upload` in the background, unless it runs already. It replaces an upload that has not started.
+        """Start `upload` in the background. It replaces an upload that has not started.
 
+        After one that runs it uploads the same step again: only small files that have changed since then take time.
         Call this and the next three from one thread.
         """
         for _, upload in self._uploads:
             upload.cancel()  # no effect on one that has started
-        if not any(uploading == step and upload.running() for uploading, upload in self._uploads):
-            upload = self._background.submit(self.upload, run, step, keep=frozenset(keep), files=tuple(files))
-            self._uploads.append((step, upload))
+        upload = self._background.submit(self.upload, run, step, keep=frozenset(keep), files=tuple(files))
+        self._uploads.append((step, upload))
 
     def results(self) -> list[Uploaded | RemoteError]:
         """Return the results of the background uploads that ended since the last call."""

@@ -5,6 +5,7 @@ Read-only; safe while the run trains. The page then uses each newer checkpoint a
 
 import ipaddress
 import logging
+import random
 import socket
 import sys
 import threading
@@ -34,6 +35,14 @@ if TYPE_CHECKING:
 MAX_BYTES = 1_000_000  # The page sends about 5,000.
 MAX_PIXELS = 4_000_000
 RELOAD_EVERY_S = 1.0
+# Requests that do not end must neither keep the others waiting nor keep their connections. They take no thread: the
+# server reads all connections in one, and passes on what is complete. Most processes may have 1,024 files open.
+MAX_CONNECTIONS = 800
+REQUEST_TIMEOUT_S = 10
+FORBIDDEN = """This server answers only requests to localhost, so that a page of another site cannot use it.
+Behind a proxy, let the proxy send the header "Host: localhost", or start the demo with --host 0.0.0.0, which answers
+every name and everyone who can reach it.
+"""
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,8 @@ class Options:
     port: Annotated[int, tyro.conf.arg(metavar="N")] = 8000
     """Port of the page; 0 chooses a free port."""
     host: Annotated[str, tyro.conf.arg(metavar="ADDRESS")] = "127.0.0.1"
-    """Address to listen on. Everyone who can reach it can use the page."""
+    """Address to listen on. Everyone who can reach it can use the page. At a local address only the host names
+    localhost and this one are answered; behind a proxy, let it send the header "Host: localhost"."""
     step: configs.WhichStep = "latest"
 
 
@@ -58,8 +68,6 @@ def serve(options: Options, stop: StopSignal, terminal: Terminal) -> int:
     """Serve the page until a signal arrives, and return 0."""
     with listen(options.host, options.port) as listener:
         reloader = wait_for_classifier(options, stop, terminal)
-        import waitress
-
         address, port = listener.getsockname()[:2]
         url_host = f"[{address}]" if ":" in address else address
         is_local = ipaddress.ip_address(address).is_loopback
@@ -68,9 +76,7 @@ def serve(options: Options, stop: StopSignal, terminal: Terminal) -> int:
         logging.getLogger("waitress").setLevel(logging.ERROR)  # It warns whenever a request waits.
         own_names = {"localhost", address, options.host} if is_local else None
         app = make_app(reloader, own_names)
-        # Unfinished requests must not keep their connections, of which there are 100.
-        limits = {"max_request_body_size": MAX_BYTES, "channel_timeout": 10, "cleanup_interval": 5}
-        server = waitress.create_server(app, sockets=[listener], **limits)
+        server = make_server(app, listener)
         if options.step in ("latest", "best"):
             threading.Thread(target=reloader.watch, daemon=True, name="reload checkpoints").start()
         step = reloader.model.step
@@ -91,6 +97,21 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server(address[:2], family=family)
     except (OSError, UnicodeError) as error:
         raise ConfigError(f"cannot listen on {host}, port {port} ({error}); use another --port or --host") from error
+
+
+def make_server(app: "Flask", listener: socket.socket, *, timeout_s: int = REQUEST_TIMEOUT_S) -> Any:
+    """Return a server of the page; a connection without traffic is closed after 1 to 1.5 times `timeout_s`."""
+    import waitress
+
+    return waitress.create_server(
+        app,
+        sockets=[listener],
+        max_request_body_size=MAX_BYTES,
+        connection_limit=MAX_CONNECTIONS,
+        asyncore_use_poll=True,  # `select` fails for the file descriptors from 1,024 on.
+        channel_timeout=timeout_s,
+        cleanup_interval=max(1, timeout_s // 2),
+    )
 
 
 def wait_for_classifier(options: Options, stop: StopSignal, terminal: Terminal) -> "ModelReloader":
@@ -119,6 +140,7 @@ class ModelReloader:
         """Load the classifier; see `classifier.load`."""
         self._workdir, self._which, self._terminal = workdir, which, terminal
         self._last_error = ""
+        self._test_set: tuple[np.ndarray, np.ndarray] | None = None
         self._loaded = self._steps()
         self.model = self._load()
 
@@ -142,6 +164,19 @@ class ModelReloader:
                 self._terminal.warn(f"warning: {error}. The page still uses step {self.model.step}.")
             self._last_error = str(error)
 
+    def test_set(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the test images of the run, [N, 28, 28, 1] uint8, and labels, [N]; the first call loads them.
+
+        Raises:
+            DataError: they cannot be loaded.
+        """
+        from mnist_jax.training import data
+
+        if self._test_set is None:
+            dataset = data.load(self.model.data.name, self.model.config.data_dir, notify=self._terminal.warn)
+            self._test_set = dataset.test_images, dataset.test_labels
+        return self._test_set
+
     def _steps(self) -> list[int]:
         from mnist_jax.checkpoint.checkpoint import list_checkpoints
 
@@ -163,17 +198,19 @@ def make_app(reloader: ModelReloader, own_names: Container[str] | None = None) -
         own_names: the host names that requests may use, None for all. Other names mean that a page of another site
             reaches this server by DNS rebinding.
     """
-    from flask import Flask, abort, request
+    from flask import Flask, request
 
     from mnist_jax.inference import preprocessing
+    from mnist_jax.training.data import DataError
 
     app = Flask(__name__, static_folder=None)
     page = resources.files("mnist_jax.demo").joinpath("demo.html").read_text(encoding="utf-8")
 
     @app.before_request
-    def check_host() -> None:
+    def check_host() -> Any:
         if own_names is not None and urlsplit(f"//{request.host}").hostname not in own_names:
-            abort(403)
+            return FORBIDDEN, 403, {"Content-Type": "text/plain"}
+        return None
 
     @app.get("/")
     def show_page() -> str:
@@ -183,12 +220,26 @@ def make_app(reloader: ModelReloader, own_names: Container[str] | None = None) -
     def show_model() -> dict[str, Any]:
         return describe(reloader.model)
 
+    @app.get("/test-image")
+    def choose_test_image() -> Any:
+        try:
+            images, labels = reloader.test_set()
+        except DataError as error:
+            return {"error": f"There are no test images: {error}"}, 404
+        index = random.randrange(len(images))
+        label = reloader.model.class_names[labels[index]]
+        return {"index": index, "label": label, "image": images[index].ravel().tolist()}
+
     @app.post("/predict")
     def predict() -> Any:
         model = reloader.model  # Another thread may replace it.
+        index = request.args.get("test", type=int)
         try:
-            image = preprocessing.prepare(request.get_data(), model.data.name, max_pixels=MAX_PIXELS)
-        except preprocessing.UnreadableImageError as error:
+            if index is None:
+                image = preprocessing.prepare(request.get_data(), model.data.name, max_pixels=MAX_PIXELS)
+            else:
+                image = reloader.test_set()[0][index]
+        except (preprocessing.UnreadableImageError, DataError, IndexError) as error:
             return {"error": str(error)}, 400
         probabilities = model.predict(image)
         return {

@@ -1,4 +1,4 @@
-"""The files of a run that people and tools read: metrics.jsonl, TensorBoard scalars and events.jsonl.
+"""The files of a run that people and tools read: metrics.jsonl and events.jsonl.
 
 `metrics.jsonl` is part of the result of a run: its bytes are the same however often the run was stopped.
 `events.jsonl` is append-only and says what happened and when.
@@ -9,14 +9,17 @@ import errno
 import hashlib
 import itertools
 import json
+import math
 import os
-import re
 import time
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mnist_jax.config import write_whole
+from mnist_jax.records.append_file import AppendFile, NullFile
+from mnist_jax.records.tensorboard import Point, ScalarWriter
 
 MAX_TAIL_BYTES = 2**20  # of an event log that a start reads: a long one must not delay a signal
 
@@ -46,8 +49,8 @@ class MetricWriter:
         """
         self._path, self._enabled = workdir / "metrics.jsonl", enabled
         self._directory = workdir.stat()
-        self._scalars = _AppendFile(_next_scalars_path(workdir / "tensorboard")) if enabled else _NullFile()
-        self._pending_scalars: list[dict[str, Any]] = [{"file_version": "brain.Event:2"}]
+        self._scalars = ScalarWriter(workdir)
+        self._are_scalars_stale = False
         self._file = self._path.open("ab", buffering=0) if enabled else None
         self._content, self._records = bytearray(), list[dict[str, Any]]()
         self._write_error: OSError | None = None
@@ -81,8 +84,8 @@ class MetricWriter:
             lines = b"".join(line for _, line in itertools.takewhile(lambda row: row[0]["step"] <= step, records))
         self._content = bytearray(lines)
         self._records = [record for record, _ in parse_metrics(lines.splitlines(keepends=True))]
-        # TensorBoard drops the scalars from this step on when it reads this record.
-        self._pending_scalars.append({"step": step + 1, "session_log": {"status": "START"}})
+        # They are written with the next line: the first step does not wait for it.
+        self._are_scalars_stale = len(self._records) != len(records)
         if found.startswith(lines):
             self._file.truncate(len(lines))
             return Restoration(furthest, is_rebuilt=False, moved_to=None)
@@ -90,8 +93,17 @@ class MetricWriter:
         self._replace_file()
         return Restoration(furthest, is_rebuilt=True, moved_to=moved_to)
 
-    def write(self, step: int, split: str, *, loss: float, accuracy: float, learning_rate: float) -> None:
-        """Write one line, and its scalars."""
+    def write(
+        self,
+        step: int,
+        split: str,
+        *,
+        loss: float,
+        accuracy: float,
+        learning_rate: float,
+        images_per_s: float | None = None,
+    ) -> None:
+        """Write one line, and its scalars. The speed is a scalar only: the lines are the same bytes on any machine."""
         values = {"loss": loss, "accuracy": accuracy, "learning_rate": learning_rate}
         record = {"step": step, "split": split, **values}
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
@@ -99,9 +111,10 @@ class MetricWriter:
         self._content += line
         if self._enabled:
             self._append(line)
-            scalars = [{"tag": f"{name}/{split}", "simple_value": value} for name, value in values.items()]
-            self._pending_scalars.append({"step": step, "summary": {"value": scalars}})
-            self._write_scalars()
+            if self._scalars.is_open:
+                self._scalars.append(_point(record, time.time(), images_per_s))
+            else:
+                self._write_all_scalars()
 
     def sync(self) -> None:
         """Fsync `metrics.jsonl`. A checkpoint is committed only after the lines that lead to it.
@@ -158,15 +171,9 @@ class MetricWriter:
             self._file.close()
         self._file = self._path.open("ab", buffering=0)
 
-    def _write_scalars(self) -> None:
-        # These imports take 0.1 s. The first step does not wait for them.
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        writer = RecordWriter(self._scalars)
-        for event in self._pending_scalars:
-            writer.write(Event(wall_time=time.time(), **event).SerializeToString())
-        self._pending_scalars.clear()
+    def _write_all_scalars(self) -> None:
+        events = read_events(self._path.with_name("events.jsonl"), max_bytes=MAX_TAIL_BYTES)
+        self._scalars.replace(_points(self._records, events))
 
     def accuracy_at(self, step: int) -> float | None:
         """Return the test accuracy at a step, None if there was no evaluation."""
@@ -187,6 +194,8 @@ class MetricWriter:
             if self._write_error is not None:
                 self._append(b"")
             self._file.close()
+            if self._are_scalars_stale and not self._scalars.is_open:
+                self._write_all_scalars()
         self._scalars.close()
 
 
@@ -202,7 +211,7 @@ class EventLog:
         self._path = workdir / "events.jsonl"
         self.last_step = _last_step(read_events(self._path, max_bytes=MAX_TAIL_BYTES)) if enabled else 0
         is_torn = enabled and not _ends_with_newline(self._path)
-        self._file = _AppendFile(self._path) if enabled else _NullFile()
+        self._file = AppendFile(self._path) if enabled else NullFile()
         if is_torn:
             self._file.write(b"\n")  # Otherwise the next line would be appended to the torn one, and lost with it.
 
@@ -225,57 +234,33 @@ class EventLog:
         self._file.close()
 
 
-class _AppendFile:
-    """An append-only file. Bytes that the disk does not take are kept and written with the next write."""
+def _points(records: Iterable[dict[str, Any]], events: Iterable[dict[str, Any]]) -> Iterator[Point]:
+    """Yield the scalars of all lines, with the times and speeds in the event log.
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("ab", buffering=0)
-        self._pending = bytearray()
-        self.write_error: OSError | None = None
-
-    def write(self, data: bytes) -> None:
-        self._pending += data
-        try:
-            while self._pending:
-                del self._pending[: self._file.write(self._pending)]
-            self.write_error = None
-        except OSError as error:
-            self.write_error = error
-
-    def truncate(self, size: int) -> None:
-        self._file.truncate(size)
-
-    def sync(self) -> None:
-        self.write(b"")
-        if self.write_error:
-            raise self.write_error
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self.write(b"")
-        self._file.close()
-
-
-class _NullFile:
-    """The file of a process that writes nothing."""
-
-    write_error: OSError | None = None
-
-    def _ignore(self, *_: Any) -> None:
-        pass
-
-    write = truncate = sync = close = _ignore
-
-
-def _next_scalars_path(directory: Path) -> Path:
-    """Return the path of a new file for TensorBoard.
-
-    TensorBoard reads the files in the order of their names. Its own writer names them by the clock, which may go back,
-    and writes in a thread, which may lag behind when the process is killed.
+    A line without an event, as in logs of older versions, has the time of the latest one before it.
     """
-    directory.mkdir(exist_ok=True)
-    names = (re.fullmatch(r"events\.out\.tfevents\.([0-9]{10,20})", path.name) for path in directory.iterdir())
-    return directory / f"events.out.tfevents.{max((int(name[1]) for name in names if name), default=-1) + 1:010d}"
+    times: dict[tuple[str, int], float] = {}
+    speeds: dict[int, float] = {}
+    for event in events:
+        is_train = event["event"] == "throughput"
+        if (is_train or event["event"] == "evaluation") and _is_finite(event.get("time")):
+            times["train" if is_train else "test", event["step"]] = event["time"]
+            if is_train and _is_finite(event.get("images_per_s")):
+                speeds[event["step"]] = event["images_per_s"]
+    known = sorted((step, time_s) for (_, step), time_s in times.items())
+    for record in records:
+        step, split = record["step"], record["split"]
+        before = bisect_right(known, (step, math.inf)) - 1
+        time_s = known[max(0, before)][1] if known else time.time()
+        yield _point(record, times.get((split, step), time_s), speeds.get(step) if split == "train" else None)
+
+
+def _point(record: dict[str, Any], time_s: float, images_per_s: float | None) -> Point:
+    names = ("loss", "accuracy", "learning_rate")
+    scalars = {name: record[name] for name in names if _is_finite(record.get(name))}
+    if images_per_s is not None:
+        scalars["images_per_second"] = images_per_s
+    return Point(record["step"], record["split"], scalars, time_s)
 
 
 def read_metrics(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
@@ -337,6 +322,10 @@ def _last_step(events: list[dict[str, Any]]) -> int:
         if record["event"] == "start":
             break
     return last
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 def _is_step(value: object) -> bool:

@@ -11,7 +11,7 @@ from mnist_jax import config as configs
 from mnist_jax.checkpoint.checkpoint import Checkpoint, list_checkpoints
 from mnist_jax.checkpoint.integrity import CheckpointError, CorruptCheckpointError
 from mnist_jax.config import ConfigError
-from mnist_jax.records.metrics import has_saves, read_events
+from mnist_jax.records.metrics import has_saves, read_events, read_metrics
 from mnist_jax.report.history import Attempt, as_number, read_attempts
 from mnist_jax.runtime import lock
 from mnist_jax.training import compatibility
@@ -78,7 +78,7 @@ def examine(workdir: Path, *, verify: bool) -> Status:
     # A running training removes old checkpoints.
     inspections = [found for found in inspections if os.path.lexists(folder / str(found.status.step))]
     events = read_events(workdir / "events.jsonl")
-    attempts = read_attempts(events, is_running=holder is not None, now_s=time.time())
+    attempts = attempts_in(workdir, events, is_running=holder is not None)
     quarantine = folder / "quarantine"
     return Status(
         str(workdir),
@@ -88,6 +88,12 @@ def examine(workdir: Path, *, verify: bool) -> Status:
         list(summarize(attempts)),
         plan_next_start(workdir, inspections, has_saves=has_saves(events), verify=verify),
     )
+
+
+def attempts_in(workdir: Path, events: Sequence[dict[str, Any]], *, is_running: bool) -> list[Attempt]:
+    """Return the attempts of a run, oldest first, as its event log and its metrics show them."""
+    metrics_step = max((record["step"] for record, _ in read_metrics(workdir / "metrics.jsonl")), default=0)
+    return read_attempts(events, is_running=is_running, now_s=time.time(), metrics_step=metrics_step)
 
 
 def inspect(checkpoint: Checkpoint, *, verify: bool) -> Inspection:
@@ -114,11 +120,12 @@ def inspect(checkpoint: Checkpoint, *, verify: bool) -> Inspection:
 
 
 def summarize(attempts: Sequence[Attempt]) -> Iterator[dict[str, Any]]:
-    """Yield the main events, and one event "killed" for each attempt that was killed."""
+    """Yield the main events, and for each attempt without an exit how it ended: "killed", "stopped" or "finished"."""
     for attempt in attempts:
         yield from (event for event in attempt.events if event["event"] in HISTORY)
-        if attempt.end == "killed":
-            yield {"event": "killed", "step": attempt.last_step}
+        if not attempt.has_exit and attempt.end != "running":
+            signal = {"signal": attempt.reason} if attempt.end == "stopped" else {}
+            yield {"event": attempt.end, "step": attempt.last_step, **signal}
 
 
 def plan_next_start(workdir: Path, inspections: Sequence[Inspection], *, has_saves: bool, verify: bool) -> NextStart:

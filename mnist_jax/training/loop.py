@@ -195,5 +195,7 @@ def finish(dispatcher: Dispatcher, checkpointer: Checkpointer, recorder: Recorde
         reason, step = f"signal {stop.received.name}", dispatcher.step
         recorder.terminal.info(f"{stop.received.name}: saving step {step} and exiting; the same command resumes")
     save_and_wait(dispatcher, checkpointer, recorder, reason)
+    outcome = recorder.finished(dispatcher.step) if dispatcher.is_finished else recorder.stopped(stop)
+    recorder.log_outcome(outcome)  # before the upload, so that a remote copy shows how the run ended
     recorder.copies.begin(dispatcher.step)
-    return recorder.finished(dispatcher.step) if dispatcher.is_finished else recorder.stopped(stop)
+    return outcome

@@ -95,6 +95,7 @@ class Recorder:
         self._next_save_s = time.monotonic() + self.config.checkpoint_every_s
         self._pin_best()
         self.log_phase("train", dispatcher.step)
+        self._training_since = dispatcher.step, time.monotonic()
 
     # ---- Metrics
 
@@ -107,7 +108,11 @@ class Recorder:
     def write_train_metrics(self, metrics: Metrics | None) -> None:
         """Write the metrics of a log interval, if one ended."""
         if metrics is not None:
-            self._write("train", metrics)
+            (since_step, since_s), now_s = self._training_since, time.monotonic()
+            images_per_s = (metrics.step - since_step) * self.config.batch_size / max(now_s - since_s, 1e-9)
+            self._training_since = metrics.step, now_s
+            self.events.write("throughput", step=metrics.step, images_per_s=round(images_per_s, 1))
+            self._write("train", metrics, images_per_s)
             self.terminal.interval(self._describe(*metrics))
 
     def write_test_metrics(self, metrics: Metrics | None) -> None:
@@ -117,14 +122,15 @@ class Recorder:
         step, loss, accuracy = metrics
         self._write("test", metrics)
         self.events.write("evaluation", step=step, loss=loss, accuracy=accuracy)
+        self._training_since = step, time.monotonic()
         self.terminal.info(f"step {step}: test loss {loss:.4f}, test accuracy {accuracy:.4f}")
         self._pin_best()
 
-    def _write(self, split: str, metrics: Metrics) -> None:
+    def _write(self, split: str, metrics: Metrics, images_per_s: float | None = None) -> None:
         step, loss, accuracy = metrics
         # The rate of the update that led to this step, in the shortest decimal form of the float32.
         rate = float(str(np.float32(self.dispatcher.trainer.learning_rate(np.int32(step - 1)))))
-        self.metrics.write(step, split, loss=loss, accuracy=accuracy, learning_rate=rate)
+        self.metrics.write(step, split, loss=loss, accuracy=accuracy, learning_rate=rate, images_per_s=images_per_s)
 
     def _describe(self, step: int, loss: float, accuracy: float) -> str:
         """Return the progress line, up to 79 characters long in a run of usual size."""
@@ -253,6 +259,10 @@ class Recorder:
             sha256 = "unknown"
         return Outcome("stopped", {"step": step, "signal": name, "state_sha256": sha256})
 
+    def log_outcome(self, outcome: Outcome) -> None:
+        """Log the outcome of a run whose final state is saved. Its exit is logged when the last upload is done."""
+        self.events.write("outcome", step=outcome.fields["step"], outcome=outcome.word)
+
     def exit(self, outcome: Outcome) -> None:
         """Log and print how the run ended."""
         self.events.write("exit", outcome=outcome.word, code=outcome.exit_code, **outcome.fields)
@@ -263,12 +273,15 @@ class Recorder:
         if isinstance(error, ProcessLostError | SaveError | RemoteError | ReadError | OSError):
             newest = f"of step {self.checkpointer.newest_step}" if self.checkpointer.steps else "none"
             error.add_note(f"The newest checkpoint is {newest}.")
-        # Checkpoints that are committed are still uploaded. After the loss of a process there is no time: JAX
-        # may abort this process at any moment.
+        self.events.write("exit", outcome="failed", code=code, step=self.checkpointer.newest_step, error=str(error))
+        # Committed checkpoints are still uploaded, and the event log with this error. After the loss of a process there
+        # is no time: JAX may abort this process at any moment. Without the lock the files may be those of another run.
         if not isinstance(error, RemoteError | ProcessLostError):
             with contextlib.suppress(RemoteError):
                 self.copies.finish(stop)
-        self.events.write("exit", outcome="failed", code=code, step=self.checkpointer.newest_step, error=str(error))
+                if self.checkpointer.steps and not isinstance(error, LockHeldError):
+                    self.copies.begin(self.checkpointer.newest_step)
+                    self.copies.finish(stop)
 
     def close(self) -> None:
         """Close the files."""
