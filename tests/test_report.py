@@ -110,7 +110,7 @@ def test_page_has_the_facts_of_the_run(page, small_run):
     assert "1 × cpu" in page.text
     assert re.search(r"Goodput \d+%: [\d.]+ s of training", page.text)
     assert re.search(r"Throughput [\d,]+ images/s", page.text)
-    assert "training, label smoothing 0.1" in page.text
+    assert "because of label smoothing 0.1: the test" in page.text
     assert "below 0.500 nats" in page.text
     for step in small_run.steps():
         assert re.search(

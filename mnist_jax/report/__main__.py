@@ -40,7 +40,7 @@ COMPARED = ("Training", "State", "Test accuracy", "Goodput", "Throughput", "Soft
 
 @dataclass(frozen=True)
 class Options:
-    """Write a report: curves, attempts, settings, accuracy per class, worst mistakes. Of several runs, compare them."""
+    """Write a report: curves, attempts, mistakes. Several runs are compared."""
 
     workdir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WORKDIR")]
     """Directory of the run."""
