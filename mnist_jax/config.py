@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 T = TypeVar("T")
-DatasetName = Literal["auto", "mnist", "fashion_mnist", "kmnist", "digits"]
+DatasetName = Literal["auto", "mnist", "fashion_mnist", "kmnist", "digits", "idx"]
 ModelName = Literal["cnn", "cnn-large", "original", "original-dropout", "original-normalized", "original-power"]
 PresetName = Literal["fast", "accurate", "original"]
 
@@ -35,7 +35,7 @@ DataDir = Annotated[
     Path | None,
     tyro.conf.arg(
         metavar="DIR",
-        help="Folder with the four official .gz files of the dataset.",
+        help="Folder with the dataset, in one of the layouts of docs/data.md.",
         help_behavior_hint="(default: the one that the run used)",
     ),
 ]
@@ -96,9 +96,10 @@ class Config:
     workdir: Annotated[Path | None, _flag("DIR", "runs/<dataset>")] = None
     """Run directory: checkpoints, metrics, events. If it holds a run, that run is resumed."""
     dataset: DatasetName = "auto"
-    """Images to train on. auto is MNIST if it is on disk or can be downloaded, else the built-in digits."""
-    data_dir: Annotated[Path | None, _flag("DIR", "the cache of TensorFlow Datasets, filled by a download")] = None
-    """Folder with the four official .gz files of the dataset."""
+    """Images to train on. auto is MNIST if it is on disk or can be downloaded, else the built-in digits. idx are your
+    own, in --data-dir."""
+    data_dir: Annotated[Path | None, _flag("DIR", "the usual folders, see docs/data.md, else a download")] = None
+    """Folder with the dataset, in one of the layouts of docs/data.md."""
     preset: Annotated[PresetName | None, _choice(PresetName, "original for the original models, else fast")] = None
     """Set of defaults. fast: 99 % in seconds. accurate: 99.6 % in minutes. original: like the TensorFlow 1 script."""
     model: Annotated[ModelName, _choice(ModelName, _by_preset("model"))] = "cnn"
@@ -165,11 +166,13 @@ class Config:
                 value = getattr(self, name)
                 if value is not None and not low <= value <= high:
                     raise ConfigError(f"{name}={value} is out of range; use a value {rule}")
-        if self.workdir is not None and re.match(r"[a-z][a-z0-9]+:/", str(self.workdir)):
+        if self.workdir is not None and is_address(self.workdir):
             raise ConfigError(
                 f"workdir={self.workdir} is a URL, but a run needs a file system with rename and locks; "
                 "use a directory, and --mirror for a copy in an object store"
             )
+        if self.data_dir is not None and is_address(self.data_dir):
+            raise ConfigError(f"data_dir={self.data_dir} is an address; copy the files to a folder, and name that")
         if self.mirror is not None and not re.match(r"(s3|gs|file)://.", self.mirror):
             raise ConfigError(
                 f"mirror={self.mirror} is not a URL of an object store; "
@@ -302,7 +305,50 @@ def cli(kind: type[T], command: str, args: Sequence[str], **options: Any) -> T:
     """
     if os.environ.get("NO_COLOR"):
         tyro._experimental_options["ansi_codes"] = False  # There is no public option at run time.
-    return tyro.cli(kind, prog=f"python -m mnist_jax.{command}", args=args, **options)
+    try:
+        check_no_argument_is_empty(args)
+        return expand_paths(tyro.cli(kind, prog=f"python -m mnist_jax.{command}", args=args, **options))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def check_no_argument_is_empty(args: Sequence[str]) -> None:
+    """Raise ConfigError if an argument is empty, such as an unset variable of a shell: as a path it would be "."."""
+    for before, argument in zip(["", *args], args, strict=False):
+        if not argument or re.fullmatch(r"--[a-z-]+=", argument):
+            flag = argument.rstrip("=") or (before if before.startswith("--") else "an argument")
+            raise ConfigError(f"{flag} is empty; give it a value, or leave it out")
+
+
+def expand_paths(options: T) -> T:
+    """Return the options of a command with the home directory in the place of ~ in all paths.
+
+    Raises:
+        ConfigError: a path is an address, or there is no such home directory.
+    """
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}  # type: ignore[arg-type]
+    changed: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Path):
+            changed[name] = _expand(name, value)
+        elif isinstance(value, tuple):
+            changed[name] = tuple(_expand(name, item) if isinstance(item, Path) else item for item in value)
+    return dataclasses.replace(options, **changed)  # type: ignore[type-var]
+
+
+def _expand(name: str, path: Path) -> Path:
+    if is_address(path):
+        raise ConfigError(f"{name}={path} is an address, but it must be on this machine; use a file or a folder")
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{name}={path} cannot be expanded ({error}); use the path without ~") from error
+
+
+def is_address(path: Path | str) -> bool:
+    """Return whether a path is a URL such as gs://bucket/path, of which `Path` makes gs:/bucket/path."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)) is not None
 
 
 def holds_a_run(workdir: Path) -> bool:

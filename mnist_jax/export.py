@@ -55,7 +55,7 @@ def export(options: Options, stop: StopSignal, terminal: Terminal) -> int:
         "test_accuracy": "unknown" if model.test_accuracy is None else str(model.test_accuracy),
         "state_sha256": model.sha256,
     }
-    content = pack(model.variables, model.config.model, metadata)
+    content = pack(model.variables, model.config.model, metadata, model.image_shape)
     stop.check()
     configs.write_whole(options.out, content)
     terminal.info(
@@ -65,7 +65,9 @@ def export(options: Options, stop: StopSignal, terminal: Terminal) -> int:
     return 0
 
 
-def pack(variables: dict[str, Any], name: str, metadata: dict[str, str]) -> bytes:
+def pack(
+    variables: dict[str, Any], name: str, metadata: dict[str, str], image_shape: tuple[int, int] = (28, 28)
+) -> bytes:
     """Return the variables of a model as a safetensors file whose metadata describe the architecture.
 
     The arrays are named by their paths: `params.conv1.kernel`, `batch_stats.conv1_norm.mean`.
@@ -75,7 +77,8 @@ def pack(variables: dict[str, Any], name: str, metadata: dict[str, str]) -> byte
     from mnist_jax.checkpoint.integrity import host_leaves
     from mnist_jax.training.model import MODELS, describe
 
-    model = {"mnist_jax": mnist_jax.__version__, "model": name, "architecture": json.dumps(describe(MODELS[name]))}
+    architecture = json.dumps(describe(MODELS[name], image_shape))
+    model = {"mnist_jax": mnist_jax.__version__, "model": name, "architecture": architecture}
     return save(host_leaves(variables), metadata={**model, **metadata})
 
 

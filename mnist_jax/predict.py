@@ -68,6 +68,7 @@ def print_predictions(options: Options, stop: StopSignal, terminal: Terminal) ->
     from mnist_jax.inference import classifier, preprocessing
 
     model = stop.run(lambda: classifier.load(options.workdir, options.step))
+    preprocessing.check_shape(model.image_shape)
     if warning := preprocessing.dataset_warning(model.data.name):
         terminal.warn(f"warning: {warning}")
     predictions = []

@@ -107,6 +107,7 @@ def wait_for_classifier(options: Options, stop: StopSignal, terminal: Terminal) 
                 terminal.info(f"waiting: {error}")
             is_waiting = True
             time.sleep(0.2)
+    preprocessing.check_shape(reloader.model.image_shape)
     if warning := preprocessing.dataset_warning(reloader.model.data.name):
         terminal.warn(f"warning: {warning}")
     return reloader
@@ -151,7 +152,7 @@ class ModelReloader:
         from mnist_jax.inference import classifier
 
         model = classifier.load(self._workdir, self._which)
-        model.predict(np.zeros((28, 28, 1), np.uint8))  # The first call compiles.
+        model.predict(np.zeros((*model.image_shape, 1), np.uint8))  # The first call compiles.
         return model
 
 

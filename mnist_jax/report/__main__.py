@@ -29,7 +29,7 @@ from mnist_jax.report.history import Attempt, Curve, as_text, format_time, read_
 from mnist_jax.runtime import lock
 from mnist_jax.runtime.preemption import StopSignal
 from mnist_jax.training import data
-from mnist_jax.training.data import DataError
+from mnist_jax.training.array_files import DataError
 
 IMAGES = {f"{name}{theme}.png" for name in ("run", "confusion", "mistakes") for theme in ("", "-dark")}
 MAX_MISTAKES = 24
@@ -149,8 +149,8 @@ class TestResults:
     missing: str | None
     step: int
     class_names: Sequence[str]
-    confusion: np.ndarray  # [10, 10], a row for each label
-    mistakes: list[tuple[np.ndarray, str]]  # image [28, 28, 1] uint8, caption
+    confusion: np.ndarray  # [classes, classes], a row for each label
+    mistakes: list[tuple[np.ndarray, str]]  # image [H, W, 1] uint8, caption
 
 
 def evaluate_newest(options: Options, stop: StopSignal, terminal: Terminal) -> TestResults:
@@ -164,7 +164,7 @@ def evaluate_newest(options: Options, stop: StopSignal, terminal: Terminal) -> T
         logits = model.evaluate(dataset, stop).logits
     except (CheckpointError, ConfigError, DataError, OSError) as error:
         return TestResults(as_text(str(error)), 0, (), np.zeros((10, 10), int), [])
-    confusion = classifier.confusion_matrix(dataset.test_labels, logits.argmax(axis=1))
+    confusion = classifier.confusion_matrix(dataset.test_labels, logits.argmax(axis=1), len(model.class_names))
     mistakes = worst_mistakes(dataset.test_images, dataset.test_labels, logits, model.class_names)
     return TestResults(None, model.step, model.class_names, confusion, mistakes)
 
@@ -175,9 +175,9 @@ def worst_mistakes(
     """Return the images whose label has the lowest probability, lowest first, with captions.
 
     Args:
-        images: [N, 28, 28, 1] uint8.
-        labels: [N] in [0, 10).
-        logits: [N, 10] float32.
+        images: [N, H, W, 1] uint8.
+        labels: [N] in [0, classes).
+        logits: [N, classes] float32.
         class_names: the names of the labels.
     """
     logits = logits.astype(np.float64)
