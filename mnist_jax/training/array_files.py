@@ -45,7 +45,13 @@ def read_idx(path: Path) -> np.ndarray:
             stream: IO[bytes] = gzip.GzipFile(fileobj=file) if is_packed else file  # type: ignore[assignment]
             return _read_idx(stream, length * (MAX_DEFLATE_RATIO if is_packed else 1))
     except (EOFError, OSError, ValueError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        raise _unusable(path, error) from error
+
+
+def _unusable(path: Path, error: Exception) -> DataError:
+    if reason := getattr(error, "strerror", None):
+        return DataError(f"{path} cannot be read ({reason})")
+    return DataError(f"{path} is corrupt or another file ({error})")
 
 
 def _read_idx(stream: IO[bytes], most_bytes: int) -> np.ndarray:
@@ -76,13 +82,13 @@ def read_npz(path: Path, names: Sequence[str]) -> list[np.ndarray]:
     """
     import zipfile  # Only this layout needs it.
 
+    corrupt = (EOFError, OSError, ValueError, zlib.error)
+    unsupported = (zipfile.BadZipFile, NotImplementedError, RuntimeError, KeyError)
     try:
         with zipfile.ZipFile(path) as archive:
             return [_read_npy(archive, archive.getinfo(f"{name}.npy")) for name in names]
-    except (KeyError, EOFError, OSError, ValueError, NotImplementedError, RuntimeError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    except zipfile.BadZipFile as error:
-        raise DataError(f"{path} is not an npz file ({error})") from error
+    except (*corrupt, *unsupported) as error:
+        raise _unusable(path, error) from error
 
 
 def _read_npy(archive: "ZipFile", info: "ZipInfo") -> np.ndarray:

@@ -212,7 +212,8 @@ def _read_registered(name: str, part: str, path: Path, way_out: str) -> np.ndarr
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); {way_out}") from error
     except DataError as error:
-        raise DataError(f"{error}; it is corrupt or another file; {way_out}") from error
+        expected = f"{size:,} bytes with SHA-256 {sha256}, or the same unpacked"
+        raise DataError(f"{error}; it should be {expected}; {way_out}") from error
     _verify_array(name, part, array, origin=str(path), way_out=way_out)
     return array
 

@@ -40,10 +40,12 @@ def read_split(files: Sequence[Path], split: str) -> tuple[np.ndarray, np.ndarra
     """
     try:
         examples = [_parse(record) for path in files for record in _read_records(path)]
+        if not examples:
+            raise ValueError("it holds no records")
         rows = np.frombuffer(b"".join(pixels for pixels, _ in examples), np.uint8)
         images = _unfilter(rows.reshape(len(examples), SIDE_PX, 1 + SIDE_PX))
     except (OSError, RuntimeError, ValueError, struct.error, zlib.error) as error:
-        raise DataError(f"{files[0]} cannot be read ({error})") from error
+        raise DataError(f"{files[0]} cannot be used ({error})") from error
     order = _order(split, len(examples))
     labels = np.array([label for _, label in examples], np.uint8)
     original_images, original_labels = np.empty_like(images), np.empty_like(labels)
