@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -60,6 +61,32 @@ FREE: dict[str, Any] = {
 }
 # A config in which every field differs from its default.
 FULL = Config(**LENGTH, **FREE, **{field: values[-1] for field, values in MATHEMATICS.items()})
+
+
+# Each flag that takes a path: the command, the field, and arguments in which PATH stands for it.
+PATH_FLAGS = [
+    ("train", "workdir", ["--workdir", "PATH"]),
+    ("train", "data_dir", ["--data-dir", "PATH"]),
+    *(
+        (command, "workdir", ["PATH"])
+        for command in ("evaluate", "replay", "status", "demo.__main__", "report.__main__")
+    ),
+    ("evaluate", "data_dir", ["run", "--data-dir", "PATH"]),
+    ("report.__main__", "data_dir", ["run", "--data-dir", "PATH"]),
+    ("report.__main__", "out", ["run", "--out", "PATH"]),
+    ("predict", "workdir", ["PATH", "image"]),
+    ("predict", "images", ["run", "PATH"]),
+    ("export", "workdir", ["PATH", "out"]),
+    ("export", "out", ["run", "PATH"]),
+]
+
+
+def test_every_path_flag_is_in_the_table() -> None:
+    listed = {(command, name) for command, name, _ in PATH_FLAGS}
+    for command in {command for command, _, _ in PATH_FLAGS}:
+        kind = Config if command == "train" else importlib.import_module(f"mnist_jax.{command}").Options
+        for name, type_ in typing.get_type_hints(kind).items():
+            assert (Path in (type_, *typing.get_args(type_))) == ((command, name) in listed), (command, name)
 
 
 # The command line
@@ -153,6 +180,35 @@ def test_a_url_is_no_workdir_and_a_mirror_is_a_url() -> None:
             Config(mirror=url)
     for scheme in ("s3", "gs", "file"):
         Config(mirror=f"{scheme}:///run")
+
+
+@pytest.mark.parametrize(("command", "name", "arguments"), PATH_FLAGS)
+def test_every_path_is_a_local_one(command: str, name: str, arguments: list[str], monkeypatch, capsys) -> None:
+    kind = Config if command == "train" else importlib.import_module(f"mnist_jax.{command}").Options
+    monkeypatch.setenv("HOME", "/home/me")
+    place = arguments.index("PATH")
+
+    def parse(path: str) -> Any:
+        return configs.cli(kind, command, [*arguments[:place], path, *arguments[place + 1 :]])
+
+    expanded = getattr(parse("~/x"), name)
+    assert expanded in (Path("/home/me/x"), (Path("/home/me/x"),))
+    for path, problem in (
+        ("gs://bucket/x", f"{name}=gs:/bucket/x is a"),
+        ("https://host/x", f"{name}=https:/host/x is a"),
+        ("", "is empty"),
+        ("~nobody-has-this-name/x", f"{name}=~nobody-has-this-name/x"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            parse(path)
+        assert end.value.code == 2
+        assert problem in unframed(capsys.readouterr().err)
+    flag = arguments[place - 1]
+    if flag.startswith("--"):
+        assert getattr(configs.cli(kind, command, [*arguments[: place - 1], f"{flag}=~/x"]), name) == expanded
+        with pytest.raises(SystemExit):
+            configs.cli(kind, command, [*arguments[: place - 1], f"{flag}="])
+        assert f"error: {flag} is empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

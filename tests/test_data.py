@@ -183,8 +183,11 @@ def test_loading_uses_no_network_and_no_slow_import(folder: Path) -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder, not there yet, in which TensorFlow Datasets keeps what it downloads."""
+    """The folder, not there yet, in which TensorFlow Datasets keeps what it downloads, and no other folder."""
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("KERAS_HOME", raising=False)
+    monkeypatch.chdir(tmp_path)
     return tmp_path / "tfds" / "downloads"
 
 
@@ -236,6 +239,7 @@ class Server:
 
     def __init__(self, files: Path) -> None:
         self.requests: list[str] = []
+        self.methods: set[str] = set()
         self.status = 200
         self.damage: Callable[[bytes], bytes] = lambda content: content
         self.sent: Callable[[bytes], bytes] = lambda content: content
@@ -244,7 +248,12 @@ class Server:
         server = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
+            def do_HEAD(self) -> None:
+                server.methods.add("HEAD")
+                self.send_error(405)
+
             def do_GET(self) -> None:
+                server.methods.add("GET")
                 file = self.path.lstrip("/")
                 server.requests.append(file)
                 content = server.damage((files / file).read_bytes())
@@ -293,6 +302,7 @@ def test_missing_files_are_downloaded_once(cache: Path, server: Server, mnist: D
     lines: list[str] = []
     assert data.resolve("auto", None, notify=lines.append) == "mnist"
     assert server.requests == list(FILES.values())
+    assert server.methods == {"GET"}  # Some servers answer HEAD with 405.
     assert len(lines) == 4
     assert f"{server.url}/{FILES['train_images']} (9.9 MB) into {cache}" in lines[0]
     assert data.load("mnist", notify=pytest.fail).fingerprint == mnist.fingerprint
