@@ -38,6 +38,8 @@ def read_idx(path: Path) -> np.ndarray:
         DataError: the file cannot be read, or is no such file.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a regular file")  # Opening a named pipe would wait for a writer.
         with path.open("rb") as file:
             length = os.fstat(file.fileno()).st_size
             is_packed = file.read(2) == GZIP_MAGIC
