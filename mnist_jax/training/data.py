@@ -123,7 +123,7 @@ def load(name: str, data_dir: Path | None = None, *, notify: Callable[[str], Non
         assert data_dir is not None
         return _load_own(data_dir)
     if data_dir is not None:
-        way_out = "put the original file there, or name another folder with --data-dir DIR"
+        way_out = "put the original file there, name another --data-dir, or add --dataset idx for images of your own"
         official = Layout(data_dir, "IDX files", layouts.idx_files(data_dir))
         layout = next(layouts.layouts_in(data_dir, name), official)
         dataset = _read(name, layout, way_out)

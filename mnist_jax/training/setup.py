@@ -205,7 +205,7 @@ def start_from_step_0(trainer: Trainer, dataset: Dataset, checkpointer: Checkpoi
     if lost_steps := restore_metrics({}, 0, recorder):
         recorder.events.write("lost", step=0, lost_steps=lost_steps)
         recorder.terminal.info(f"no checkpoint was saved yet: {lost_steps} steps or more are recomputed")
-    recorder.save_config()  # Not before the data are read: a rerun must not find the flags of a run that never began.
+    recorder.save_config()  # Not before the data are read: the next start must not find a wrong --data-dir.
     recorder.terminal.info(
         f"training {trainer.config.model} on {dataset.name}: {trainer.total_steps} steps in {recorder.workdir}\n"
         "Ctrl-C saves and exits; the same command resumes."

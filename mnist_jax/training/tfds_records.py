@@ -27,7 +27,7 @@ LABEL = re.compile(rb"\n\x05label\x12\x05\x1a\x03\n\x01([\x00-\x7f])", re.DOTALL
 def files_of(folder: Path, name: str, split: str) -> list[Path]:
     """Return the files of a split of a prepared dataset in their order; ArrayRecord files if there are both kinds."""
     for kind in ("array_record", "tfrecord"):
-        if found := sorted(folder.glob(f"{name}-{split}.{kind}-*-of-*")):
+        if found := sorted(folder.glob(f"{name}-{split}.{kind}*")):
             return found
     return []
 
@@ -57,7 +57,7 @@ def _read_records(path: Path) -> Iterator[bytes]:
     """Yield the records of a file."""
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
-    if ".array_record-" in path.name:
+    if ".array_record" in path.name:
         yield from _read_array_record(path)
         return
     # A TFRecord file: length, checksum of the length, record, checksum of the record. The caller verifies the pixels.
