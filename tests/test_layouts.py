@@ -175,6 +175,7 @@ LAYOUTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "TFDS array_record": (functools.partial(write_prepared, kind="array_record"), "~/tensorflow_datasets"),
     "TFDS tfrecord": (functools.partial(write_prepared, kind="tfrecord"), "~/tensorflow_datasets"),
     "torchvision packed": (write_torchvision, "."),
+    "torchvision, from its folder": (lambda folder: write_idx(folder / "raw"), "~/data"),
     "torchvision unpacked": (functools.partial(write_torchvision, packed=False), "data"),
     "torchvision both": (write_both, "~/data"),
     "Keras": (write_keras, "~/.keras/datasets"),
@@ -222,7 +223,7 @@ def test_every_layout_trains_to_the_same_state(registered, here, in_this_process
 
 
 def test_the_order_of_the_folders_is_fixed(registered: str, here: Path) -> None:
-    user = [folder + below for folder in (".", "data", "~/data") for below in ("", "/MNIST/raw", "/mnist")]
+    user = [folder + below for folder in (".", "data", "~/data") for below in ("", "/MNIST/raw", "/raw", "/mnist")]
     order = ["~/tensorflow_datasets/mnist/3.0.1", *user, "~/.keras/datasets/mnist.npz"]
     write_prepared(Path("~/tensorflow_datasets").expanduser(), "tfrecord")
     write_keras(Path("~/.keras/datasets").expanduser())

@@ -57,11 +57,13 @@ def tfds_folder() -> Path:
 
 def layouts_in(folder: Path, name: str) -> Iterator[Layout]:
     """Yield what a folder seems to hold of a dataset, by the names of files."""
-    for below, program in (
-        (".", "IDX files"),
-        (f"{TORCHVISION[name]}/raw", "torchvision"),
-        (_dashed(name), "IDX files"),
-    ):
+    below_folder = {
+        ".": "IDX files",
+        f"{TORCHVISION[name]}/raw": "torchvision",
+        "raw": "torchvision",
+        _dashed(name): "IDX files",
+    }
+    for below, program in below_folder.items():
         if (files := idx_files(folder / below))["train_images"].is_file():
             yield Layout(folder / below, program, files)
     path = folder / f"{_dashed(name)}.npz"
