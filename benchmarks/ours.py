@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from benchmarks.processes import serve
-from mnist_jax import config as configs
+from mnist_jax import cli
 from mnist_jax.checkpoint.checkpointer import Checkpointer
 from mnist_jax.runtime.multihost import ProcessGroup
 from mnist_jax.runtime.preemption import StopSignal
@@ -25,7 +25,7 @@ def main(args: Sequence[str]) -> None:
     """Prepare a run as `loop.run` and `loop.train_and_evaluate` do, and train on request."""
     gc.freeze()  # as in `train.py`
     compatibility.prepare_jax(None)
-    config = configs.parse(args)
+    config = cli.parse_config(args)
     dataset = data.load(config.dataset, config.data_dir, notify=print)
     trainer = setup.make_trainer(config, dataset)
     trainer.compile()

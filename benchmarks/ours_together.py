@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.processes import serve
-from mnist_jax import config as configs
+from mnist_jax import cli
 from mnist_jax.runtime.agreement import Agreement
 from mnist_jax.runtime.multihost import initialize
 from mnist_jax.runtime.preemption import StopSignal
@@ -29,7 +29,7 @@ def main(args: Sequence[str]) -> None:
         # There is no flag for this: a run without agreement could not stop.
         Agreement.send = lambda *_: None  # type: ignore[method-assign]
         Agreement.steps_per_call = lambda _, proposed: proposed  # type: ignore[method-assign]
-    config = configs.parse(args)
+    config = cli.parse_config(args)
     stop = StopSignal()
     group = initialize(
         stop,

@@ -1,14 +1,11 @@
-"""The settings of a run: their rules, the command line made of them, the file config.json, and what may change in it.
+"""The settings of a run: their rules, the file config.json, and what may change in it.
 
 Imports no JAX, so that `--help` and usage errors come at once.
 """
 
 import contextlib
 import dataclasses
-import difflib
 import inspect
-import io
-import itertools
 import json
 import math
 import os
@@ -22,10 +19,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-import mnist_jax
-
 T = TypeVar("T")
-DatasetName = Literal["auto", "mnist", "fashion_mnist", "kmnist", "digits"]
+DatasetName = Literal["auto", "mnist", "fashion_mnist", "kmnist", "digits", "idx"]
 ModelName = Literal["cnn", "cnn-large", "original", "original-dropout", "original-normalized", "original-power"]
 PresetName = Literal["fast", "accurate", "original"]
 
@@ -40,7 +35,7 @@ DataDir = Annotated[
     Path | None,
     tyro.conf.arg(
         metavar="DIR",
-        help="Folder with the four official .gz files of the dataset.",
+        help="Folder with the dataset, in one of the layouts of docs/data.md.",
         help_behavior_hint="(default: the one that the run used)",
     ),
 ]
@@ -101,9 +96,10 @@ class Config:
     workdir: Annotated[Path | None, _flag("DIR", "runs/<dataset>")] = None
     """Run directory: checkpoints, metrics, events. If it holds a run, that run is resumed."""
     dataset: DatasetName = "auto"
-    """Images to train on. auto is MNIST if it is on disk or can be downloaded, else the built-in digits."""
-    data_dir: Annotated[Path | None, _flag("DIR", "the cache of TensorFlow Datasets, filled by a download")] = None
-    """Folder with the four official .gz files of the dataset."""
+    """Images to train on. auto is MNIST if it is on disk or can be downloaded, else the built-in digits. idx are your
+    own, in --data-dir."""
+    data_dir: Annotated[Path | None, _flag("DIR", "the usual folders, see docs/data.md, else a download")] = None
+    """Folder with the dataset, in one of the layouts of docs/data.md."""
     preset: Annotated[PresetName | None, _choice(PresetName, "original for the original models, else fast")] = None
     """Set of defaults. fast: 99 % in seconds. accurate: 99.6 % in minutes. original: like the TensorFlow 1 script."""
     model: Annotated[ModelName, _choice(ModelName, _by_preset("model"))] = "cnn"
@@ -172,11 +168,13 @@ class Config:
                 value = getattr(self, name)
                 if value is not None and not low <= value <= high:
                     raise ConfigError(f"{name}={value} is out of range; use a value {rule}")
-        if self.workdir is not None and re.match(r"[a-z][a-z0-9]+:/", str(self.workdir)):
+        if self.workdir is not None and is_address(self.workdir):
             raise ConfigError(
                 f"workdir={self.workdir} is a URL, but a run needs a file system with rename and locks; "
                 "use a directory, and --mirror for a copy in an object store"
             )
+        if self.data_dir is not None and is_address(self.data_dir):
+            raise ConfigError(f"data_dir={self.data_dir} is an address; copy the files to a folder, and name that")
         if self.mirror is not None and not re.match(r"(s3|gs|file)://.", self.mirror):
             raise ConfigError(
                 f"mirror={self.mirror} is not a URL of an object store; "
@@ -281,121 +279,12 @@ _NOT_OF_THE_RUN = (
     *("coordinator", "num_processes", "process_id", "peer_timeout_s"),
 )
 MAX_CONFIG_BYTES = 2**20
-MAX_USAGE = 80
 RECORDS = ("config.json", "metrics.jsonl", "events.jsonl")  # A checkpoint is useless without them.
 _FILES = (*RECORDS, "config.json.partial", "lock")
 _DIRECTORIES = (
     *("checkpoints", "checkpoints/quarantine"),
     *("tensorboard", "tensorboard/train", "tensorboard/test", "tensorboard/report"),
 )
-
-
-def parse(args: Sequence[str], default: Config | None = None) -> Config:
-    """Return the config that command-line arguments ask for.
-
-    Args:
-        args: the arguments, without the program's name.
-        default: config whose values are the defaults, such as that of a run to resume. If it is None, the defaults
-            are those of the preset for the model and the dataset in the arguments.
-
-    Raises:
-        SystemExit: an unknown flag or a value out of range, after a message (code 2); or `--help` (code 0).
-    """
-    if default is None:
-        asked = parse(args, Config())
-        default = Config.of_preset(asked.preset, asked.model, asked.dataset)
-    return cli(Config, "train", args, default=default)
-
-
-def cli(kind: type[T], command: str, args: Sequence[str], **options: Any) -> T:
-    """Parse the arguments of a command. Messages have colours on a terminal, unless `NO_COLOR` is set (no-color.org).
-
-    Where the run directory is an argument without a name, `--workdir DIR` is accepted in its place.
-
-    Raises:
-        SystemExit: bad usage, after a message (code 2); or `--help` or `--version` (code 0).
-    """
-    if "--version" in args:
-        print(version())
-        raise SystemExit(0)
-    if os.environ.get("NO_COLOR"):
-        tyro._experimental_options["ansi_codes"] = False  # There is no public option at run time.
-    has_help = not {"-h", "--help"}.isdisjoint(args)
-    help_text = _HelpText(sys.stdout)
-    try:
-        with contextlib.redirect_stdout(help_text) if has_help else contextlib.nullcontext():
-            return tyro.cli(kind, prog=f"python -m mnist_jax.{command}", args=_workdir_first(kind, args), **options)
-    except SystemExit as end:
-        for flag, value, choice in mistyped_values(kind, args) if end.code else ():
-            print(f"{flag} {value}: did you mean {choice}?", file=sys.stderr)
-        raise
-    finally:
-        if text := help_text.getvalue():
-            also = "WORKDIR may also be given as --workdir DIR.\n" if _has_workdir_first(kind) else ""
-            print(f"{_shorten_usage(text)}{also}The flag --version prints the version.")
-
-
-def version() -> str:
-    """Return the line that `--version` prints."""
-    return f"mnist_jax {mnist_jax.__version__}"
-
-
-class _HelpText(io.StringIO):
-    """Collects help with the characters and colours of the stream that will show it."""
-
-    def __init__(self, stream: Any) -> None:
-        super().__init__()
-        self._stream = stream
-
-    @property
-    def encoding(self) -> Any:  # type: ignore[override]
-        return getattr(self._stream, "encoding", None)
-
-    def isatty(self) -> bool:
-        return self._stream is not None and bool(self._stream.isatty())
-
-
-def _shorten_usage(text: str) -> str:
-    """Return a help text whose first line, the usage, has at most `MAX_USAGE` characters; tyro does not wrap it."""
-    usage, rest = text.split("\n", 1)
-    if len(re.sub(r"\x1b\[[0-9;]*m", "", usage)) > MAX_USAGE:
-        usage = re.sub(r"( \[--[^\]]*\])+", " [OPTIONS]", usage)
-    return f"{usage}\n{rest}"
-
-
-def _workdir_first(kind: Any, args: Sequence[str]) -> Sequence[str]:
-    """Return the arguments with `--workdir DIR` as the first positional argument, where `kind` has it as one."""
-    if not _has_workdir_first(kind):
-        return args
-    for index, word in enumerate(args):
-        if word.startswith("--workdir="):
-            return [word.removeprefix("--workdir="), *args[:index], *args[index + 1 :]]
-        if word == "--workdir" and index + 1 < len(args):
-            return [args[index + 1], *args[:index], *args[index + 2 :]]
-    return args
-
-
-def _has_workdir_first(kind: Any) -> bool:
-    """Return whether the run directory is a positional argument of a command."""
-    return any(field.name == "workdir" and field.default is dataclasses.MISSING for field in dataclasses.fields(kind))
-
-
-def mistyped_values(kind: type, args: Sequence[str]) -> list[tuple[str, str, str]]:
-    """Return the values in the arguments that nearly are one of the names that a flag takes: flag, value, name."""
-    words = [word for arg in args for word in (arg.split("=", 1) if arg.startswith("--") else [arg])]
-    found = []
-    for field, hint in typing.get_type_hints(kind).items():
-        flag, names = "--" + field.replace("_", "-"), _names(hint)
-        for value in (value for word, value in itertools.pairwise(words) if word == flag and value not in names):
-            found += [(flag, value, near) for near in difflib.get_close_matches(value, names, n=1)]
-    return found
-
-
-def _names(kind: Any) -> list[str]:
-    """Return the texts among the values of a type: those of its literals."""
-    if typing.get_origin(kind) is Literal:
-        return [name for name in typing.get_args(kind) if isinstance(name, str)]
-    return [name for option in typing.get_args(kind) for name in _names(option)]
 
 
 def split_init_from(init_from: Path) -> tuple[Path, WhichStep]:
@@ -413,6 +302,11 @@ def absolute_init_from(config: Config) -> Config:
     if config.init_from is None:
         return config
     return dataclasses.replace(config, init_from=Path(os.path.abspath(config.init_from)))
+
+
+def is_address(path: Path | str) -> bool:
+    """Return whether a path is a URL such as gs://bucket/path, of which `Path` makes gs:/bucket/path."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)) is not None
 
 
 def holds_a_run(workdir: Path) -> bool:

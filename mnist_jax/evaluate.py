@@ -49,7 +49,7 @@ class Result:
 
 def main(args: Sequence[str]) -> int:
     """Print the metrics of a checkpoint, and return the exit code; see `cli.run`."""
-    return cli.run(partial(print_evaluation, configs.cli(Options, "evaluate", args)))
+    return cli.run(partial(print_evaluation, cli.parse(Options, "evaluate", args)))
 
 
 def print_evaluation(options: Options, stop: StopSignal, terminal: Terminal) -> int:
@@ -67,7 +67,7 @@ def evaluate(options: Options, stop: StopSignal, terminal: Terminal) -> Result:
     name, folder = model.data.name, options.data_dir or model.config.data_dir
     dataset = stop.run(lambda: data.load(name, folder, notify=terminal.warn))
     found = model.evaluate(dataset, stop)
-    confusion = classifier.confusion_matrix(dataset.test_labels, found.logits.argmax(axis=1))
+    confusion = classifier.confusion_matrix(dataset.test_labels, found.logits.argmax(axis=1), len(dataset.class_names))
     recorded = accuracy_at(model.step, (record for record, _ in read_metrics(options.workdir / "metrics.jsonl")))
     return Result(
         workdir=str(options.workdir),

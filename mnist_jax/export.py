@@ -43,7 +43,7 @@ class Options:
 
 def main(args: Sequence[str]) -> int:
     """Write the file, and return the exit code; see `cli.run`."""
-    return cli.run(partial(export, configs.cli(Options, "export", args)))
+    return cli.run(partial(export, cli.parse(Options, "export", args)))
 
 
 def export(options: Options, stop: StopSignal, terminal: Terminal) -> int:
@@ -66,18 +66,20 @@ def export(options: Options, stop: StopSignal, terminal: Terminal) -> int:
             "test_accuracy": "unknown" if model.test_accuracy is None else str(model.test_accuracy),
             "state_sha256": model.sha256,
         }
-        content, what = pack(model.variables, model.config.model, metadata), "weights"
+        content, what = pack(model.variables, model.config.model, metadata, model.image_shape), "weights"
         note = "the metadata describe the architecture"
     else:
-        content, what = stop.run(lambda: serialize(model.variables, model.config.model)), "program"
-        note = "images [N, 28, 28, 1] uint8 -> logits [N, 10] float32, read by jax.export.deserialize"
+        content, what = stop.run(lambda: serialize(model.variables, model.config.model, model.image_shape)), "program"
+        note = "images [N, H, W, 1] uint8 -> logits [N, classes] float32, read by jax.export.deserialize"
     stop.check()
     configs.write_whole(options.out, content)
     terminal.info(f"wrote the {what} of step {model.step} to {options.out} ({len(content) / 1e6:.2f} MB); {note}")
     return 0
 
 
-def pack(variables: dict[str, Any], name: str, metadata: dict[str, str]) -> bytes:
+def pack(
+    variables: dict[str, Any], name: str, metadata: dict[str, str], image_shape: tuple[int, int] = (28, 28)
+) -> bytes:
     """Return the variables of a model as a safetensors file whose metadata describe the architecture.
 
     The arrays are named by their paths: `params.conv1.kernel`, `batch_stats.conv1_norm.mean`.
@@ -87,14 +89,15 @@ def pack(variables: dict[str, Any], name: str, metadata: dict[str, str]) -> byte
     from mnist_jax.checkpoint.integrity import host_leaves
     from mnist_jax.training.model import MODELS, describe
 
-    model = {"mnist_jax": mnist_jax.__version__, "model": name, "architecture": json.dumps(describe(MODELS[name]))}
+    architecture = json.dumps(describe(MODELS[name], image_shape))
+    model = {"mnist_jax": mnist_jax.__version__, "model": name, "architecture": architecture}
     return save(host_leaves(variables), metadata={**model, **metadata})
 
 
-def serialize(variables: dict[str, Any], name: str) -> bytes:
+def serialize(variables: dict[str, Any], name: str, image_shape: tuple[int, int] = (28, 28)) -> bytes:
     """Return the program of a model with its weights, as `jax.export` serializes it.
 
-    It computes the logits [N, 10] float32 of images [N, 28, 28, 1] uint8, for any N of 1 or more, on `PLATFORMS`.
+    It computes the logits [N, classes] float32 of images [N, H, W, 1] uint8, for any N of 1 or more, on `PLATFORMS`.
     """
     import jax
     import jax.numpy as jnp
@@ -103,9 +106,10 @@ def serialize(variables: dict[str, Any], name: str) -> bytes:
     from mnist_jax.training.model import MODELS
 
     constants = jax.tree.map(np.asarray, variables)
+    model = MODELS[name].clone(classes=constants["params"]["logits"]["bias"].size)
 
     def logits(images: jax.Array, *, for_cpu: bool) -> Any:
-        return MODELS[name].clone(for_cpu=for_cpu).apply(constants, images, train=False)
+        return model.clone(for_cpu=for_cpu).apply(constants, images, train=False)
 
     @jax.jit
     def program(images: jax.Array) -> Any:
@@ -113,7 +117,7 @@ def serialize(variables: dict[str, Any], name: str) -> bytes:
         return jax.lax.platform_dependent(images, **forms)
 
     [batch] = jax_export.symbolic_shape("n")
-    images = jax.ShapeDtypeStruct((batch, 28, 28, 1), jnp.uint8)
+    images = jax.ShapeDtypeStruct((batch, *image_shape, 1), jnp.uint8)
     return bytes(jax_export.export(program, platforms=PLATFORMS)(images).serialize())
 
 

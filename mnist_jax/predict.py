@@ -58,7 +58,7 @@ class Prediction:
 
 def main(args: Sequence[str]) -> int:
     """Print the predictions, and return the exit code: 1 if an image cannot be read, others as `cli.run`."""
-    return cli.run(partial(print_predictions, configs.cli(Options, "predict", args)))
+    return cli.run(partial(print_predictions, cli.parse(Options, "predict", args)))
 
 
 def print_predictions(options: Options, stop: StopSignal, terminal: Terminal) -> int:
@@ -68,6 +68,7 @@ def print_predictions(options: Options, stop: StopSignal, terminal: Terminal) ->
     from mnist_jax.inference import classifier, preprocessing
 
     model = stop.run(lambda: classifier.load(options.workdir, options.step))
+    preprocessing.check_shape(model.image_shape)
     if warning := preprocessing.dataset_warning(model.data.name):
         terminal.warn(f"warning: {warning}")
     predictions = []

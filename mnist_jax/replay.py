@@ -46,7 +46,7 @@ class Options:
 
 def main(args: Sequence[str]) -> int:
     """Replay part of a run, and return the exit code: 0 identical, 1 not identical, others as `cli.run`."""
-    return cli.run(partial(print_differences, configs.cli(Options, "replay", args)))
+    return cli.run(partial(print_differences, cli.parse(Options, "replay", args)))
 
 
 def print_differences(options: Options, stop: StopSignal, terminal: Terminal) -> int:

@@ -37,7 +37,7 @@ class Options:
 
 def main(args: Sequence[str]) -> int:
     """Print the status of a run, and return the exit code: 65 if every checkpoint is corrupt, others as `cli.run`."""
-    return cli.run(partial(print_status, configs.cli(Options, "status", args)))
+    return cli.run(partial(print_status, cli.parse(Options, "status", args)))
 
 
 def print_status(options: Options, stop: StopSignal, terminal: Terminal) -> int:

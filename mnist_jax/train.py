@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from mnist_jax import config as configs
-from mnist_jax.cli import exit_code, report
+from mnist_jax.cli import exit_code, parse_config, report
 from mnist_jax.config import Config, ConfigError
 from mnist_jax.console import exit_process, print_line, print_stderr, repair_standard_streams
 from mnist_jax.runtime.lock import LockHeldError, exclusive_lock
@@ -45,7 +45,7 @@ def main(args: Sequence[str]) -> int:
     second signal n ends the process with 128+n; then this does not return.
     """
     repair_standard_streams()
-    asked = configs.parse(args, Config())  # The defaults of a preset depend on the dataset, see `find_run`.
+    asked = parse_config(args, Config())  # The defaults of a preset depend on the dataset, see `find_run`.
     with StopSignal() as stop:
         return stop.supervise(lambda: start_or_resume(args, asked, stop))
 
@@ -333,7 +333,7 @@ def has_checkpoints(workdir: Path) -> bool:
 
 def apply_flags(args: Sequence[str], defaults: Config) -> Config:
     """Return a config changed by the flags; "--dataset auto" does not change the dataset."""
-    config = configs.absolute_init_from(configs.parse(args, defaults))
+    config = configs.absolute_init_from(parse_config(args, defaults))
     return dataclasses.replace(config, dataset=defaults.dataset) if config.dataset == "auto" else config
 
 

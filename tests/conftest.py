@@ -185,7 +185,7 @@ def _compile_once(compile_: Callable[[Any], None]) -> Callable[[Any], None]:
 
     def compile_once(self: Any) -> None:
         settings = tuple(getattr(self.config, name) for name in MATHEMATICS)
-        key = settings, self.total_steps, self.mesh, self.train_size, self.test_size
+        key = settings, self.total_steps, self.mesh, self.train_size, self.test_size, self.image_shape, self.classes
         if key not in _compiled:
             compile_(self)
             _compiled[key] = self

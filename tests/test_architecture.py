@@ -29,6 +29,7 @@ RULES: dict[str, set[str]] = {
 COMMANDS = {module for module, path in FILES.items() if "\ndef main(" in path.read_text()}
 
 OWNERS = {
+    "array_record": {"training.tfds_records"},
     "fcntl": {"runtime.lock"},
     "filelock": {"runtime.lock"},
     "flask": {"demo.__main__"},

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import importlib
 import json
 import math
 import os
@@ -17,8 +18,8 @@ from typing import Any
 import pytest
 import tyro
 
+from mnist_jax import cli, train
 from mnist_jax import config as configs
-from mnist_jax import train
 from mnist_jax.config import Config, ConfigError
 from mnist_jax.runtime.preemption import StopSignal
 from mnist_jax.training import data
@@ -65,6 +66,32 @@ FREE: dict[str, Any] = {
 FULL = Config(**LENGTH, **FREE, **{field: values[-1] for field, values in MATHEMATICS.items()})
 
 
+# Each flag that takes a path: the command, the field, and arguments in which PATH stands for it.
+PATH_FLAGS = [
+    ("train", "workdir", ["--workdir", "PATH"]),
+    ("train", "data_dir", ["--data-dir", "PATH"]),
+    *(
+        (command, "workdir", ["PATH"])
+        for command in ("evaluate", "replay", "status", "demo.__main__", "report.__main__")
+    ),
+    ("evaluate", "data_dir", ["run", "--data-dir", "PATH"]),
+    ("report.__main__", "data_dir", ["run", "--data-dir", "PATH"]),
+    ("report.__main__", "out", ["run", "--out", "PATH"]),
+    ("predict", "workdir", ["PATH", "image"]),
+    ("predict", "images", ["run", "PATH"]),
+    ("export", "workdir", ["PATH", "out"]),
+    ("export", "out", ["run", "PATH"]),
+]
+
+
+def test_every_path_flag_is_in_the_table() -> None:
+    listed = {(command, name) for command, name, _ in PATH_FLAGS}
+    for command in {command for command, _, _ in PATH_FLAGS}:
+        kind = Config if command == "train" else importlib.import_module(f"mnist_jax.{command}").Options
+        for name, type_ in typing.get_type_hints(kind).items():
+            assert (Path in (type_, *typing.get_args(type_))) == ((command, name) in listed), (command, name)
+
+
 # The command line
 
 
@@ -80,19 +107,19 @@ FULL = Config(**LENGTH, **FREE, **{field: values[-1] for field, values in MATHEM
     ],
 )
 def test_defaults_follow_preset_model_and_dataset(args, preset, model, epochs) -> None:
-    config = configs.parse(args)
+    config = cli.parse_config(args)
     expected = {**configs.PRESETS[preset], "preset": preset, "model": model, "epochs": epochs}
     assert {name: getattr(config, name) for name in expected} == expected
 
 
 def test_flags_override_the_preset() -> None:
-    config = configs.parse(["--model", "original", "--epochs", "7", "--learning-rate", "0.5"])
+    config = cli.parse_config(["--model", "original", "--epochs", "7", "--learning-rate", "0.5"])
     assert (config.model, config.epochs, config.batch_size, config.learning_rate) == ("original", 7, 50, 0.5)
 
 
 @pytest.mark.parametrize("run", [FULL, Config()])
 def test_a_flag_changes_only_its_field(run: Config) -> None:
-    assert configs.parse(["--seed", "9"], run) == dataclasses.replace(run, seed=9)
+    assert cli.parse_config(["--seed", "9"], run) == dataclasses.replace(run, seed=9)
 
 
 RANGES: dict[str, tuple[Any, Any, list[Any]]] = {
@@ -158,6 +185,35 @@ def test_a_url_is_no_workdir_and_a_mirror_is_a_url() -> None:
         Config(mirror=f"{scheme}:///run")
 
 
+@pytest.mark.parametrize(("command", "name", "arguments"), PATH_FLAGS)
+def test_every_path_is_a_local_one(command: str, name: str, arguments: list[str], monkeypatch, capsys) -> None:
+    kind = Config if command == "train" else importlib.import_module(f"mnist_jax.{command}").Options
+    monkeypatch.setenv("HOME", "/home/me")
+    place = arguments.index("PATH")
+
+    def parse(path: str) -> Any:
+        return cli.parse(kind, command, [*arguments[:place], path, *arguments[place + 1 :]])
+
+    expanded = getattr(parse("~/x"), name)
+    assert expanded in (Path("/home/me/x"), (Path("/home/me/x"),))
+    for path, problem in (
+        ("gs://bucket/x", f"{name}=gs:/bucket/x is a"),
+        ("https://host/x", f"{name}=https:/host/x is a"),
+        ("", "is empty"),
+        ("~nobody-has-this-name/x", f"{name}=~nobody-has-this-name/x"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            parse(path)
+        assert end.value.code == 2
+        assert problem in unframed(capsys.readouterr().err)
+    flag = arguments[place - 1]
+    if flag.startswith("--"):
+        assert getattr(cli.parse(kind, command, [*arguments[: place - 1], f"{flag}=~/x"]), name) == expanded
+        with pytest.raises(SystemExit):
+            cli.parse(kind, command, [*arguments[: place - 1], f"{flag}="])
+        assert f"error: {flag} is empty" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("args", "named"),
     [
@@ -171,7 +227,7 @@ def test_a_url_is_no_workdir_and_a_mirror_is_a_url() -> None:
 )
 def test_bad_usage_exits_with_2_and_is_named(args: list[str], named: list[str], capsys) -> None:
     with pytest.raises(SystemExit) as end:
-        configs.parse(args)
+        cli.parse_config(args)
     assert end.value.code == 2
     written = capsys.readouterr()
     assert written.out == ""
@@ -181,7 +237,7 @@ def test_bad_usage_exits_with_2_and_is_named(args: list[str], named: list[str], 
 def test_help_describes_every_flag_in_80_columns(capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as end:
-        configs.parse(["--help"])
+        cli.parse_config(["--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 80
@@ -200,7 +256,7 @@ def test_no_columns_means_the_usual_number(args: list[str], capsys, monkeypatch)
     for columns in ("", "0"):
         monkeypatch.setenv("COLUMNS", columns)
         with pytest.raises(SystemExit):
-            configs.parse(args)
+            cli.parse_config(args)
         shown.append(capsys.readouterr())
     assert shown[0] == shown[1]
     assert "--steps" in shown[0].out + shown[0].err
@@ -215,12 +271,12 @@ def test_workdir_is_accepted_where_the_run_is_positional(capsys) -> None:
 
     expected = Options(Path("run"), (Path("a"), Path("b")), 7)
     for args in ("run a b --step 7", "--step 7 a b --workdir run", "a --workdir=run b --step 7"):
-        assert configs.cli(Options, "predict", args.split()) == expected
+        assert cli.parse(Options, "predict", args.split()) == expected
     with pytest.raises(SystemExit):
-        configs.cli(Options, "predict", ["a", "--workdir"])
+        cli.parse(Options, "predict", ["a", "--workdir"])
     assert "workdir" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        configs.cli(Options, "predict", ["--help"])
+        cli.parse(Options, "predict", ["--help"])
     assert "--workdir DIR" in capsys.readouterr().out
 
 
@@ -420,7 +476,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def find_run(*args: str) -> tuple[Config, Path]:
     with contextlib.ExitStack() as locks:
-        return train.find_run(args, configs.parse(args, Config()), StopSignal(), locks)
+        return train.find_run(args, cli.parse_config(args, Config()), StopSignal(), locks)
 
 
 def make_run(directory: str, config: Config) -> Config:
@@ -546,7 +602,7 @@ def test_fresh_moves_the_old_run_aside(here: Path, capsys: pytest.CaptureFixture
     before = contents(Path("runs/digits"))
     args = ("--dataset", "digits", "--fresh", "--seed", "6")
     config, workdir = find_run(*args)
-    assert (workdir.absolute(), config) == (here / "runs" / "digits", configs.parse(args))  # nothing of the old run
+    assert (workdir.absolute(), config) == (here / "runs" / "digits", cli.parse_config(args))  # nothing of the old run
     assert contents(workdir).keys() == {Path("lock")}
     Path("runs/digits.old-1/lock").unlink()
     assert contents(Path("runs/digits.old-1")) == before

@@ -134,7 +134,9 @@ def test_a_missing_or_corrupt_file_is_named(part: str, folder: Path) -> None:
     refused(folder, path, "Too many levels of symbolic links")
 
 
-@pytest.mark.parametrize("damage", [halve, lambda _: b"", repack, lambda content: content[::-1]])
+@pytest.mark.parametrize(
+    "damage", [halve, lambda _: b"", lambda content: content[::-1], lambda content: gzip.compress(bytes(8))]
+)
 def test_a_file_of_other_bytes_is_refused(damage: Callable[[bytes], bytes], folder: Path) -> None:
     path = folder / FILES["test_labels"]
     replace(path, damage(path.read_bytes()))
@@ -148,8 +150,14 @@ def refused(folder: Path, path: Path, *named: str) -> None:
     assert all(word in str(refusal.value) for word in (str(path), *named))
 
 
+def test_a_file_with_the_same_pixels_is_taken(folder: Path, mnist: Dataset) -> None:
+    for part in ("test_labels", "test_images"):
+        replace(folder / FILES[part], repack((folder / FILES[part]).read_bytes()))
+    assert data.load("mnist", folder, notify=pytest.fail).fingerprint == mnist.fingerprint
+
+
 def test_files_of_another_dataset_are_refused(folder: Path) -> None:
-    with pytest.raises(DataError, match=rf"{FILES['train_images']} .* 9,912,422 bytes .* 26,421,880"):
+    with pytest.raises(DataError, match=rf"{FILES['train_images']} .*cannot be verified.* 26,421,880"):
         data.load("fashion_mnist", folder, notify=pytest.fail)
     with pytest.raises(DataError, match=r"--data-dir .* leave it out"):
         data.load("digits", folder, notify=pytest.fail)
@@ -175,8 +183,11 @@ def test_loading_uses_no_network_and_no_slow_import(folder: Path) -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder, not there yet, in which TensorFlow Datasets keeps what it downloads."""
+    """The folder, not there yet, in which TensorFlow Datasets keeps what it downloads, and no other folder."""
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("KERAS_HOME", raising=False)
+    monkeypatch.chdir(tmp_path)
     return tmp_path / "tfds" / "downloads"
 
 
@@ -228,6 +239,7 @@ class Server:
 
     def __init__(self, files: Path) -> None:
         self.requests: list[str] = []
+        self.methods: set[str] = set()
         self.status = 200
         self.damage: Callable[[bytes], bytes] = lambda content: content
         self.sent: Callable[[bytes], bytes] = lambda content: content
@@ -236,7 +248,12 @@ class Server:
         server = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
+            def do_HEAD(self) -> None:
+                server.methods.add("HEAD")
+                self.send_error(405)
+
             def do_GET(self) -> None:
+                server.methods.add("GET")
                 file = self.path.lstrip("/")
                 server.requests.append(file)
                 content = server.damage((files / file).read_bytes())
@@ -285,6 +302,7 @@ def test_missing_files_are_downloaded_once(cache: Path, server: Server, mnist: D
     lines: list[str] = []
     assert data.resolve("auto", None, notify=lines.append) == "mnist"
     assert server.requests == list(FILES.values())
+    assert server.methods == {"GET"}  # Some servers answer HEAD with 405.
     assert len(lines) == 4
     assert f"{server.url}/{FILES['train_images']} (9.9 MB) into {cache}" in lines[0]
     assert data.load("mnist", notify=pytest.fail).fingerprint == mnist.fingerprint

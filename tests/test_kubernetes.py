@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 import mnist_jax
+from mnist_jax import cli
 from mnist_jax import config as configs
 from mnist_jax.cli import ExitCode
 
@@ -22,7 +23,7 @@ VERSIONS = [re.search(r"Kubernetes (1\.\d+) or newer", FILE.read_text())[1], kub
 
 def config(index: int) -> configs.Config:
     """Return the settings of a process."""
-    return configs.parse([arg.replace("$(JOB_COMPLETION_INDEX)", str(index)) for arg in CONTAINER["args"]])
+    return cli.parse_config([arg.replace("$(JOB_COMPLETION_INDEX)", str(index)) for arg in CONTAINER["args"]])
 
 
 def action(code: int, *, conditions: tuple[tuple[str, str], ...] = ()) -> str:

@@ -85,6 +85,9 @@ def pooled_conv(x, kernel, margin):
     ("function", "size", "margin", "x_shape", "outputs"),
     [
         (pooled_conv, 3, 1, (2, 8, 12, 6), 5),
+        (pooled_conv, 3, 0, (2, 9, 12, 6), 5),  # an odd height: the last row is ignored
+        (pooled_conv_of_one_channel, 5, 2, (4, 21, 28, 1), 5),
+        (pooled_conv_of_one_channel, 5, 0, (4, 12, 13, 1), 5),
         (pooled_conv_of_one_channel, 5, 2, (4, 28, 28, 1), 5),
         (pooled_conv_of_one_channel, 5, 0, (4, 12, 8, 1), 16),
         (pooled_conv_of_one_channel, 1, 0, (2, 4, 4, 1), 5),
@@ -102,6 +105,21 @@ def test_pooled_conv_and_its_gradients_are_those_of_xla(function, size, margin, 
     for one, other in zip(compute(*normal_numbers(*shapes)), plain(*normal_numbers(*shapes)), strict=True):
         # Sums of at most 784 products of about 1 in float32: an error of 1e-5 of the largest is a hundred roundings.
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max())
+
+
+@pytest.mark.parametrize(("name", "side_px"), [("cnn", 12), ("cnn-large", 20), ("original", 4)])
+def test_an_image_has_a_smallest_size_and_any_number_of_classes(name, side_px):
+    model = MODELS[name].clone(for_cpu=True, classes=7)
+    assert model.min_side_px == side_px
+
+    def logits(height, width):
+        images = jnp.zeros((3, height, width, 1), jnp.uint8)
+        return jax.eval_shape(lambda: model.init_with_output(jax.random.key(0), images, train=False)[0])
+
+    for height, width in ((side_px, side_px), (side_px + 1, side_px + 3)):
+        assert logits(height, width).shape == (3, 7)
+    with pytest.raises((ZeroDivisionError, TypeError, ValueError)):
+        logits(side_px - 1, side_px)
 
 
 @pytest.mark.parametrize("exponent", [0.1, 2.0])

@@ -18,8 +18,8 @@ from object_store import closed_port, s3_environment, s3_server
 from runs import Ended, Run, end, stop
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mnist_jax import cli, train
 from mnist_jax import config as configs
-from mnist_jax import train
 from mnist_jax.checkpoint import remote as remote_module
 from mnist_jax.config import Config, ConfigError
 from mnist_jax.runtime.preemption import StopSignal
@@ -343,7 +343,7 @@ def find(remote, tmp_path) -> Callable[..., list[int]]:
     def find_run(*flags: str) -> list[int]:
         args = ["--dataset", "digits", "--workdir", str(tmp_path / "run"), "--mirror", f"file://{remote}", *flags]
         with StopSignal() as stop_signal, contextlib.ExitStack() as locks:
-            train.find_run(args, configs.parse(args, Config()), stop_signal, locks)
+            train.find_run(args, cli.parse_config(args, Config()), stop_signal, locks)
         return Run(tmp_path / "run").steps()
 
     return find_run

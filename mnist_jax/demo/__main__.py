@@ -61,7 +61,7 @@ class Options:
 
 def main(args: Sequence[str]) -> int:
     """Serve the page until a signal arrives, and return 0; for errors see `cli.run`."""
-    return cli.run(partial(serve, configs.cli(Options, "demo", args)))
+    return cli.run(partial(serve, cli.parse(Options, "demo", args)))
 
 
 def serve(options: Options, stop: StopSignal, terminal: Terminal) -> int:
@@ -128,6 +128,7 @@ def wait_for_classifier(options: Options, stop: StopSignal, terminal: Terminal) 
                 terminal.info(f"waiting: {error}")
             is_waiting = True
             time.sleep(0.2)
+    preprocessing.check_shape(reloader.model.image_shape)
     if warning := preprocessing.dataset_warning(reloader.model.data.name):
         terminal.warn(f"warning: {warning}")
     return reloader
@@ -186,7 +187,7 @@ class ModelReloader:
         from mnist_jax.inference import classifier
 
         model = classifier.load(self._workdir, self._which)
-        model.predict(np.zeros((28, 28, 1), np.uint8))  # The first call compiles.
+        model.predict(np.zeros((*model.image_shape, 1), np.uint8))  # The first call compiles.
         return model
 
 

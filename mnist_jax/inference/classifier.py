@@ -20,7 +20,7 @@ from mnist_jax.training.trainer import Trainer
 
 
 class Evaluation(NamedTuple):
-    """The result on all test images: mean loss in nats, accuracy, and logits [N, 10] float32."""
+    """The result on all test images: mean loss in nats, accuracy, and logits [N, classes] float32."""
 
     loss: float
     accuracy: float
@@ -37,7 +37,7 @@ class Classifier:
         self.data = compatibility.data_of(self.metadata, self.step)
         self.config = configs.from_json(self.metadata["config"], checkpoint.path)
         # `setup.make_trainer` would require that the training batches divide over the available devices.
-        self._trainer = _make_trainer(self.config, self.data.train_images, self.data.test_images)
+        self._trainer = _make_trainer(self.config, self.data)
         state, _ = checkpoint.read(self._trainer.abstract_state)
         compatibility.check_step(checkpoint.step, state)
         self.sha256 = str(checkpoint.manifest()["state_sha256"])  # of the whole train state
@@ -45,8 +45,13 @@ class Classifier:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The names of the ten classes."""
-        return data.class_names(self.data.name)
+        """The names of the classes."""
+        return data.class_names(self.data.name, self.data.classes)
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return self.data.height, self.data.width
 
     @property
     def test_accuracy(self) -> float | None:
@@ -55,6 +60,8 @@ class Classifier:
 
     def predict(self, image: np.ndarray) -> np.ndarray:
         """Return the probabilities of the classes. image: [28, 28, 1] uint8, foreground 255 -> [10] float32.
+
+        With the dataset "idx" it has the shape of the training images, and there are as many classes.
 
         The first call compiles.
         """
@@ -80,15 +87,23 @@ class Classifier:
         return Evaluation(*means(add_sums(sums)), np.concatenate(logits)[: len(dataset.test_labels)])
 
 
-def confusion_matrix(labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
-    """Count the pairs of label and prediction. labels, predictions: [N] in [0, 10) -> [10, 10] int64."""
-    return np.bincount(10 * labels.astype(np.int64) + predictions, minlength=100).reshape(10, 10)
+def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: int = 10) -> np.ndarray:
+    """Count the pairs of label and prediction. labels, predictions: [N] in [0, K) -> [K, K] int64, K = classes."""
+    pairs = classes * labels.astype(np.int64) + predictions
+    return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
 @cache
-def _make_trainer(config: Config, train_size: int, test_size: int) -> Trainer:
+def _make_trainer(config: Config, described: compatibility.Data) -> Trainer:
     """Return one trainer for all checkpoints of a run, because it compiles once."""
-    return Trainer(config, devices.data_mesh(), train_size=train_size, test_size=test_size)
+    return Trainer(
+        config,
+        devices.data_mesh(),
+        train_size=described.train_images,
+        test_size=described.test_images,
+        image_shape=(described.height, described.width),
+        classes=described.classes,
+    )
 
 
 def load(workdir: Path | str, which: WhichStep = "latest", *, on_cpu: bool = True) -> Classifier:

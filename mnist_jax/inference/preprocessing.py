@@ -11,6 +11,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 
+from mnist_jax.config import ConfigError
+
 MAX_BYTES = 2**26
 MAX_PIXELS = 2**26  # Phone cameras have up to 50 million.
 SIDE_PX = 1024  # Larger images are scaled down first.
@@ -22,6 +24,16 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow would print a warning; `decode` has its 
 
 class UnreadableImageError(ValueError):
     """A file contains no usable digit; the message is the reason."""
+
+
+def check_shape(image_shape: tuple[int, int]) -> None:
+    """Raise ConfigError if a classifier takes images of another shape than `prepare` produces."""
+    if image_shape != (SIZE_PX, SIZE_PX):
+        height, width = image_shape
+        raise ConfigError(
+            f"this run was trained on images of {height}×{width} pixels, but pictures are preprocessed to "
+            f"{SIZE_PX}×{SIZE_PX}; call mnist_jax.load(WORKDIR).predict with an array of its shape"
+        )
 
 
 def dataset_warning(dataset: str) -> str | None:

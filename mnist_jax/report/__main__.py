@@ -31,7 +31,7 @@ from mnist_jax.report.history import MAX_TEXT, Attempt, Curve, as_number, as_tex
 from mnist_jax.runtime import lock
 from mnist_jax.runtime.preemption import StopSignal
 from mnist_jax.training import data
-from mnist_jax.training.data import DataError
+from mnist_jax.training.array_files import DataError
 
 IMAGE = re.compile(r"(\d+-)?(run|confusion|mistakes|comparison)(-dark)?\.png")
 MAX_MISTAKES = 24
@@ -69,7 +69,7 @@ class RunReport:
 
 def main(args: Sequence[str]) -> int:
     """Write the page, print its path, and return the exit code; see `cli.run`."""
-    return cli.run(partial(write_report, configs.cli(Options, "report", args)))
+    return cli.run(partial(write_report, cli.parse(Options, "report", args)))
 
 
 def write_report(options: Options, stop: StopSignal, terminal: Terminal) -> int:
@@ -235,8 +235,8 @@ class TestResults:
     missing: str | None
     step: int
     class_names: Sequence[str]
-    confusion: np.ndarray  # [10, 10], a row for each label
-    mistakes: list[tuple[np.ndarray, str]]  # image [28, 28, 1] uint8, caption
+    confusion: np.ndarray  # [classes, classes], a row for each label
+    mistakes: list[tuple[np.ndarray, str]]  # image [H, W, 1] uint8, caption
 
     @property
     def classes(self) -> list[tuple[str, int, float, str]]:
@@ -261,7 +261,7 @@ def evaluate_newest(workdir: Path, options: Options, stop: StopSignal, terminal:
         logits = model.evaluate(dataset, stop).logits
     except (CheckpointError, ConfigError, DataError, OSError) as error:
         return TestResults(as_text(str(error)), 0, (), np.zeros((10, 10), int), [])
-    confusion = classifier.confusion_matrix(dataset.test_labels, logits.argmax(axis=1))
+    confusion = classifier.confusion_matrix(dataset.test_labels, logits.argmax(axis=1), len(model.class_names))
     mistakes = worst_mistakes(dataset.test_images, dataset.test_labels, logits, model.class_names)
     return TestResults(None, model.step, model.class_names, confusion, mistakes)
 
@@ -272,9 +272,9 @@ def worst_mistakes(
     """Return the images whose label has the lowest probability, lowest first, with captions.
 
     Args:
-        images: [N, 28, 28, 1] uint8.
-        labels: [N] in [0, 10).
-        logits: [N, 10] float32.
+        images: [N, H, W, 1] uint8.
+        labels: [N] in [0, classes).
+        logits: [N, classes] float32.
         class_names: the names of the labels.
     """
     logits = logits.astype(np.float64)

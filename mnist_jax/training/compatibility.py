@@ -20,7 +20,7 @@ from mnist_jax.config import Config, ConfigError
 from mnist_jax.console import print_stderr
 from mnist_jax.records.metrics import parse_metrics
 from mnist_jax.runtime import devices
-from mnist_jax.training.data import REGISTRY, Dataset
+from mnist_jax.training.data import MAX_CLASSES, MAX_SIDE_PX, REGISTRY, Dataset
 from mnist_jax.training.train_state import TrainState
 
 MAX_CPU_THREADS = 4096
@@ -125,8 +125,11 @@ def merge_environments(environments: Sequence[dict[str, dict[str, Any]]]) -> dic
 
 
 def describe_data(dataset: Dataset) -> dict[str, Any]:
-    """Return name, size and SHA-256 of a dataset, as JSON values."""
+    """Return name, size and SHA-256 of a dataset, as JSON values; of the user's images also shape and classes."""
     sizes = {"train_images": len(dataset.train_labels), "test_images": len(dataset.test_labels)}
+    if dataset.name == "idx":
+        height, width = dataset.image_shape
+        sizes |= {"height": height, "width": width, "classes": len(dataset.class_names)}
     return {"name": dataset.name, **sizes, "sha256": dataset.fingerprint}
 
 
@@ -164,11 +167,14 @@ def _are_metrics(lines: str) -> bool:
 
 
 class Data(NamedTuple):
-    """The dataset of a run: its name and the number of images in its two parts."""
+    """The dataset of a run: its name, the number of images in its two parts, their shape, and the classes."""
 
     name: str
     train_images: int
     test_images: int
+    height: int = 28
+    width: int = 28
+    classes: int = 10
 
 
 def data_of(metadata: Any, step: int) -> Data:
@@ -177,9 +183,13 @@ def data_of(metadata: Any, step: int) -> Data:
     Raises:
         IncompatibleCheckpointError: the metadata does not have the form that a run writes.
     """
-    found = Data(*(check_metadata(metadata, step)["data"].get(name) for name in Data._fields))
+    described = check_metadata(metadata, step)["data"]
+    names = Data._fields if described.get("name") == "idx" else Data._fields[:3]
+    found = Data(*(described.get(name) for name in names))
     is_size = (type(size) is int and 0 < size < 2**31 for size in found[1:])
-    if found.name not in (*REGISTRY, "digits") or not all(is_size):
+    if found.name not in (*REGISTRY, "digits", "idx") or not all(is_size):
+        raise _invalid(step, "data")
+    if max(found.height, found.width) > MAX_SIDE_PX or found.classes > MAX_CLASSES:
         raise _invalid(step, "data")
     return found
 

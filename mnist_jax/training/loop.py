@@ -58,6 +58,8 @@ def run(
         if config is None or opened is None:
             raise
         group.report_failure(error, config.preempted_exit_code)
+        if not opened[0].steps:  # A new run: the next start without flags has to find its config.
+            opened[1].save_config()
         outcome = opened[1].stopped(stop)._replace(exit_code=config.preempted_exit_code)
         opened[1].exit(outcome)
         return outcome

@@ -27,7 +27,7 @@ def identity(x: Array) -> Array:
 
 
 class Network(nn.Module):
-    """Convolutions with 2x2 max pooling, a dense layer, and ten logits.
+    """Convolutions with 2x2 max pooling, a dense layer, and a logit for each class.
 
     Attributes:
         features: output channels of the convolutions.
@@ -35,6 +35,7 @@ class Network(nn.Module):
         unpooled: numbers of the convolutions without pooling, from 1.
         padding: "SAME" pads with zeros, so that a convolution keeps height and width; "VALID" does not pad.
         hidden: width of the dense layer.
+        classes: number of logits.
         activation: of the hidden layers. It must be non-decreasing, because it is applied after the pooling, to a
             quarter of the values.
         logits_activation: of the last layer.
@@ -51,6 +52,7 @@ class Network(nn.Module):
     features: tuple[int, ...]
     kernel_sizes: tuple[int, ...]
     hidden: int
+    classes: int = 10
     unpooled: tuple[int, ...] = ()
     padding: Padding = "VALID"
     activation: Callable[[Array], Array] = nn.relu
@@ -64,9 +66,9 @@ class Network(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool) -> Array:
-        """Return logits [N, 10] float32 of images [N, H, W, C], uint8 or floats in [0, 1].
+        """Return logits [N, classes] float32 of images [N, H, W, C], uint8 or floats in [0, 1].
 
-        The output of a pooled convolution must have even height and width.
+        H and W must be `min_side_px` or more.
         """
         x = images / 255.0 if images.dtype == jnp.uint8 else images
         from_batch = self.batch_statistics and train
@@ -85,7 +87,15 @@ class Network(nn.Module):
         x = nn.Dense(self.hidden, use_bias, name="dense1")(x.reshape(x.shape[0], -1))
         x = self.activation(normalize(x, "dense1_norm"))
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return self.logits_activation(nn.Dense(10, name="logits")(x))
+        return self.logits_activation(nn.Dense(self.classes, name="logits")(x))
+
+    @property
+    def min_side_px(self) -> int:
+        """The smallest height and width of an image, of which one pixel is left after the last pooling."""
+        side_px = 1
+        for number, size in reversed([*enumerate(self.kernel_sizes, start=1)]):
+            side_px = side_px * (1 if number in self.unpooled else 2) + (size - 1 if self.padding == "VALID" else 0)
+        return side_px
 
 
 class Conv(nn.Module):
@@ -103,7 +113,10 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Return [N, H, W, features] of x [N, H, W, C]. "VALID" subtracts K - 1 from H and W; pooling halves them."""
+        """Return [N, H, W, features] of x [N, H, W, C]. "VALID" subtracts K - 1 from H and W; pooling halves them.
+
+        Pooling ignores the last row and column of an odd height and width.
+        """
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         margin = self.kernel_size // 2 if self.padding == "SAME" else 0
@@ -132,20 +145,27 @@ def slide(x: Array, kernel: Array, margin: int, strides: tuple[int, int] = (1, 1
 
 
 def pool(y: Array) -> Array:
-    """Return the 2x2 max pooling of y [N, H, W, C], H and W even."""
+    """Return the 2x2 max pooling of y [N, H, W, C], without the last row and column if H and W are odd."""
+    y = crop_to_even(y)
     # The gradient of `nn.max_pool` is a scatter, which takes 19.5 ms on a CPU; the gradient of slices takes 0.9 ms.
     return functools.reduce(jnp.maximum, [y[:, i::2, j::2] for i, j in CORNERS])
 
 
+def crop_to_even(x: Array) -> Array:
+    """Return x [N, H, W, C] without the last row of an odd height and the last column of an odd width."""
+    height, width = x.shape[1:3]
+    return x[:, : height - height % 2, : width - width % 2] if height % 2 or width % 2 else x
+
+
 def pooled_conv_of_one_channel(x: Array, kernel: Array, margin: int) -> Array:
-    """Return `pool(conv(x, kernel, margin))` of x [N, H, W, 1], H and W even, as one matrix product.
+    """Return `pool(conv(x, kernel, margin))` of x [N, H, W, 1] as one matrix product, for an odd K.
 
     Each 2x2 square of pixels becomes one pixel of four channels (space to depth). The four values that a pooling
     compares become four groups of output channels. All four read the same square of K + 1 by K + 1 pixels, each with
     the kernel in another corner. For K = 5 this is 36/25 of the arithmetic, but it is faster, because a convolution of
     one channel does not fill the vectors. These squares are small enough to copy them into the rows of a matrix.
     """
-    x = jnp.pad(x, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
+    x = crop_to_even(jnp.pad(x, ((0, 0), (margin, margin), (margin, margin), (0, 0))))
     kernel = jnp.concatenate([jnp.pad(kernel, ((i, 1 - i), (j, 1 - j), (0, 0), (0, 0))) for i, j in CORNERS], axis=-1)
     x = jnp.concatenate([x[:, i::2, j::2] for i, j in CORNERS], axis=-1)
     kernel = jnp.concatenate([kernel[i::2, j::2] for i, j in CORNERS], axis=-2)
@@ -193,8 +213,9 @@ def _conv_backward(margin: int, residuals: tuple[Array, Array], g: Array) -> tup
 conv.defvjp(_conv_forward, _conv_backward)
 
 
-def describe(model: Network) -> dict[str, Any]:
+def describe(model: Network, image_shape: tuple[int, int] = (28, 28)) -> dict[str, Any]:
     """Describe as JSON values what an evaluation computes, for readers of exported weights."""
+    height, width = image_shape
 
     def name(activation: Any) -> dict[str, Any]:
         settings = inspect.signature(activation).parameters.values()
@@ -202,11 +223,12 @@ def describe(model: Network) -> dict[str, Any]:
         return {"name": function.__name__, **{p.name: p.default for p in settings if p.default is not p.empty}}
 
     return {
-        "input": "images [N, 28, 28, 1] uint8, divided by 255, minus pixel_mean, divided by pixel_std",
+        "input": f"images [N, {height}, {width}, 1] uint8, divided by 255, minus pixel_mean, divided by pixel_std",
         "pixel_mean": model.pixel_mean,
         "pixel_std": model.pixel_std,
         "convolutions": "conv1, conv2, ...: stride 1, kernels [height, width, in, out], not flipped; 2x2 max pooling "
-        "unless the number is in unpooled; bias; normalization; activation",
+        "unless the number is in unpooled, without the last row and column of an odd height and width; bias; "
+        "normalization; activation",
         "padding": model.padding,
         "unpooled": list(model.unpooled),
         "normalization": "if there are batch_stats: scale * (x - mean) / sqrt(var + epsilon) + bias",

@@ -76,8 +76,6 @@ class Recorder:
         self.events.write("start", step=step, config=self.config.to_json(), **environment)
         if self.checkpointer.removed:
             self.events.write("unfinished_removed", step=step, names=self.checkpointer.removed)
-        if not self.checkpointer.steps:  # A new run: the next start without flags has to find its config.
-            self.save_config()
 
     def save_config(self) -> None:
         """Write config.json, which holds the defaults of all flags for the next start."""

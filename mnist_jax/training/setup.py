@@ -110,14 +110,21 @@ def make_trainer(config: Config, dataset: Dataset) -> Trainer:
     """Return the trainer of a run on all devices.
 
     Raises:
-        ConfigError: the batch does not divide over the devices, or does not fit the dataset.
+        ConfigError: the batch does not divide over the devices, or the batch or the model does not fit the dataset.
     """
     mesh = devices.data_mesh()
     try:
         devices.check_batch_divides(config.batch_size, mesh)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return Trainer(config, mesh, train_size=len(dataset.train_labels), test_size=len(dataset.test_labels))
+    return Trainer(
+        config,
+        mesh,
+        train_size=len(dataset.train_labels),
+        test_size=len(dataset.test_labels),
+        image_shape=dataset.image_shape,
+        classes=len(dataset.class_names),
+    )
 
 
 def describe_start(restored: Restored | None, trainer: Trainer, recorder: Recorder) -> dict[str, Any]:
@@ -205,6 +212,7 @@ def start_from_step_0(trainer: Trainer, dataset: Dataset, checkpointer: Checkpoi
         recorder.events.write("lost", step=0, lost_steps=lost_steps)
         recorder.terminal.info(f"no checkpoint was saved yet: {lost_steps} steps or more are recomputed")
     recorder.parent = initial_weights.find_parent(trainer)
+    recorder.save_config()  # Not before all inputs are read: the next start must not find a wrong --data-dir.
     recorder.terminal.info(
         f"training {trainer.config.model} on {dataset.name}: {trainer.total_steps} steps in {recorder.workdir}\n"
         "Ctrl-C saves and exits; the same command resumes."

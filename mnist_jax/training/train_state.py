@@ -46,10 +46,12 @@ class TrainState(struct.PyTreeNode):
         return self.variables if self.average is None else self.average
 
 
-def create(config: Config, model: Network, optimizer: optax.GradientTransformation) -> TrainState:
-    """Return the state before the first update, a pure function of the config."""
+def create(
+    config: Config, model: Network, optimizer: optax.GradientTransformation, image_shape: tuple[int, int] = (28, 28)
+) -> TrainState:
+    """Return the state before the first update, a pure function of the config and the shape of the images."""
     params_key, steps_key, _ = split_keys(config.seed)
-    variables = {"batch_stats": {}, **model.init(params_key, jnp.zeros((1, 28, 28, 1), jnp.uint8), train=False)}
+    variables = {"batch_stats": {}, **model.init(params_key, jnp.zeros((1, *image_shape, 1), jnp.uint8), train=False)}
     return TrainState(
         step=jnp.int32(0),
         **variables,

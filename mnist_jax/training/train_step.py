@@ -17,8 +17,8 @@ from mnist_jax.training.train_state import MetricSums, TrainState, split_keys
 class TrainData(NamedTuple):
     """The training images on the devices, and their order in the current epoch."""
 
-    images: jax.Array  # [N, 28, 28, 1] uint8
-    labels: jax.Array  # [N] int32 in [0, 10)
+    images: jax.Array  # [N, H, W, 1] uint8
+    labels: jax.Array  # [N] int32 in [0, classes)
     order: jax.Array  # [N] int32, a permutation
 
 
@@ -134,15 +134,15 @@ def evaluate(
 
     Args:
         variables: the parameters and running statistics of the network.
-        images: [N, 28, 28, 1] uint8.
-        labels: [N] int32 in [0, 10).
+        images: [N, H, W, 1] uint8.
+        labels: [N] int32 in [0, classes).
         first: [] int32, index of the first image.
         model: the network.
         batch_sharding: sharding of the images of a call.
         size: images per call; a constant, so that all calls run the same program.
 
     Returns:
-        The metric sums, and the logits [size, 10]. Logits beyond the last image are meaningless.
+        The metric sums, and the logits [size, classes]. Logits beyond the last image are meaningless.
     """
     rows = jax.lax.with_sharding_constraint(first + jnp.arange(size), batch_sharding)
     exists = rows < labels.size
@@ -158,7 +158,7 @@ def evaluate(
 
 
 def predict(variables: Any, images: jax.Array, *, model: Network) -> jax.Array:
-    """Return the probabilities of the classes. images: [N, 28, 28, 1] uint8 -> [N, 10] float32."""
+    """Return the probabilities of the classes. images: [N, H, W, 1] uint8 -> [N, classes] float32."""
     logits: Any = model.apply(variables, images, train=False)
     return jax.nn.softmax(logits)
 
@@ -170,10 +170,10 @@ def is_finite(state: TrainState) -> jax.Array:
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Return the cross-entropy of each image, in nats. logits: [N, 10], labels: [N] -> [N]."""
+    """Return the cross-entropy of each image, in nats. logits: [N, classes], labels: [N] -> [N]."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
 def is_correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Return whether each prediction is correct. logits: [N, 10], labels: [N] -> [N] bool."""
+    """Return whether each prediction is correct. logits: [N, classes], labels: [N] -> [N] bool."""
     return jnp.argmax(logits, axis=-1) == labels

@@ -10,7 +10,7 @@ import numpy as np
 from jax import ShapeDtypeStruct
 from jax.sharding import Mesh
 
-from mnist_jax.config import Config
+from mnist_jax.config import Config, ConfigError
 from mnist_jax.runtime import devices
 from mnist_jax.training import train_state, train_step
 from mnist_jax.training.data import Dataset
@@ -37,8 +37,8 @@ CPU_OPTIONS: dict[str, str | bool] = {
 class DeviceData(NamedTuple):
     """A dataset on the devices, replicated."""
 
-    train_images: jax.Array  # [N, 28, 28, 1] uint8
-    train_labels: jax.Array  # [N] int32 in [0, 10)
+    train_images: jax.Array  # [N, H, W, 1] uint8
+    train_labels: jax.Array  # [N] int32 in [0, classes)
     test_images: jax.Array
     test_labels: jax.Array
 
@@ -51,7 +51,16 @@ class Trainer:
     `learning_rate` and `is_finite`, which run on one device of the calling process.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, *, train_size: int, test_size: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        *,
+        train_size: int,
+        test_size: int,
+        image_shape: tuple[int, int] = (28, 28),
+        classes: int = 10,
+    ) -> None:
         """Prepare the training of a config on a mesh, without compiling anything.
 
         Args:
@@ -59,18 +68,28 @@ class Trainer:
             mesh: the devices, with one axis, over which batches are split.
             train_size: number of training images.
             test_size: number of test images.
+            image_shape: height and width of the images.
+            classes: number of classes.
 
         Raises:
-            ConfigError: a batch is larger than the training set, or the epochs make no step or too many.
+            ConfigError: a batch is larger than the training set, the epochs make no step or too many, or the images
+                are too small for the model.
         """
         self.config, self.mesh = config, mesh
         self.train_size, self.test_size = train_size, test_size
+        self.image_shape, self.classes = image_shape, classes
         self.total_steps = config.total_steps(train_size)
         self.steps_per_epoch = config.steps_per_epoch(train_size)
         self.eval_every_steps = config.eval_every_steps or self.steps_per_epoch
         self.eval_call_images = -(-EVAL_CALL_IMAGES // mesh.size) * mesh.size  # the same number on each device
         self._on_cpu = mesh.devices.flat[0].platform == "cpu"
-        self._model = MODELS[config.model].clone(for_cpu=self._on_cpu)
+        self._model = MODELS[config.model].clone(for_cpu=self._on_cpu, classes=classes)
+        if min(image_shape) < self._model.min_side_px:
+            height, width = image_shape
+            raise ConfigError(
+                f"model={config.model} needs images of {self._model.min_side_px} pixels a side or more, but these have "
+                f"{height}×{width}; use another --model"
+            )
         self._schedule = train_state.make_schedule(config, self.total_steps)
         self._optimizer = train_state.make_optimizer(config, self._schedule)
         self._replicated, self._split_over_batch = devices.replicated(mesh), devices.split_over_batch(mesh)
@@ -128,7 +147,7 @@ class Trainer:
             optimizer=self._optimizer,
             batch_sharding=self._split_over_batch,
         )
-        data = TrainData(_images(self.train_size), _integers(self.train_size), _integers(self.train_size))
+        data = TrainData(self._images(self.train_size), _integers(self.train_size), _integers(self.train_size))
         return self._compile(train_steps, self.abstract_state, data, _integers(), donate_argnums=0)
 
     @cached_property
@@ -148,13 +167,15 @@ class Trainer:
             batch_sharding=self._split_over_batch,
             size=self.eval_call_images,
         )
-        arguments = self.abstract_state.variables, _images(self.test_size), _integers(self.test_size), _integers()
+        arguments = self.abstract_state.variables, self._images(self.test_size), _integers(self.test_size), _integers()
         return self._compile(evaluate, *arguments, out_shardings=(self._replicated, self._split_over_batch))
 
     @cached_property
     def predict(self) -> Callable[[Any, Any], jax.Array]:
-        """Variables, one image [1, 28, 28, 1] uint8 -> probabilities of the classes, [1, 10] float32."""
-        return self._compile(partial(train_step.predict, model=self._model), self.abstract_state.variables, _images(1))
+        """Variables, one image [1, H, W, 1] uint8 -> probabilities of the classes, [1, classes] float32."""
+        return self._compile(
+            partial(train_step.predict, model=self._model), self.abstract_state.variables, self._images(1)
+        )
 
     @cached_property
     def learning_rate(self) -> Callable[[Any], jax.Array]:
@@ -167,7 +188,10 @@ class Trainer:
         return self._compile_jitted(jax.jit(train_step.is_finite), jax.eval_shape(self._create))
 
     def _create(self) -> TrainState:
-        return train_state.create(self.config, self._model, self._optimizer)
+        return train_state.create(self.config, self._model, self._optimizer, self.image_shape)
+
+    def _images(self, size: int) -> Any:
+        return ShapeDtypeStruct((size, *self.image_shape, 1), jnp.uint8)
 
     def _replicate(self, arrays: Any) -> Any:
         return jax.tree.map(lambda array: devices.make_global_array(np.asarray(array), self._replicated), arrays)
@@ -183,10 +207,6 @@ class Trainer:
         # In all commands: the next start removes a program without a digest, and would compile it again.
         devices.write_program_digests()
         return compiled
-
-
-def _images(size: int) -> Any:
-    return ShapeDtypeStruct((size, 28, 28, 1), jnp.uint8)
 
 
 def _integers(*shape: int) -> Any:
