@@ -39,8 +39,8 @@ def darken_ink(pixels: np.ndarray) -> np.ndarray:
     is_dark = np.sum(colors * alpha) < 0.5 * np.sum(alpha) * 3
     colors = colors * alpha + (1 - alpha) * is_dark  # Dark drawings are put on white, light ones on black.
     colors = cut_to_sheet(colors)
-    small = shrink(colors, 32)
-    wide, narrow = (small - ndimage.median_filter(small, (size, size, 1)) for size in (21, 11))
+    small = shrink(colors, 24)
+    wide, narrow = (small - ndimage.median_filter(small, (size, size, 1)) for size in (15, 9))
     # The wide window shows bold strokes, but also the ends of shadows; the narrow one neither.
     is_narrow = np.sum(narrow**2, axis=-1) < np.sum(wide**2, axis=-1)
     agree = np.sum(wide * narrow, axis=-1) > 0

@@ -125,16 +125,19 @@ def is_frame(box: Box, part: np.ndarray) -> bool:
 
 
 def without_edges(boxes: dict[int, Box], shape: tuple[int, ...]) -> dict[int, Box]:
-    """Return the parts that may belong to a digit. What touches an edge does not, if there is anything else."""
+    """Return the parts that may belong to a digit. What touches an edge does not, if there is anything else.
+
+    A part at a corner is a shadow or a table, unless it spans most of the picture as a closely cropped digit does.
+    """
     height, width = shape
     inner, outer = {}, {}
     for number, box in boxes.items():
-        touches_rows, touches_columns = box.top == 0 or box.bottom == height, box.left == 0 or box.right == width
         if box.side < max(2, MIN_SIDE_SHARE * max(shape)):
             continue
-        if not touches_rows and not touches_columns:
+        at_rows, at_columns = box.top == 0 or box.bottom == height, box.left == 0 or box.right == width
+        if not at_rows and not at_columns:
             inner[number] = box
-        elif min(box.height / height, box.width / width) > 0.2:
+        elif min(box.height / height, box.width / width) > (0.6 if at_rows and at_columns else 0.2):
             outer[number] = box
     return inner or outer
 
@@ -151,7 +154,7 @@ def join(boxes: dict[int, Box]) -> list[list[int]]:
         own = None
         for group in groups:
             other = around([boxes[member] for member in group])
-            if box.height < 0.6 * other.height or overlap(box, other) > 0.35:
+            if box.height < 0.5 * other.height or overlap(box, other) > 0.35:
                 own = group
                 break
         if own is None:
