@@ -6,7 +6,6 @@ digit: the same fonts give the same pictures.
 
 import argparse
 import io
-import os
 import string
 import sys
 import zlib
@@ -16,11 +15,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
+import matplotlib as mpl
 import numpy as np
 from matplotlib import font_manager
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
+
+from mnist_jax.inference import classifier, preprocessing
+from mnist_jax.training import data
 
 Array = np.ndarray
 Random = np.random.Generator
@@ -33,8 +35,9 @@ FreeSans FreeSerif FreeMono FreeSansBold Carlito-Regular Caladea-Regular OpenSan
 Lato-Regular Lato-Light Lato-Black Roboto-Regular Roboto-Light RobotoCondensed-Regular Cantarell-Regular
 dkg dkgBd Breip breipfont femkeklaver Kristi Rufscript010 Humor-Sans ComicNeue-Regular ComicNeue-Bold
 DancingScript-Regular KaushanScript-Regular BecauseWeBuild-Regular BecauseWeLearn-Regular
-""".split()
-PENS = "rowmans futural scripts rowmand scriptc futuram timesr timesi rowmant timesib".split()  # Hershey's strokes
+""".split()  # noqa: SIM905
+# Hershey's fonts are strokes.
+PENS = "rowmans futural scripts rowmand scriptc futuram timesr timesi rowmant timesib".split()  # noqa: SIM905
 HERSHEY = Path("/usr/share/hershey-fonts")
 SIDE_PX = 200
 INK, PAPER = (20, 28, 100), (235, 232, 225)
@@ -54,7 +57,7 @@ class Picture(NamedTuple):
 @cache
 def font_files() -> dict[str, Path]:
     """Return the installed fonts of the list above, matplotlib's own first."""
-    own = sorted((Path(matplotlib.get_data_path()) / "fonts" / "ttf").glob("*.ttf"))
+    own = sorted((Path(mpl.get_data_path()) / "fonts" / "ttf").glob("*.ttf"))
     installed = map(Path, sorted(font_manager.findSystemFonts()))
     found: dict[str, Path] = {}
     for path in [*own, *installed]:
@@ -386,3 +389,63 @@ def letter_pictures(fonts: dict[str, Path]) -> Iterator[Picture]:
         for letter in sorted(set(string.ascii_uppercase) - set("OISZBGQLDJTY")):
             rng = random("letter", name, letter)
             yield Picture(f"{name}_{letter}", strong_jpeg(outline(letter, path, 110), rng), None)
+
+
+# The table
+
+
+def conditions(images: Array, labels: Array) -> Iterator[tuple[str, list[Picture]]]:
+    """Return the pictures of all rows of the table."""
+    fonts = font_files()
+    pens = {name: pen_strokes(name) for name in PENS if HERSHEY.is_dir()} or {"drawn": DRAWN}
+    for scene in SCENES:
+        yield scene, list(font_pictures(scene, fonts))
+    for condition in PEN_SHARES:
+        yield condition, list(pen_pictures(condition, pens))
+    yield "small_in_corner", list(corner_pictures())
+    for scene in SCENES:
+        yield f"{scene}, MNIST", list(mnist_pictures(scene, images, labels))
+    yield "blank", list(blank_pictures())
+    yield "several digits", list(several_pictures(fonts))
+    yield "letters", list(letter_pictures(fonts))
+
+
+def main() -> int:
+    """Print the table, and return 1 if a row misses its goal."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", help="directory of a run")
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder with MNIST's four files")
+    parser.add_argument("--images", type=int, default=200, help="number of MNIST test images")
+    args = parser.parse_args()
+    dataset = data.load("mnist", args.data_dir, notify=print)
+    model = classifier.load(args.run)
+    print(f"fonts: {len(font_files())} and {len(PENS) if HERSHEY.is_dir() else 0} of strokes; step {model.step}\n")
+    print("| condition | pictures | right | sure | wrong of the sure | goal |\n|---|---|---|---|---|---|")
+    is_missed = False
+    for name, pictures in conditions(dataset.test_images[: args.images], dataset.test_labels[: args.images]):
+        answers = [read(model, picture.content) for picture in pictures]
+        if pictures[0].answer is None:
+            right = [digit is None for digit, _ in answers]
+        else:
+            right = [digit == picture.answer for (digit, _), picture in zip(answers, pictures, strict=True)]
+        sure = np.array([probability >= classifier.MIN_SURE for _, probability in answers])
+        wrong = np.sum(sure & ~np.array(right))
+        goal = GOALS.get(name.removesuffix(", MNIST"), 0.0)
+        is_missed |= bool(np.mean(right) < goal)
+        label = name.replace("_", " ")
+        print(f"| {label} | {len(pictures)} | {np.mean(right):.3f} | {np.mean(sure):.3f} | {wrong} | {goal or ''} |")
+        sys.stdout.flush()
+    return int(is_missed)
+
+
+def read(model: classifier.Classifier, content: bytes) -> tuple[int | None, float]:
+    """Return the answer and its probability; None and 0 if the picture shows no single digit."""
+    try:
+        probabilities = model.predict(preprocessing.prepare(content))
+    except preprocessing.UnreadableImageError:
+        return None, 0.0
+    return int(probabilities.argmax()), float(probabilities.max())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

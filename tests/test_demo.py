@@ -162,6 +162,7 @@ def test_page_and_predict_agree(client, trained_run, tmp_path, capsys):
     assert client.get("/model").json == model
     assert found == {
         "answer": expected["answer"],
+        "is_sure": expected["is_sure"],
         "probabilities": list(expected["probabilities"].values()),
         "image": preprocessing.prepare(drawing("3")).ravel().tolist(),
         "model": model,
@@ -408,6 +409,14 @@ def test_digit_drawn_in_browser_is_recognized(page, digit, kind):
     assert (page.answer, np.argmax(page.bars), page.is_empty) == (digit, int(digit), False)
     best = page.run("return [...document.querySelectorAll('.best')].map((row) => row.innerText)")
     assert [row.split() for row in best] == [[digit, f"{max(page.bars):.1%}"]]
+
+
+def test_small_drawing_in_a_corner_is_recognized(page):
+    for digit, strokes in STROKES.items():
+        small = [[[0.03 + 0.25 * x, 0.03 + 0.25 * y] for x, y in points] for points in strokes]
+        page.run(f"strokes = {json.dumps(small)}; change()")
+        page.wait()
+        assert page.answer == digit
 
 
 def test_prediction_follows_the_drawing(page, port):

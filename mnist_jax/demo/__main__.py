@@ -165,7 +165,7 @@ def make_app(reloader: ModelReloader, own_names: Container[str] | None = None) -
     """
     from flask import Flask, abort, request
 
-    from mnist_jax.inference import preprocessing
+    from mnist_jax.inference import classifier, preprocessing
 
     app = Flask(__name__, static_folder=None)
     page = resources.files("mnist_jax.demo").joinpath("demo.html").read_text(encoding="utf-8")
@@ -193,6 +193,7 @@ def make_app(reloader: ModelReloader, own_names: Container[str] | None = None) -
         probabilities = model.predict(image)
         return {
             "answer": model.class_names[probabilities.argmax()],
+            "is_sure": bool(probabilities.max() >= classifier.MIN_SURE),
             "probabilities": probabilities.tolist(),
             "image": image.ravel().tolist(),
             "model": describe(model),

@@ -17,6 +17,10 @@ from mnist_jax.training.data import Dataset
 from mnist_jax.training.dispatch import add_sums, means
 from mnist_jax.training.trainer import Trainer
 
+# Of 1,683 pictures of docs/pictures.md, 90 % had an answer of at least this probability, and one of these was wrong
+# (preset fast); 95 %, and three wrong, with preset accurate after 1,500 steps.
+MIN_SURE = 0.7
+
 
 class NoCheckpointYetError(ConfigError):
     """A run has no such checkpoint yet, but may have one later."""

@@ -2,13 +2,16 @@
 
 import io
 import struct
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from mnist_jax.inference.parts import Box
+
 MAX_BYTES = 2**26
 MAX_PIXELS = 2**26  # Phone cameras have up to 50 million.
-SIDE_PX = 400  # Larger images are scaled down first.
+SIDE_PX = 512  # Larger images are scaled down first.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"eXIf", b"IEND")  # what the pixels and the orientation depend on
@@ -17,9 +20,10 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow would print a warning; `decode` has its 
 
 
 class UnreadableImageError(ValueError):
-    """A file contains no usable digit; the message is the reason, `problem` its kind."""
+    """A file contains no usable digit; the message is the reason, `problem` its kind, `places` those of its digits."""
 
     problem = "unreadable"
+    places: Sequence[Box] = ()
 
 
 def decode(content: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:

@@ -33,7 +33,7 @@ def darken_ink(pixels: np.ndarray) -> np.ndarray:
     """Return a gray image [H, W] in [0, 1] in which the ink is darker than the paper around it.
 
     The axis of the colours from paper to ink is the principal axis of the deviations from the local median. The
-    deviations of the ink are the larger ones, so their sign says in which direction along the axis it lies.
+    deviations of the ink are larger than those of the gaps in it, so their sign says on which side it lies.
     """
     colors, alpha = pixels[..., :3], pixels[..., 3:]
     is_dark = np.sum(colors * alpha) < 0.5 * np.sum(alpha) * 3
@@ -70,7 +70,8 @@ def cut_to_sheet(colors: np.ndarray) -> np.ndarray:
         part = parts == np.argmax(sizes)
         filled = ndimage.binary_fill_holes(part)
         touches_edge = filled[[0, -1]].any() or filled[:, [0, -1]].any()
-        is_large = filled.mean() > 0.15 and part.sum() > 0.5 * filled.sum()
+        extents = [filled.any(axis=axis).mean() for axis in (0, 1)]
+        is_large = filled.mean() > 0.25 and min(extents) > 0.4 and part.sum() > 0.5 * filled.sum()
         if count and is_large and not touches_edge and rectangularity(filled) > 0.92:
             inside = ndimage.binary_erosion(filled, iterations=2)
             inside = inside.repeat(step, 0).repeat(step, 1)[: colors.shape[0], : colors.shape[1]]

@@ -79,7 +79,7 @@ def find_digits(ink: np.ndarray) -> list[Digit]:
 
 
 def without_lines(is_ink: np.ndarray) -> np.ndarray:
-    """Return ink [H, W] bool without the thin lines that cross the whole picture, as those of ruled or squared paper."""
+    """Return ink [H, W] bool without thin lines across the whole picture, as those of ruled or squared paper."""
     rows, columns = long_lines(is_ink), long_lines(is_ink.T).T
     lines = rows | columns
     if not lines.any():
