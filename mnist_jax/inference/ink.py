@@ -4,6 +4,7 @@ import numpy as np
 from scipy import ndimage
 
 MIN_CONTRAST = 0.15  # of ink to the paper beside it; 1 is that of black ink
+MIN_PAPER = 0.3  # of white; the grain of darker paper must not look like ink
 WINDOW_SHARE = 0.35  # of the longer side: wider than any stroke, narrower than most shadows
 
 
@@ -16,7 +17,8 @@ def find_ink(pixels: np.ndarray, *, cropped: bool = False) -> np.ndarray | None:
             table, the strip of a scanner, a shadow.
     """
     gray = darken_ink(pixels)
-    contrast = 1 - gray / np.maximum(background(gray, cropped=cropped), 1e-3)
+    paper = background(gray, cropped=cropped)
+    contrast = (paper - gray) / np.maximum(paper, MIN_PAPER)
     contrast = ndimage.gaussian_filter(contrast, 0.4)
     contrast -= np.median(contrast)  # The background is an upper bound; noise is below it.
     noise = 1.4826 * float(np.median(np.abs(contrast)))
@@ -73,7 +75,7 @@ def cut_to_sheet(colors: np.ndarray) -> np.ndarray:
         extents = [filled.any(axis=axis).mean() for axis in (0, 1)]
         is_large = filled.mean() > 0.25 and min(extents) > 0.4 and part.sum() > 0.5 * filled.sum()
         if count and is_large and not touches_edge and rectangularity(filled) > 0.92:
-            inside = ndimage.binary_erosion(filled, iterations=2)
+            inside = ndimage.binary_erosion(filled)
             inside = inside.repeat(step, 0).repeat(step, 1)[: colors.shape[0], : colors.shape[1]]
             return np.where(inside[..., np.newaxis], colors, np.median(colors[inside], axis=0))
     return colors
@@ -120,5 +122,8 @@ def background(gray: np.ndarray, *, cropped: bool) -> np.ndarray:
     size = 2 * int(WINDOW_SHARE * max(gray.shape) / 2) + 1
     if cropped:
         return ndimage.grey_closing(gray, (size, size), mode="nearest")
-    upper = ndimage.maximum_filter(gray, size, mode="constant", cval=0.0)
-    return ndimage.minimum_filter(upper, size, mode="constant", cval=np.inf)
+    # Squares may extend beyond the edges.
+    height, width = gray.shape
+    upper = ndimage.maximum_filter(np.pad(gray, size // 2), size, mode="constant", cval=0.0)
+    lower = ndimage.minimum_filter(upper, size, mode="constant", cval=np.inf)
+    return lower[size // 2 :, size // 2 :][:height, :width]

@@ -78,7 +78,7 @@ def find_digit(pixels: np.ndarray) -> np.ndarray:
     """
     shape = pixels.shape[:2]
     digits = _digits(pixels, cropped=False)
-    if digits and digits[0].box.touches(shape):
+    if not digits or digits[0].box.touches(shape):
         digits = _digits(pixels, cropped=True) or digits
     if not digits:
         raise BlankImageError("nothing is drawn on it, or with too little contrast")
