@@ -25,6 +25,10 @@ def find_ink(pixels: np.ndarray, *, cropped: bool = False) -> np.ndarray | None:
     level = float(np.quantile(contrast, 0.999))
     if level < max(MIN_CONTRAST, 4 * noise):
         return None
+    # Faint ink has an outline; faint grain has more pixels of middle contrast than of full contrast.
+    faint, full = np.sum((contrast > 0.25 * level) & (contrast <= 0.5 * level)), np.sum(contrast > 0.5 * level)
+    if level < 2 * MIN_CONTRAST and faint > full:
+        return None
     threshold = 0.45 * level
     high = float(contrast[contrast > threshold].mean())
     low = min(3 * noise + 0.02, threshold)
