@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """Predict the digit in each image: PNG, JPEG, WebP, AVIF, GIF, BMP or TIFF, of any size and in any colours."""
+    """Predict the digit in each image, of any size and in any colours."""
 
     workdir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WORKDIR")]
     """Directory of the run. Read-only."""
@@ -30,7 +30,7 @@ class Options:
         tyro.conf.Positional[tuple[Path, ...]],
         tyro.conf.arg(metavar="IMAGE [IMAGE ...]", help_behavior_hint="(required)"),
     ]
-    """Images of one digit each; - reads one from standard input."""
+    """Images of one digit each: PNG, JPEG, WebP, AVIF, GIF, BMP or TIFF; - is standard input."""
     step: configs.WhichStep = "latest"
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print JSON instead of text."""
