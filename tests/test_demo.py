@@ -178,6 +178,13 @@ def test_unreadable_images_have_a_reason(client):
         assert reason in answer.json["error"]
 
 
+def test_blank_sheet_is_a_finding_not_a_bad_request(client):
+    blank = io.BytesIO()
+    Image.new("L", (140, 140), 255).save(blank, "PNG")
+    answer = client.post("/predict", data=blank.getvalue())
+    assert (answer.status_code, list(answer.json)) == (200, ["error"])
+
+
 # Reloading
 
 

@@ -189,7 +189,7 @@ def make_app(reloader: ModelReloader, own_names: Container[str] | None = None) -
         try:
             image = preprocessing.prepare(request.get_data(), model.data.name, max_pixels=MAX_PIXELS)
         except preprocessing.UnreadableImageError as error:
-            return {"error": str(error)}, 400
+            return {"error": str(error)}, 400 if error.problem == "unreadable" else 200
         probabilities = model.predict(image)
         return {
             "answer": model.class_names[probabilities.argmax()],

@@ -23,6 +23,7 @@ BOX_PX, SIZE_PX = 20, 28
 MIN_STROKE, MAX_STROKE = 0.08, 0.2  # widths of strokes that stay, in shares of the digit's longer side
 STROKE = 0.1  # what thinner and thicker ones become
 MAX_ASPECT = 1.6  # width to height; 1 of 1,000 images of MNIST is wider
+MAX_STROKES = 2.5  # that a row of pixels of one digit crosses on average
 
 
 class BlankImageError(UnreadableImageError):
@@ -82,9 +83,15 @@ def find_digit(pixels: np.ndarray) -> np.ndarray:
         digits = _digits(pixels, cropped=True) or digits
     if not digits:
         raise BlankImageError("nothing is drawn on it, or with too little contrast")
-    if len(digits) > 1 or digits[0].box.width > MAX_ASPECT * digits[0].box.height > 0.1 * shape[0]:
+    if len(digits) > 1 or is_row(digits[0].ink):
         raise SeveralDigitsError([digit.box.relative_to(shape) for digit in digits])
     return digits[0].ink
+
+
+def is_row(ink: np.ndarray) -> bool:
+    """Return whether connected ink [h, w] is several digits in a row: it is wide, and rows cross many strokes."""
+    starts = np.diff(ink > 0.5, axis=1, prepend=False) & (ink > 0.5)
+    return ink.shape[1] > MAX_ASPECT * ink.shape[0] and starts.sum() > MAX_STROKES * ink.shape[0]
 
 
 def _digits(pixels: np.ndarray, *, cropped: bool) -> list[Digit]:
