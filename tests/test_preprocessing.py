@@ -259,6 +259,12 @@ def test_border_around_an_image_of_mnist_changes_no_answer(trained_run, mnist_di
         assert answer == plain
 
 
+def test_stroke_along_an_edge_belongs_to_the_digit():
+    top = int(np.nonzero(drawing().max(axis=1) > 0.5)[0].min())
+    cut = BLACK_ON_WHITE.crop((0, top, *BLACK_ON_WHITE.size))
+    assert np.abs(prepare(encode(cut)).astype(int) - prepare(encode(BLACK_ON_WHITE))).mean() < 6
+
+
 @pytest.mark.parametrize("digit", [2, 3, 5])
 def test_closely_cropped_digits_keep_their_strokes(digit):
     ink_share = pictures.draw(pictures.DRAWN[digit], 120, width_share=0.12)

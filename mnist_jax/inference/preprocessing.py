@@ -81,11 +81,29 @@ def find_digit(pixels: np.ndarray) -> np.ndarray:
     digits = _digits(pixels, cropped=False)
     if not digits or digits[0].box.touches(shape):
         digits = _digits(pixels, cropped=True) or digits
+    elif len(digits) == 1 and has_uneven_edges(pixels):
+        whole = _digits(pixels, cropped=True)
+        if len(whole) == 1 and completes(whole[0].box, digits[0].box, shape):
+            digits = whole
     if not digits:
         raise BlankImageError("nothing is drawn on it, or with too little contrast")
     if len(digits) > 1 or is_row(digits[0].ink):
         raise SeveralDigitsError([digit.box.relative_to(shape) for digit in digits])
     return digits[0].ink
+
+
+def has_uneven_edges(pixels: np.ndarray) -> bool:
+    """Return whether something lies at the edges of RGBA pixels [H, W, 4]: a shadow, a line, or the end of a digit."""
+    edges = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    return bool(np.ptp(edges, axis=0).max() > 0.3)
+
+
+def completes(whole: Box, part: Box, shape: tuple[int, ...]) -> bool:
+    """Return whether a box adds to a part of a digit a stroke along one edge of the picture. A table is longer."""
+    at_rows, at_columns = (whole.top == 0) + (whole.bottom == shape[0]), (whole.left == 0) + (whole.right == shape[1])
+    contains = whole.top <= part.top and whole.left <= part.left and whole.bottom >= part.bottom
+    length = whole.width / shape[1] if at_rows else whole.height / shape[0]
+    return at_rows + at_columns == 1 and contains and whole.right >= part.right and length < 0.95
 
 
 def is_row(ink: np.ndarray) -> bool:
