@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """Predict the digit in each image: PNG or JPEG, of any size and in any colours."""
+    """Predict the digit in each image, of any size and in any colours."""
 
     workdir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WORKDIR")]
     """Directory of the run. Read-only."""
@@ -30,7 +30,7 @@ class Options:
         tyro.conf.Positional[tuple[Path, ...]],
         tyro.conf.arg(metavar="IMAGE [IMAGE ...]", help_behavior_hint="(required)"),
     ]
-    """Images of one digit each."""
+    """Images of one digit each: PNG, JPEG, WebP, AVIF, GIF, BMP or TIFF; - is standard input."""
     step: configs.WhichStep = "latest"
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print JSON instead of text."""
@@ -38,7 +38,11 @@ class Options:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The prediction for an image, or the error; then all else is None."""
+    """The prediction for an image, or the error; then all else but `problem` and `places` is None.
+
+    `is_sure`: whether the probability is at least `classifier.MIN_SURE`. `problem` is "unreadable", "blank" or "several
+    digits"; `places` are the boxes of several digits, in shares of the image's height and width.
+    """
 
     image: str
     answer: str | None = None
@@ -47,22 +51,25 @@ class Prediction:
     runner_up_probability: float | None = None
     probabilities: dict[str, float] | None = None
     error: str | None = None
+    is_sure: bool | None = None
+    problem: str | None = None
+    places: list[dict[str, float]] | None = None
 
     def __str__(self) -> str:
         """Return the line for people."""
         return (
             f"{self.image}: {self.answer} ({self.probability:.2%}), "
-            f"then {self.runner_up} ({self.runner_up_probability:.2%})"
+            f"then {self.runner_up} ({self.runner_up_probability:.2%}){'' if self.is_sure else ': not sure'}"
         )
 
 
 def main(args: Sequence[str]) -> int:
-    """Print the predictions, and return the exit code: 1 if an image cannot be read, others as `cli.run`."""
+    """Print the predictions, and return the exit code: 1 if an image shows no single digit, others as `cli.run`."""
     return cli.run(partial(print_predictions, cli.parse(Options, "predict", args)))
 
 
 def print_predictions(options: Options, stop: StopSignal, terminal: Terminal) -> int:
-    """Print the predictions, and return 1 if an image cannot be read."""
+    """Print the predictions, and return 1 if an image cannot be read, is blank or shows several digits."""
     if not options.images:
         raise ConfigError("no image is given: predict WORKDIR IMAGE [IMAGE ...]")
     from mnist_jax.inference import classifier, preprocessing
@@ -86,19 +93,27 @@ def print_predictions(options: Options, stop: StopSignal, terminal: Terminal) ->
 
 def predict(model: "Classifier", path: Path) -> Prediction:
     """Return the prediction for an image file, or the error."""
-    from mnist_jax.inference import preprocessing
+    from mnist_jax.inference import classifier, preprocessing
 
     try:
-        with path.open("rb") as file:
-            content = file.read(preprocessing.MAX_BYTES + 1)
-        image = preprocessing.prepare(content, model.data.name)
+        image = preprocessing.prepare(read(path, preprocessing.MAX_BYTES + 1), model.data.name)
     except OSError as error:
-        return Prediction(str(path), error=f"it cannot be read ({error.strerror})")
+        return Prediction(str(path), error=f"it cannot be read ({error.strerror})", problem="unreadable")
     except preprocessing.UnreadableImageError as error:
-        return Prediction(str(path), error=str(error))
+        places = [box._asdict() for box in error.places] or None
+        return Prediction(str(path), error=str(error), problem=error.problem, places=places)
     probabilities = dict(zip(model.class_names, map(float, model.predict(image)), strict=True))
     (first, p_first), (second, p_second) = sorted(probabilities.items(), key=lambda item: -item[1])[:2]
-    return Prediction(str(path), first, p_first, second, p_second, probabilities)
+    is_sure = p_first >= classifier.MIN_SURE
+    return Prediction(str(path), first, p_first, second, p_second, probabilities, is_sure=is_sure)
+
+
+def read(path: Path, max_bytes: int) -> bytes:
+    """Return at most the first `max_bytes` of a file, or of standard input for "-"."""
+    if str(path) == "-":
+        return sys.stdin.buffer.read(max_bytes)
+    with path.open("rb") as file:
+        return file.read(max_bytes)
 
 
 if __name__ == "__main__":

@@ -165,6 +165,7 @@ def test_page_and_predict_agree(client, trained_run, tmp_path, capsys):
     assert client.get("/model").json == model
     assert found == {
         "answer": expected["answer"],
+        "is_sure": expected["is_sure"],
         "probabilities": list(expected["probabilities"].values()),
         "image": preprocessing.prepare(drawing("3")).ravel().tolist(),
         "model": model,
@@ -195,6 +196,13 @@ def test_missing_test_images_have_a_reason(client, reloader, monkeypatch):
     monkeypatch.setattr(reloader, "test_set", lambda: (_ for _ in ()).throw(DataError("a file is missing")))
     answer = client.get("/test-image")
     assert (answer.status_code, answer.json["error"]) == (404, "There are no test images: a file is missing")
+
+
+def test_blank_sheet_is_a_finding_not_a_bad_request(client):
+    blank = io.BytesIO()
+    Image.new("L", (140, 140), 255).save(blank, "PNG")
+    answer = client.post("/predict", data=blank.getvalue())
+    assert (answer.status_code, list(answer.json)) == (200, ["error"])
 
 
 # Reloading
@@ -454,6 +462,14 @@ def test_digit_drawn_in_browser_is_recognized(page, digit, kind):
     assert (page.answer, np.argmax(page.bars), page.is_empty) == (digit, int(digit), False)
     best = page.run("return [...document.querySelectorAll('.best')].map((row) => row.innerText)")
     assert [row.split() for row in best] == [[digit, f"{max(page.bars):.1%}"]]
+
+
+def test_small_drawing_in_a_corner_is_recognized(page):
+    for digit, strokes in STROKES.items():
+        small = [[[0.03 + 0.25 * x, 0.03 + 0.25 * y] for x, y in points] for points in strokes]
+        page.run(f"strokes = {json.dumps(small)}; change()")
+        page.wait()
+        assert page.answer == digit
 
 
 def test_prediction_follows_the_drawing(page, port):

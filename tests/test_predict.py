@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from PIL import Image
 from runs import snapshot
 
 from mnist_jax import predict
+from mnist_jax.inference.classifier import MIN_SURE
 from mnist_jax.training import data
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -65,6 +67,38 @@ def test_unreadable_images_do_not_stop_the_others(small_run, images, tmp_path):
     assert [line.partition(": ")[2] for line in ended.stderr.splitlines()] == [
         f"{path}: {error}" for path, error in errors.items()
     ]
+
+
+def test_findings_are_fields(small_run, images, tmp_path, capfd):
+    Image.new("L", (50, 50), 255).save(tmp_path / "blank.png")
+    two = Image.new("L", (320, 160), 255)
+    for left in (0, 160):
+        two.paste(Image.open(images[0]), (left, 0))
+    two.save(tmp_path / "two.png")
+    (tmp_path / "text.png").write_text("seven")
+    names = ("blank.png", "two.png", "text.png")
+    code, out, _ = run(small_run.workdir, images[0], *(tmp_path / name for name in names), "--json", capfd=capfd)
+    good, *bad = json.loads(out)
+    assert code == 1
+    assert (good["problem"], good["places"], good["is_sure"]) == (None, None, good["probability"] >= MIN_SURE)
+    assert [row["problem"] for row in bad] == ["blank", "several digits", "unreadable"]
+    assert [row["is_sure"] for row in bad] == 3 * [None]
+    left, right = bad[1]["places"]
+    assert 0 < left["left"] < left["right"] < 0.5 < right["left"] < right["right"] < 1
+
+
+def test_unsure_answers_are_marked(small_run, images, capfd, monkeypatch):
+    for limit, is_marked in ((0.0, False), (1.1, True)):
+        monkeypatch.setattr("mnist_jax.inference.classifier.MIN_SURE", limit)
+        assert ("not sure" in run(small_run.workdir, images[0], capfd=capfd)[1]) == is_marked
+
+
+def test_image_from_standard_input(small_run, images, capfd, monkeypatch):
+    with images[0].open("rb") as file:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(file))
+        code, out, _ = run(small_run.workdir, "-", images[0], "--json", capfd=capfd)
+    first, second = json.loads(out)
+    assert (code, first["image"], first["probabilities"]) == (0, "-", second["probabilities"])
 
 
 def test_signal_ends_wait_for_a_pipe(small_run, tmp_path, capfd):

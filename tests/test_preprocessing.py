@@ -3,13 +3,14 @@ import io
 from typing import Any
 
 import numpy as np
+import pictures
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from PIL import Image
+from PIL import Image, ImageDraw, PngImagePlugin
 
-from mnist_jax.inference import classifier, preprocessing
+from mnist_jax.inference import classifier, ink, preprocessing
 from mnist_jax.inference.preprocessing import UnreadableImageError, prepare
 from mnist_jax.training import data
 
@@ -63,6 +64,8 @@ def test_disguised_digits_are_recognized_as_well(trained_run, mnist_dir):
 BLACK_ON_WHITE = paint((0, 0, 0), (255, 255, 255))
 TURNED = Image.Exif()
 TURNED[0x0112] = 6  # orientation: rotate by 90°
+TEXT = PngImagePlugin.PngInfo()
+TEXT.add_text("description", 2**21 * "x", zip=True)
 VARIANTS = {
     "light on dark": encode(paint((255, 255, 255), (0, 0, 0))),
     "red on blue": encode(paint((220, 30, 30), (30, 30, 220))),
@@ -77,6 +80,11 @@ VARIANTS = {
     "jpeg": encode(BLACK_ON_WHITE, "JPEG", quality=95),
     "cmyk": encode(BLACK_ON_WHITE.convert("CMYK"), "JPEG", quality=95),
     "rotated by EXIF": encode(BLACK_ON_WHITE.transpose(Image.Transpose.ROTATE_90), exif=TURNED),
+    **{kind.lower(): encode(BLACK_ON_WHITE, kind) for kind in ("WEBP", "GIF", "BMP", "TIFF", "AVIF")},
+    "12 of 16 bits": encode(Image.fromarray((4095 * (0.9 - 0.6 * drawing())).astype(np.uint16))),
+    "9 of 16 bits": encode(Image.fromarray((511 * (0.9 - 0.6 * drawing())).astype(np.uint16))),
+    "with a text of 2 MB": encode(BLACK_ON_WHITE, pnginfo=TEXT),
+    "with a broken colour profile": encode(BLACK_ON_WHITE, icc_profile=bytes(2**21)),
     "larger than any screen": encode(BLACK_ON_WHITE.resize((2800, 3600), Image.Resampling.BICUBIC)),
     "with wide margins": encode(Image.fromarray(np.pad(255 - np.uint8(255 * drawing()), 200, constant_values=255))),
 }
@@ -96,7 +104,8 @@ def test_all_variants_of_an_image_give_the_same_digit(variant):
 def test_digit_has_the_size_and_centre_of_mnist(pixels):
     if not pixels.any() or pixels.all():
         pixels = np.pad(np.full_like(pixels, 255), 3)
-    cropped = preprocessing.crop(pixels / 255)
+    occupied_rows, occupied_columns = np.nonzero(pixels)
+    cropped = pixels[occupied_rows.min() : occupied_rows.max() + 1, occupied_columns.min() : occupied_columns.max() + 1]
     image = preprocessing.as_mnist(cropped)
     assert (image.shape, image.dtype, image.max()) == ((28, 28, 1), np.uint8, 255)
     rows, columns = (np.nonzero(image.max(axis=(axis, 2)))[0] for axis in (1, 0))
@@ -139,14 +148,14 @@ def test_specks_shadows_and_paper_grain_are_background():
 
 UNREADABLE = {
     "it is empty": b"",
-    "it is neither PNG nor JPEG": b"hello",
-    "neither PNG nor JPEG": encode(WHITE, "GIF"),
+    "it is none of PNG, JPEG, WEBP": b"hello",
+    "is HEIC; convert it": bytes(4) + b"ftypheic" + bytes(99),
     "it is corrupt": encode(BLACK_ON_WHITE)[:150],
     "is corrupt": encode(BLACK_ON_WHITE, "JPEG")[:400],
     "nothing is drawn on it": encode(WHITE),
     "nothing is drawn": encode(paint((250, 250, 250), (255, 255, 255))),
     "nothing": encode(Image.new("RGBA", (30, 30), (0, 0, 0, 0))),
-    "edges have two colours": encode(Image.fromarray(np.uint8([[0, 255]]).repeat(15, axis=1).repeat(30, axis=0))),
+    "nothing is": encode(Image.fromarray(np.uint8([[0, 255]]).repeat(15, axis=1).repeat(30, axis=0))),
     "it has 20000×20000 pixels, more than": encode(Image.new("1", (20000, 20000))),
     "more than 67 MB": b"\x89PNG" + bytes(preprocessing.MAX_BYTES),
 }
@@ -186,7 +195,78 @@ def test_any_file_gives_an_image_or_a_reason(content):
 def test_otsu_separates_two_clusters():
     rng = np.random.default_rng(0)
     values = np.concatenate([rng.normal(0.2, 0.03, 5000), rng.normal(0.7, 0.05, 500)])
-    threshold = preprocessing.otsu(values)
+    threshold = ink.otsu(values)
     assert np.mean(values[:5000] > threshold) < 0.005
     assert np.mean(values[5000:] <= threshold) < 0.005
-    assert 0 < preprocessing.otsu(np.array([0.0, 1.0])) < 1
+    assert 0 < ink.otsu(np.array([0.0, 1.0])) < 1
+
+
+FONTS = {name: pictures.font_files()[name] for name in ("DejaVuSans", "cmss10", "STIXGeneral")}
+PENS = {"drawn": pictures.DRAWN}
+
+
+def share_right(model: classifier.Classifier, shown: list[pictures.Picture]) -> float:
+    return float(np.mean([pictures.read(model, picture.content)[0] == picture.answer for picture in shown]))
+
+
+@pytest.mark.parametrize("scene", pictures.SCENES)
+def test_pictures_of_fonts_are_read(trained_run, scene):
+    shown = list(pictures.font_pictures(scene, FONTS))
+    assert share_right(classifier.load(trained_run.workdir), shown) >= pictures.GOALS[scene]
+
+
+@pytest.mark.parametrize("pen", pictures.PEN_SHARES)
+def test_thin_and_thick_pens_are_read(trained_run, pen):
+    shown = list(pictures.pen_pictures(pen, PENS))
+    assert share_right(classifier.load(trained_run.workdir), shown) >= pictures.GOALS[pen]
+
+
+def test_small_drawings_of_a_thick_brush_are_read(trained_run):
+    assert share_right(classifier.load(trained_run.workdir), list(pictures.corner_pictures())) == 1
+
+
+def is_blank(content: bytes) -> bool:
+    try:
+        prepare(content)
+    except UnreadableImageError as error:
+        return isinstance(error, preprocessing.BlankImageError)
+    return False
+
+
+def test_blank_sheets_are_blank():
+    assert np.mean([is_blank(picture.content) for picture in pictures.blank_pictures()]) > 0.95
+
+
+def test_several_digits_have_places():
+    image = Image.new("L", (200, 100), 255)
+    for left in (20, 130):
+        ImageDraw.Draw(image).ellipse((left, 20, left + 40, 80), outline=0, width=6)
+    with pytest.raises(preprocessing.SeveralDigitsError) as caught:
+        prepare(encode(image))
+    assert np.abs(np.array(caught.value.places) - [[0.2, 0.1, 0.8, 0.3], [0.2, 0.65, 0.8, 0.85]]).max() < 0.02
+    assert len(list(pictures.several_pictures(FONTS))) == 6
+    for picture in pictures.several_pictures(FONTS):
+        with pytest.raises(preprocessing.SeveralDigitsError):
+            prepare(picture.content)
+
+
+def test_border_around_an_image_of_mnist_changes_no_answer(trained_run, mnist_dir):
+    model = classifier.load(trained_run.workdir)
+    for image in data.load("mnist", mnist_dir, notify=print).test_images[:100, ..., 0]:
+        framed = image.copy()
+        framed[[0, -1]] = framed[:, [0, -1]] = 255
+        (plain, _), (answer, _) = (pictures.read(model, encode(Image.fromarray(pixels))) for pixels in (image, framed))
+        assert answer == plain
+
+
+def test_stroke_along_an_edge_belongs_to_the_digit():
+    top = int(np.nonzero(drawing().max(axis=1) > 0.5)[0].min())
+    cut = BLACK_ON_WHITE.crop((0, top, *BLACK_ON_WHITE.size))
+    assert np.abs(prepare(encode(cut)).astype(int) - prepare(encode(BLACK_ON_WHITE))).mean() < 6
+
+
+@pytest.mark.parametrize("digit", [2, 3, 5])
+def test_closely_cropped_digits_keep_their_strokes(digit):
+    ink_share = pictures.draw(pictures.DRAWN[digit], 120, width_share=0.12)
+    close, wide = (encode(Image.fromarray(np.uint8(255 - 255 * np.pad(ink_share, pad)))) for pad in (0, 40))
+    assert np.abs(prepare(close).astype(int) - prepare(wide)).mean() < 4

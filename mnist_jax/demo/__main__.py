@@ -201,8 +201,8 @@ def make_app(reloader: ModelReloader, own_names: Container[str] | None = None) -
     """
     from flask import Flask, request
 
-    from mnist_jax.inference import preprocessing
-    from mnist_jax.training.data import DataError
+    from mnist_jax.inference import classifier, preprocessing
+    from mnist_jax.training.array_files import DataError
 
     app = Flask(__name__, static_folder=None)
     page = resources.files("mnist_jax.demo").joinpath("demo.html").read_text(encoding="utf-8")
@@ -240,11 +240,14 @@ def make_app(reloader: ModelReloader, own_names: Container[str] | None = None) -
                 image = preprocessing.prepare(request.get_data(), model.data.name, max_pixels=MAX_PIXELS)
             else:
                 image = reloader.test_set()[0][index]
-        except (preprocessing.UnreadableImageError, DataError, IndexError) as error:
+        except preprocessing.UnreadableImageError as error:
+            return {"error": str(error)}, 400 if error.problem == "unreadable" else 200
+        except (DataError, IndexError) as error:
             return {"error": str(error)}, 400
         probabilities = model.predict(image)
         return {
             "answer": model.class_names[probabilities.argmax()],
+            "is_sure": bool(probabilities.max() >= classifier.MIN_SURE),
             "probabilities": probabilities.tolist(),
             "image": image.ravel().tolist(),
             "model": describe(model),

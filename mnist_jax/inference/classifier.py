@@ -18,6 +18,10 @@ from mnist_jax.training.selection import NoCheckpointYetError as NoCheckpointYet
 from mnist_jax.training.selection import find_checkpoints as find_checkpoints
 from mnist_jax.training.trainer import Trainer
 
+# Of 1,683 pictures of docs/pictures.md, 90 % had an answer of at least this probability, and one of these was wrong
+# (preset fast); 95 %, and three wrong, with preset accurate after 1,500 steps.
+MIN_SURE = 0.7
+
 
 class Evaluation(NamedTuple):
     """The result on all test images: mean loss in nats, accuracy, and logits [N, classes] float32."""

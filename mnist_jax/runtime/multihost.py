@@ -95,8 +95,8 @@ def initialize(
     # Processes connect directly. Through a web proxy they would hang.
     os.environ.setdefault("grpc_proxy", "")
     jax.config.update("jax_check_proxy_envs", False)
-    # JAX's own heartbeats end a process with SIGABRT. They are the last resort, after those of `ProcessGroup`. JAX sends
-    # one per half of its timeout, so it may miss them after half of it.
+    # JAX's own heartbeats end a process with SIGABRT. They are the last resort, after those of `ProcessGroup`. JAX
+    # sends one per half of its timeout, so it may miss them after half of it.
     options: dict[str, Any] = {"heartbeat_timeout_seconds": math.ceil(3 * timeout_s + 4 * EXIT_TIMEOUT_S)}
     options["initialization_timeout"] = CONNECT_TIMEOUT_S + 60  # It would end this process with SIGABRT as well.
     if coordinator:
