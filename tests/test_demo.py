@@ -597,9 +597,9 @@ def test_picture_is_predicted(page, way):
 def test_doubt_is_shown(page):
     page.draw("7")
     page.wait()
-    shown = "show({answer: '7', probabilities: Array(9).fill(%s).concat(%s)}); return remark.textContent"
-    assert page.run(shown % (0.05, 0.55)) == "not sure"
-    assert page.run(shown % (0.02, 0.82)) == ""
+    shown = "show({answer: '7', is_sure: %s}); return remark.textContent"
+    assert page.run(shown % "false") == "not sure"
+    assert page.run(shown % "true") == ""
 
 
 def test_page_fits_the_window(page):
