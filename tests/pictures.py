@@ -415,7 +415,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", help="directory of a run")
     parser.add_argument("--data-dir", type=Path, required=True, help="folder with MNIST's four files")
-    parser.add_argument("--images", type=int, default=200, help="number of MNIST test images")
+    parser.add_argument("--images", type=int, default=100, help="number of MNIST test images")
     args = parser.parse_args()
     dataset = data.load("mnist", args.data_dir, notify=print)
     model = classifier.load(args.run)

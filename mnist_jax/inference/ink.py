@@ -74,11 +74,12 @@ def cut_to_sheet(colors: np.ndarray) -> np.ndarray:
         sizes = np.bincount(parts.ravel(), minlength=2)
         sizes[0] = 0
         part = parts == np.argmax(sizes)
+        if not count or part[[0, -1]].any() or part[:, [0, -1]].any():
+            continue
         filled = ndimage.binary_fill_holes(part)
-        touches_edge = filled[[0, -1]].any() or filled[:, [0, -1]].any()
         extents = [filled.any(axis=axis).mean() for axis in (0, 1)]
         is_large = filled.mean() > 0.25 and min(extents) > 0.4 and part.sum() > 0.5 * filled.sum()
-        if count and is_large and not touches_edge and rectangularity(filled) > 0.92:
+        if is_large and rectangularity(filled) > 0.92:
             inside = ndimage.binary_erosion(filled)
             inside = inside.repeat(step, 0).repeat(step, 1)[: colors.shape[0], : colors.shape[1]]
             return np.where(inside[..., np.newaxis], colors, np.median(colors[inside], axis=0))
