@@ -356,7 +356,9 @@ def test_a_bad_npz_file_is_refused(content: bytes, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [BAD_IDX["a huge header"], BAD_IDX["a huge header, packed"], BAD_NPZ["a huge header"]]
+    "content",
+    [BAD_IDX["a huge header"], BAD_IDX["a huge header, packed"], BAD_NPZ["a huge header"]],
+    ids=["idx", "packed", "npz"],
 )
 def test_the_size_in_a_header_is_checked_first(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "bad").write_bytes(content)
