@@ -39,7 +39,7 @@ OWNERS = {
     "orbax": {"checkpoint.orbax_io"},
     "PIL": {"inference.images", "inference.preprocessing"},
     "safetensors": {"export"},
-    "scipy": {"inference.ink", "inference.parts", "inference.preprocessing"},
+    "scipy": {"inference.foreground", "inference.parts", "inference.preprocessing"},
     "signal": {"runtime.preemption"},
     "tensorboard": {"records.tensorboard"},
     "tensorstore": {"checkpoint.orbax_io", "checkpoint.remote"},

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image, ImageDraw, PngImagePlugin
 
-from mnist_jax.inference import classifier, ink, preprocessing
+from mnist_jax.inference import classifier, foreground, preprocessing
 from mnist_jax.inference.preprocessing import UnreadableImageError, prepare
 from mnist_jax.training import data
 
@@ -195,10 +195,10 @@ def test_any_file_gives_an_image_or_a_reason(content):
 def test_otsu_separates_two_clusters():
     rng = np.random.default_rng(0)
     values = np.concatenate([rng.normal(0.2, 0.03, 5000), rng.normal(0.7, 0.05, 500)])
-    threshold = ink.otsu(values)
+    threshold = foreground.otsu(values)
     assert np.mean(values[:5000] > threshold) < 0.005
     assert np.mean(values[5000:] <= threshold) < 0.005
-    assert 0 < ink.otsu(np.array([0.0, 1.0])) < 1
+    assert 0 < foreground.otsu(np.array([0.0, 1.0])) < 1
 
 
 FONTS = {name: pictures.font_files()[name] for name in ("DejaVuSans", "cmss10", "STIXGeneral")}

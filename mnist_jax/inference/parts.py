@@ -1,13 +1,13 @@
-"""Parts: find the digit among the connected parts of the ink; lines, frames and specks are not part of it."""
+"""Parts: find the digit among the connected parts of the foreground; lines, frames and specks are not part of it."""
 
 from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
 
-from mnist_jax.inference.ink import rectangularity
+from mnist_jax.inference.foreground import rectangularity
 
-MIN_INK = 0.3  # of a pixel that belongs to a part
+MIN_FOREGROUND = 0.3  # of a pixel that belongs to a part
 MIN_SIDE_SHARE = 0.06  # of a digit; smaller parts are specks
 LINE_SHARE = 0.04  # the largest width of a printed line
 EIGHT = np.ones((3, 3), bool)
@@ -46,23 +46,23 @@ class Box(NamedTuple):
 
 
 class Digit(NamedTuple):
-    """A digit: its place, and its ink, cropped: [h, w] in [0, 1]."""
+    """A digit: its place, and its foreground, cropped: [h, w] in [0, 1]."""
 
     box: Box
-    ink: np.ndarray
+    foreground: np.ndarray
 
 
-def find_digits(ink: np.ndarray) -> list[Digit]:
-    """Return the digits in ink [H, W] in [0, 1], from left to right."""
-    is_ink = without_lines(ink > MIN_INK)
-    labels, count = ndimage.label(is_ink, EIGHT)
+def find_digits(foreground: np.ndarray) -> list[Digit]:
+    """Return the digits in foreground [H, W] in [0, 1], from left to right."""
+    is_foreground = without_lines(foreground > MIN_FOREGROUND)
+    labels, count = ndimage.label(is_foreground, EIGHT)
     boxes = {
         number: Box(rows.start, columns.start, rows.stop, columns.stop)
         for number, (rows, columns) in enumerate(ndimage.find_objects(labels), 1)
     }
-    mass = ndimage.sum_labels(ink, labels, np.arange(count + 1))
+    mass = ndimage.sum_labels(foreground, labels, np.arange(count + 1))
     boxes = {number: box for number, box in boxes.items() if not is_frame(box, labels == number)}
-    boxes = without_edges(boxes, ink.shape)
+    boxes = without_edges(boxes, foreground.shape)
     if not boxes:
         return []
     largest = max(mass[number] for number in boxes)
@@ -70,37 +70,37 @@ def find_digits(ink: np.ndarray) -> list[Digit]:
     digits = []
     for group in join(boxes):
         box = around([boxes[number] for number in group])
-        # The soft rim of a stroke has less ink than a part needs.
+        # The soft rim of a stroke has less foreground than a part needs.
         region = ndimage.binary_dilation(np.isin(labels, group), EIGHT, iterations=2)
-        digit = np.where(region & (is_ink | (ink <= MIN_INK)), ink, 0)
+        digit = np.where(region & (is_foreground | (foreground <= MIN_FOREGROUND)), foreground, 0)
         rows, columns = np.nonzero(digit > 0.1)
         digits.append(Digit(box, digit[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]))
     return sorted(digits, key=lambda digit: digit.box.left)
 
 
-def without_lines(is_ink: np.ndarray) -> np.ndarray:
-    """Return ink [H, W] bool without thin lines across the whole picture, as those of ruled or squared paper."""
-    rows, columns = long_lines(is_ink), long_lines(is_ink.T).T
+def without_lines(is_foreground: np.ndarray) -> np.ndarray:
+    """Return foreground [H, W] bool without thin lines across the whole picture, as those of ruled or squared paper."""
+    rows, columns = long_lines(is_foreground), long_lines(is_foreground.T).T
     lines = rows | columns
     if not lines.any():
-        return is_ink
+        return is_foreground
     # A stroke across a line is thicker than the line, or at least goes on beyond it.
     width = max(line_width(rows), line_width(columns.T)) + 2
-    strokes = ndimage.binary_opening(is_ink, np.ones((width, width), bool))
-    cleaned = is_ink & (~lines | strokes)
-    return cleaned | (is_ink & ndimage.binary_closing(cleaned, np.ones((width + 1, width + 1), bool)))
+    strokes = ndimage.binary_opening(is_foreground, np.ones((width, width), bool))
+    cleaned = is_foreground & (~lines | strokes)
+    return cleaned | (is_foreground & ndimage.binary_closing(cleaned, np.ones((width + 1, width + 1), bool)))
 
 
-def long_lines(is_ink: np.ndarray) -> np.ndarray:
+def long_lines(is_foreground: np.ndarray) -> np.ndarray:
     """Return the pixels of thin, nearly horizontal lines from the left edge to the right edge: [H, W] bool."""
-    height, width = is_ink.shape
+    height, width = is_foreground.shape
     length, thickness = max(3, width // 3), max(2, round(LINE_SHARE * height))
     # One pixel of tolerance up and down, so that the lines may be slightly turned.
-    thick = ndimage.binary_dilation(is_ink, np.ones((3, 1), bool))
+    thick = ndimage.binary_dilation(is_foreground, np.ones((3, 1), bool))
     long = ndimage.minimum_filter(thick, (1, length), mode="constant", cval=1)
-    long = ndimage.maximum_filter(long, (1, length), mode="constant", cval=0) & is_ink
+    long = ndimage.maximum_filter(long, (1, length), mode="constant", cval=0) & is_foreground
     labels, _ = ndimage.label(ndimage.binary_dilation(long, EIGHT))
-    lines = np.zeros_like(is_ink)
+    lines = np.zeros_like(is_foreground)
     for number, (rows, columns) in enumerate(ndimage.find_objects(labels), 1):
         crosses = columns.start <= 0.03 * width and columns.stop >= 0.97 * width
         if crosses and np.quantile((long & (labels == number))[rows].sum(axis=0), 0.25) <= thickness:

@@ -1,7 +1,7 @@
 """Preprocessing: convert a picture of a digit, of any size, colours and light, to the form of the training images.
 
-`images` decodes the file, `ink` finds what is written, `parts` finds the digit in it. This module gives the digit the
-form of the training images.
+`images` decodes the file, `foreground` finds what is written, `parts` finds the digit in it. This module gives the
+digit the form of the training images.
 
 MNIST's authors (Y. LeCun, C. Cortes, C. J. C. Burges) scaled each digit with its aspect ratio into 20×20 pixels and
 moved it by whole pixels so that the centre of mass is in the middle of 28×28. In all but two of the 70,000 images the
@@ -14,8 +14,8 @@ from PIL import Image
 from scipy import ndimage
 
 from mnist_jax.config import ConfigError
+from mnist_jax.inference.foreground import find_foreground
 from mnist_jax.inference.images import MAX_BYTES, MAX_PIXELS, UnreadableImageError, decode
-from mnist_jax.inference.ink import find_ink
 from mnist_jax.inference.parts import Box, Digit, find_digits
 
 __all__ = ["MAX_BYTES", "BlankImageError", "SeveralDigitsError", "UnreadableImageError", "decode", "prepare"]
@@ -82,7 +82,7 @@ def prepare(content: bytes, dataset: str = "mnist", *, max_pixels: int = MAX_PIX
 
 
 def find_digit(pixels: np.ndarray) -> np.ndarray:
-    """Return the ink of the digit in RGBA pixels [H, W, 4] in [0, 1], cropped: [h, w] in [0, 1].
+    """Return the foreground of the digit in RGBA pixels [H, W, 4] in [0, 1], cropped: [h, w] in [0, 1].
 
     Raises:
         BlankImageError: there is none.
@@ -98,9 +98,9 @@ def find_digit(pixels: np.ndarray) -> np.ndarray:
             digits = whole
     if not digits:
         raise BlankImageError("nothing is drawn on it, or with too little contrast")
-    if len(digits) > 1 or is_row(digits[0].ink):
+    if len(digits) > 1 or is_row(digits[0].foreground):
         raise SeveralDigitsError([digit.box.relative_to(shape) for digit in digits])
-    return digits[0].ink
+    return digits[0].foreground
 
 
 def has_uneven_edges(pixels: np.ndarray) -> bool:
@@ -117,15 +117,15 @@ def completes(whole: Box, part: Box, shape: tuple[int, ...]) -> bool:
     return at_rows + at_columns == 1 and contains and whole.right >= part.right and length < 0.95
 
 
-def is_row(ink: np.ndarray) -> bool:
-    """Return whether connected ink [h, w] is several digits in a row: it is wide, and rows cross many strokes."""
-    starts = np.diff(ink > 0.5, axis=1, prepend=False) & (ink > 0.5)
-    return ink.shape[1] > MAX_ASPECT * ink.shape[0] and starts.sum() > MAX_STROKES * ink.shape[0]
+def is_row(foreground: np.ndarray) -> bool:
+    """Return whether connected foreground [h, w] is several digits: it is wide, and rows cross many strokes."""
+    starts = np.diff(foreground > 0.5, axis=1, prepend=False) & (foreground > 0.5)
+    return foreground.shape[1] > MAX_ASPECT * foreground.shape[0] and starts.sum() > MAX_STROKES * foreground.shape[0]
 
 
 def _digits(pixels: np.ndarray, *, cropped: bool) -> list[Digit]:
-    ink = find_ink(pixels, cropped=cropped)
-    return [] if ink is None else find_digits(ink)
+    foreground = find_foreground(pixels, cropped=cropped)
+    return [] if foreground is None else find_digits(foreground)
 
 
 def adapt_strokes(digit: np.ndarray) -> np.ndarray:
@@ -134,18 +134,18 @@ def adapt_strokes(digit: np.ndarray) -> np.ndarray:
     image = resize(digit, *(max(1, round(zoom * length)) for length in digit.shape))
     side = max(image.shape)
     image = np.pad(image, 2 + side // 16)
-    is_ink = image > 0.5 * image.max()
+    is_foreground = image > 0.5 * image.max()
     # The area of a long stroke is its length times its width; its outline is twice its length, and crosses on average
     # 4/π rows or columns per pixel.
-    crossings = sum(np.count_nonzero(np.diff(is_ink, axis=axis)) for axis in (0, 1))
-    width = 2 * is_ink.sum() / (np.pi / 4 * crossings) / side
+    crossings = sum(np.count_nonzero(np.diff(is_foreground, axis=axis)) for axis in (0, 1))
+    width = 2 * is_foreground.sum() / (np.pi / 4 * crossings) / side
     if MIN_STROKE <= width <= MAX_STROKE:
         return digit
     # Distances from the outline, in pixels, positive inside.
     if width < MIN_STROKE:
-        distance = 0.5 - ndimage.distance_transform_edt(~is_ink)
+        distance = 0.5 - ndimage.distance_transform_edt(~is_foreground)
     else:
-        distance = ndimage.distance_transform_edt(is_ink) - 0.5
+        distance = ndimage.distance_transform_edt(is_foreground) - 0.5
     adapted = np.clip(distance + (STROKE - width) * side / 2 + 0.5, 0, 1)
     rows, columns = np.nonzero(adapted > 0.1)
     if not rows.size:  # It is a dot.

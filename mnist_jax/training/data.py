@@ -42,8 +42,8 @@ class UnreachableError(DataError):
 class Dataset:
     """Labelled grayscale images in memory.
 
-    `*_images`: [N, 28, 28, 1] uint8, ink 255 on background 0. `*_labels`: [N] int32 in [0, 10). The dataset "idx" has
-    images [N, H, W, 1] and labels in [0, len(class_names)).
+    `*_images`: [N, 28, 28, 1] uint8, foreground 255 on background 0. `*_labels`: [N] int32 in [0, 10). The dataset
+    "idx" has images [N, H, W, 1] and labels in [0, len(class_names)).
     """
 
     name: str

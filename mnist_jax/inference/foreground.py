@@ -1,22 +1,22 @@
-"""Ink: find what is written in a picture, under uneven light and whatever the colours are."""
+"""Foreground: find what is written in a picture, under uneven light and whatever the colours are."""
 
 import numpy as np
 from scipy import ndimage
 
-MIN_CONTRAST = 0.15  # of ink to the paper beside it; 1 is that of black ink
-MIN_PAPER = 0.3  # of white; the grain of darker paper must not look like ink
+MIN_CONTRAST = 0.15  # of foreground to the paper beside it; 1 is that of black ink
+MIN_PAPER = 0.3  # of white; the grain of darker paper must not look like foreground
 WINDOW_SHARE = 0.35  # of the longer side: wider than any stroke, narrower than most shadows
 
 
-def find_ink(pixels: np.ndarray, *, cropped: bool = False) -> np.ndarray | None:
-    """Return the ink of RGBA pixels [H, W, 4] in [0, 1]: [H, W] in [0, 1], or None if the contrast is too low.
+def find_foreground(pixels: np.ndarray, *, cropped: bool = False) -> np.ndarray | None:
+    """Return the foreground of RGBA pixels [H, W, 4] in [0, 1]: [H, W] in [0, 1], or None if the contrast is too low.
 
     Args:
         pixels: the picture.
-        cropped: whether the picture ends where the digit ends. Otherwise, what lies dark along an edge is no ink: a
-            table, the strip of a scanner, a shadow.
+        cropped: whether the picture ends where the digit ends. Otherwise, what lies dark along an edge is no foreground:
+            a table, the strip of a scanner, a shadow.
     """
-    gray = darken_ink(pixels)
+    gray = darken_foreground(pixels)
     paper = background(gray, cropped=cropped)
     contrast = (paper - gray) / np.maximum(paper, MIN_PAPER)
     contrast = ndimage.gaussian_filter(contrast, 0.4)
@@ -25,7 +25,7 @@ def find_ink(pixels: np.ndarray, *, cropped: bool = False) -> np.ndarray | None:
     level = float(np.quantile(contrast, 0.999))
     if level < max(MIN_CONTRAST, 4 * noise):
         return None
-    # Faint ink has an outline; faint grain has more pixels of middle contrast than of full contrast.
+    # Faint foreground has an outline; faint grain has more pixels of middle contrast than of full contrast.
     faint, full = np.sum((contrast > 0.25 * level) & (contrast <= 0.5 * level)), np.sum(contrast > 0.5 * level)
     if level < 2 * MIN_CONTRAST and faint > full:
         return None
@@ -35,11 +35,11 @@ def find_ink(pixels: np.ndarray, *, cropped: bool = False) -> np.ndarray | None:
     return np.clip((contrast - low) / (high - low), 0, 1)
 
 
-def darken_ink(pixels: np.ndarray) -> np.ndarray:
-    """Return a gray image [H, W] in [0, 1] in which the ink is darker than the paper around it.
+def darken_foreground(pixels: np.ndarray) -> np.ndarray:
+    """Return a gray image [H, W] in [0, 1] in which the foreground is darker than the paper around it.
 
-    The axis of the colours from paper to ink is the principal axis of the deviations from the local median. The
-    deviations of the ink are larger than those of the gaps in it, so their sign says on which side it lies.
+    The axis of the colours from paper to foreground is the principal axis of the deviations from the local median. The
+    deviations of the foreground are larger than those of the gaps in it, so their sign says on which side it lies.
     """
     colors, alpha = pixels[..., :3], pixels[..., 3:]
     is_dark = np.sum(colors * alpha) < 0.5 * np.sum(alpha) * 3
@@ -120,7 +120,7 @@ def shrink(image: np.ndarray, side: int) -> np.ndarray:
 
 
 def background(gray: np.ndarray, *, cropped: bool) -> np.ndarray:
-    """Return the paper without its ink: a morphological closing of a gray image [H, W].
+    """Return the paper without its foreground: a morphological closing of a gray image [H, W].
 
     It follows the edges of shadows, because a square fits into a shadow; none fits into a stroke.
     """
