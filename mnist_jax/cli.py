@@ -8,6 +8,8 @@ import dataclasses
 import difflib
 import io
 import itertools
+import json
+import math
 import os
 import re
 import sys
@@ -104,6 +106,19 @@ def report(error: Exception, warn: Callable[[str], None], *, who: str = "", is_t
         hint = _find(TRAINING_HINTS, error) if is_training else None
         notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
         warn(f"error: {who}{_find(PREFIXES, error) or ''}{error}{hint or ''}{notes}")
+
+
+def to_json(value: Any) -> str:
+    """Return a value as JSON. Numbers that JSON has no word for, such as NaN in a damaged file, become null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: finite(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(value), indent=2, allow_nan=False)
 
 
 def exit_code(error: Exception) -> int:

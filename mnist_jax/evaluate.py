@@ -1,6 +1,5 @@
 """The command `python -m mnist_jax.evaluate`: evaluate a classifier on the test images. Safe while the run trains."""
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -55,7 +54,7 @@ def main(args: Sequence[str]) -> int:
 def print_evaluation(options: Options, stop: StopSignal, terminal: Terminal) -> int:
     """Print the metrics of a checkpoint."""
     result = evaluate(options, stop, terminal)
-    terminal.info(json.dumps(asdict(result), indent=2) if options.json else describe(result))
+    terminal.info(cli.to_json(asdict(result)) if options.json else describe(result))
     return 0
 
 

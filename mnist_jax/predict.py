@@ -1,6 +1,5 @@
 """The command `python -m mnist_jax.predict`: predict the digits in images. Safe while the run trains."""
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -87,7 +86,7 @@ def print_predictions(options: Options, stop: StopSignal, terminal: Terminal) ->
         elif not options.json:
             terminal.info(str(prediction))
     if options.json:
-        terminal.info(json.dumps([asdict(prediction) for prediction in predictions], indent=2))
+        terminal.info(cli.to_json([asdict(prediction) for prediction in predictions]))
     return 1 if any(prediction.error for prediction in predictions) else 0
 
 

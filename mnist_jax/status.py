@@ -3,7 +3,6 @@
 Read-only; safe while the run trains.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -44,7 +43,7 @@ def print_status(options: Options, stop: StopSignal, terminal: Terminal) -> int:
     """Print the status of a run, and return 65 if every checkpoint is corrupt or missing, otherwise 0."""
     try:
         status = stop.run(lambda: examine(options.workdir, verify=options.verify))
-        terminal.info(json.dumps(asdict(status), indent=2) if options.json else describe(status))
+        terminal.info(cli.to_json(asdict(status)) if options.json else describe(status))
     except RecursionError:
         raise ConfigError(
             f"{options.workdir} contains JSON that is nested too deeply; another program wrote it"

@@ -43,7 +43,7 @@ OWNERS = {
     "signal": {"runtime.preemption"},
     "tensorboard": {"records.tensorboard"},
     "tensorstore": {"checkpoint.orbax_io", "checkpoint.remote"},
-    "tyro": {"config", "status", "replay", "evaluate", "predict", "export", "demo.__main__", "report.__main__"},
+    "tyro": {"cli", "config", "status", "replay", "evaluate", "predict", "export", "demo.__main__", "report.__main__"},
     "waitress": {"demo.__main__"},
 }
 

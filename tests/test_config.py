@@ -70,12 +70,14 @@ FULL = Config(**LENGTH, **FREE, **{field: values[-1] for field, values in MATHEM
 PATH_FLAGS = [
     ("train", "workdir", ["--workdir", "PATH"]),
     ("train", "data_dir", ["--data-dir", "PATH"]),
+    ("train", "init_from", ["--init-from", "PATH"]),
     *(
         (command, "workdir", ["PATH"])
         for command in ("evaluate", "replay", "status", "demo.__main__", "report.__main__")
     ),
     ("evaluate", "data_dir", ["run", "--data-dir", "PATH"]),
     ("report.__main__", "data_dir", ["run", "--data-dir", "PATH"]),
+    ("report.__main__", "others", ["run", "PATH"]),
     ("report.__main__", "out", ["run", "--out", "PATH"]),
     ("predict", "workdir", ["PATH", "image"]),
     ("predict", "images", ["run", "PATH"]),
@@ -515,6 +517,14 @@ def test_remote_copy_says_what_a_lost_run_was(flags: tuple[str, ...], here: Path
     assert config.dataset == "kmnist"
     assert workdir == Path("one" if flags else "runs/kmnist")
     assert (workdir / "checkpoints" / "20").is_dir()
+
+
+@pytest.mark.parametrize("place", ["one", "link", "one/copy", "."])
+def test_remote_copy_in_the_run_or_around_it_is_refused(place: str, here: Path) -> None:
+    make_run("one", Config(dataset="digits"))
+    Path("link").symlink_to("one")
+    with pytest.raises(ConfigError, match=r"mirror=.* overlaps"):
+        find_run("--workdir", "one", "--mirror", f"file://{here}/{place}")
 
 
 def test_byte_order_mark_of_an_editor_is_accepted(here: Path) -> None:

@@ -237,6 +237,15 @@ def test_torn_lines_are_skipped(small_copy, capsys):
     assert run_json(small_copy, capsys=capsys)["history"] == whole
 
 
+def test_numbers_that_json_lacks_are_null(small_copy, capsys):
+    with (small_copy / "events.jsonl").open("a") as events:
+        events.write('{"time": 1.0, "event": "signal", "step": 5, "signal": "SIGTERM", "seconds": NaN}\n')
+        events.write('{"time": 1.0, "event": "signal", "step": 6, "signal": "SIGTERM", "seconds": 1e999}\n')
+    *_, nan, infinite = run_json(small_copy, capsys=capsys)["history"]
+    assert nan["seconds"] is None
+    assert infinite["seconds"] is None
+
+
 @pytest.mark.parametrize("args", [[], ["--json"]])
 def test_any_history_is_shown(tmp_path, capsys, args):
     nested = ['{"event": "start", "step": 0, "x": ' + n * "[" + n * "]" + "}" for n in (300, 900, 10**5)]

@@ -13,8 +13,8 @@ def find_foreground(pixels: np.ndarray, *, cropped: bool = False) -> np.ndarray 
 
     Args:
         pixels: the picture.
-        cropped: whether the picture ends where the digit ends. Otherwise, what lies dark along an edge is no foreground:
-            a table, the strip of a scanner, a shadow.
+        cropped: whether the picture ends where the digit ends. Otherwise, what lies dark along an edge is background: a
+            table, the strip of a scanner, a shadow.
     """
     gray = darken_foreground(pixels)
     paper = background(gray, cropped=cropped)
