@@ -285,7 +285,8 @@ def test_port_in_use_is_reported(host, environment):
         script = f"import sys, test_multihost as t; print(t.connect({address!r}, 2, int(sys.argv[1])))"
         variables = {**os.environ, **environment, "PYTHONPATH": f"{os.path.dirname(__file__)}:{os.getcwd()}"}
         processes = [subprocess.Popen([sys.executable, "-c", script, i], env=variables, **PIPES) for i in "01"]
-        assert [end(process).out for process in processes] == ["[2, '']\n"] * 2
+        ended = [end(process) for process in processes]
+        assert [one.out for one in ended] == ["[2, '']\n"] * 2, ended
 
 
 # Errors

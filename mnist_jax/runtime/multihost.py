@@ -95,8 +95,9 @@ def initialize(
     # Processes connect directly. Through a web proxy they would hang.
     os.environ.setdefault("grpc_proxy", "")
     jax.config.update("jax_check_proxy_envs", False)
-    # JAX's own heartbeats end a process with SIGABRT. They are the last resort, after those of `ProcessGroup`.
-    options: dict[str, Any] = {"heartbeat_timeout_seconds": math.ceil(timeout_s + 2 * EXIT_TIMEOUT_S)}
+    # JAX's own heartbeats end a process with SIGABRT. They are the last resort, after those of `ProcessGroup`. JAX
+    # sends one per half of its timeout, so it may miss them after half of it.
+    options: dict[str, Any] = {"heartbeat_timeout_seconds": math.ceil(3 * timeout_s + 4 * EXIT_TIMEOUT_S)}
     options["initialization_timeout"] = CONNECT_TIMEOUT_S + 60  # It would end this process with SIGABRT as well.
     if coordinator:
         options["cluster_detection_method"] = "deactivate"
@@ -195,8 +196,10 @@ class ProcessGroup:
 
             self.index, self.count = global_state.process_id, global_state.num_processes
             self._store: Any = global_state.client
-            for work in (self._exchange_signals, self._exchange_heartbeats):
-                threading.Thread(target=work, daemon=True, name=work.__name__).start()
+            works = self._exchange_signals, self._exchange_heartbeats
+            self._threads = [threading.Thread(target=work, daemon=True, name=work.__name__) for work in works]
+            for thread in self._threads:
+                thread.start()
 
     @property
     def is_primary(self) -> bool:
@@ -278,6 +281,8 @@ class ProcessGroup:
         import jax
 
         self._has_ended.set()
+        for thread in self._threads:  # Inside of JAX's client they must not outlive it.
+            thread.join(POLL_S)
         shutdown = threading.Thread(target=jax.distributed.shutdown, daemon=True, name="shutdown")
         shutdown.start()
         shutdown.join(SHUTDOWN_TIMEOUT_S)
@@ -306,13 +311,12 @@ class ProcessGroup:
     def _exchange_signals(self) -> None:
         """Send the signal of this process to the others and receive theirs, until training starts."""
         with contextlib.suppress(Exception):  # If process 0 is lost, `_wait_for` reports it.
-            while not self._is_training:
+            while not self._is_training and not self._has_ended.wait(POLL_S):
                 if self._stop.received is not None:
                     self._send_signal()
                     return
                 for number in self._get_all("signal/").values():
                     self._stop.record_signal(number)
-                time.sleep(POLL_S)
 
     def _exchange_heartbeats(self) -> None:
         """Abort this process if another one is silent.
