@@ -121,7 +121,7 @@ def test_signals_to_threads_are_harmless_and_an_escalation_loses_one_interval(ne
     assert run.wait_for(lambda: run.lines() > before + 20, process)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGINT, signal.SIGKILL):
         process.send_signal(number)
-        time.sleep(0.2)
+        time.sleep(0.2)  # as Jupyter and editors wait before the next signal
     end(process)
     process = run.start(*flags)
     assert run.wait_for(lambda: run.events("resume"), process)
