@@ -98,7 +98,7 @@ def test_rough_surroundings(environment, tmp_path):
     assert run.wait_for(lambda: run.lines() > 150, process)  # 80 lines fill the pipe, which nothing reads.
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
-    assert run.wait_for(lambda: "signal SIGTERM" in [save["reason"] for save in run.events("save")], process)
+    assert run.wait_for(lambda: run.events("signal"), process)  # After the save, which needs no reader either.
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     *_, missing, last = out.decode().splitlines()
@@ -121,7 +121,7 @@ def test_signals_to_threads_are_harmless_and_an_escalation_loses_one_interval(ne
     assert run.wait_for(lambda: run.lines() > before + 20, process)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGINT, signal.SIGKILL):
         process.send_signal(number)
-        time.sleep(0.2)
+        time.sleep(0.2)  # as Jupyter and editors wait before the next signal
     end(process)
     process = run.start(*flags)
     assert run.wait_for(lambda: run.events("resume"), process)
