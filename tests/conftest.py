@@ -164,14 +164,21 @@ def new_run(tmp_path, environment) -> Callable[..., Run]:
     return make
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _variables_are_restored() -> Iterator[None]:
+    """Restore what a run in this process sets in the environment: other files start processes that inherit it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("XLA_FLAGS", "PJRT_NPROC"):
+            patch.setenv(name, os.environ.get(name, ""))
+        yield
+
+
 @pytest.fixture(scope="module")
 def in_this_process(environment) -> Iterator[None]:
-    """Make runs in this process possible: programs are compiled once, environment variables are restored."""
+    """Make runs in this process possible: programs are compiled once."""
     from mnist_jax.training import trainer
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("XLA_FLAGS", "PJRT_NPROC"):  # A run sets these.
-            patch.setenv(name, os.environ.get(name, ""))
         patch.setenv("XDG_CACHE_HOME", environment["XDG_CACHE_HOME"])
         patch.setattr(trainer.Trainer, "compile", _compile_once(trainer.Trainer.compile))
         yield

@@ -65,7 +65,7 @@ def test_invalid_metadata_are_refused_by_name(name):
 
 
 def test_the_dataset_in_metadata_is_checked():
-    assert compatibility.data_of(METADATA, 3) == ("digits", 1438, 359)
+    assert compatibility.data_of(METADATA, 3) == ("digits", 1438, 359, 28, 28, 10)
     for value in ({"name": "imagenet"}, {"train_images": 0}, {"test_images": 10**400}, {"test_images": float("inf")}):
         with pytest.raises(IncompatibleCheckpointError, match="metadata: data"):
             compatibility.data_of({**METADATA, "data": {**METADATA["data"], **value}}, 3)

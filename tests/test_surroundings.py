@@ -22,7 +22,7 @@ ARGS = ("--dataset", "digits", "--steps", "3")
 @pytest.mark.parametrize("variable", ["JAX_PLATFORMS=foo", "JAX_ENABLE_X64=maybe", "NPROC=all"])
 def test_unusable_variable_is_refused_in_one_line(variable, new_run):
     name, _, value = variable.partition("=")
-    run = new_run(**{name: value})
+    run = new_run(**{"PJRT_NPROC": "", name: value})  # which overrides NPROC
     ended = run.finish(*ARGS)
     assert ended.code == 2, ended
     [line] = ended.err.splitlines()
