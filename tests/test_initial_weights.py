@@ -17,6 +17,7 @@ from mnist_jax import replay, train
 from mnist_jax.checkpoint.checkpoint import Checkpoint
 from mnist_jax.checkpoint.integrity import host_leaves
 from mnist_jax.config import Config, ConfigError
+from mnist_jax.report import __main__ as report
 from mnist_jax.training import setup
 from mnist_jax.training.data import load
 from mnist_jax.training.recorder import Recorder
@@ -76,6 +77,8 @@ def test_parent_is_recorded_in_config_and_checkpoints(child, small_run):
     sha256 = Checkpoint(small_run.workdir / "checkpoints" / "20").manifest()["state_sha256"]
     parent = {"run": str(small_run.workdir), "step": 20, "state_sha256": sha256}
     assert [read_metadata(child / "checkpoints" / str(step))["parent"] for step in (0, 40)] == [parent, parent]
+    shown = report.describe_run(child)["Initial weights"]
+    assert shown == f"step 20 of {small_run.workdir}, SHA-256 {sha256}"
 
 
 def test_stopped_run_without_its_parent_resumes_exactly(child, small_copy, tmp_path, monkeypatch, capsys):

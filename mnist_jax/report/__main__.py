@@ -161,7 +161,12 @@ def describe_run(workdir: Path) -> dict[str, str]:
         config = configs.load(workdir / "config.json")
         facts["Training"] = f"{config.model} on {config.dataset}, preset {config.preset}, seed {config.seed}"
         newest = classifier.find_checkpoints(workdir)[-1]
-        total = config.total_steps(compatibility.data_of(newest.metadata(), newest.step).train_images)
+        metadata = compatibility.check_metadata(newest.metadata(), newest.step)
+        if isinstance(parent := metadata.get("parent"), dict):
+            facts["Initial weights"] = (
+                f"step {parent.get('step')} of {parent.get('run')}, SHA-256 {parent.get('state_sha256')}"
+            )
+        total = config.total_steps(compatibility.data_of(metadata, newest.step).train_images)
         facts["Newest checkpoint"] = f"step {newest.step:,} of {total:,}"
         facts["Its SHA-256"] = str(newest.manifest()["state_sha256"])
     except (CheckpointError, ConfigError, OSError, IndexError):

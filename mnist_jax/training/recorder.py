@@ -64,9 +64,7 @@ class Recorder:
         self._has_warned_of_writes = False
         self._has_diverged = False
         self._best_steps: set[int] = set()
-        self.parent: dict[str, Any] | None = (
-            None  # the checkpoint whose weights the run began with; see `initial_weights`
-        )
+        self.parent: dict[str, Any] | None = None  # the checkpoint whose weights the run began with: `initial_weights`
 
     # ---- Before the training
 
