@@ -153,6 +153,7 @@ class StopSignal:
 
         Raises:
             StoppedError: a stop signal was received before the work was done.
+            Exception: `error`, if it is set.
         """
         self.check()
         future = start_in_thread(work)

@@ -16,8 +16,8 @@ from mnist_jax.training.data import Dataset
 from mnist_jax.training.train_state import MetricSums, TrainState
 from mnist_jax.training.trainer import Trainer
 
-# Target duration of a call. Two may be in flight, so a signal is acted on within twice that, or four times that with
-# several processes.
+# Target duration of a call; one update is the minimum. A signal is acted on when the calls in flight have ended: two,
+# three where an evaluation begins, four with several processes.
 CALL_S = 0.06
 
 

@@ -39,7 +39,8 @@ def run(
 
     Raises:
         StoppedError: a signal came before the run directory was open, so nothing is logged.
-        Exception: as `train_and_evaluate`, or RemoteError. It is logged, and the other processes are notified.
+        Exception: as `train_and_evaluate`, or RemoteError. It is logged if the directory is open, and the other
+            processes are notified.
     """
     opened, is_lost = None, False
     try:
@@ -48,7 +49,7 @@ def run(
         config, workdir = setup.share_run(config, workdir, stop=stop, group=group)
         checkpointer, recorder = opened = opened or setup.open_run(config, workdir, enabled=False)
         outcome = train_and_evaluate(config, checkpointer, recorder, stop=stop, group=group, loading=loading)
-        recorder.copies.finish(stop)
+        recorder.copies.finish(stop)  # It waits for the last upload; after a signal 20 s at most.
         # The other processes wait here for the uploads, and exit with the code of process 0.
         code = group.broadcast(config.preempted_exit_code if outcome.is_stopped else 0, ignore_signals=True)
         outcome = outcome._replace(exit_code=code)
@@ -134,7 +135,7 @@ def train(dispatcher: Dispatcher, checkpointer: Checkpointer, recorder: Recorder
     """Train until the end, or until all processes agree to stop.
 
     Raises:
-        DivergedError, OSError, ProcessLostError: as `train_and_evaluate`.
+        DivergedError, LockHeldError, OSError, ProcessLostError: as `train_and_evaluate`.
     """
     evaluate_if_due(dispatcher, checkpointer, recorder)  # The previous attempt may have stopped in this evaluation.
     while not dispatcher.is_over and not dispatcher.agreement.should_stop:
@@ -166,10 +167,11 @@ def save(dispatcher: Dispatcher, checkpointer: Checkpointer, recorder: Recorder,
 
 
 def save_and_wait(dispatcher: Dispatcher, checkpointer: Checkpointer, recorder: Recorder, reason: str) -> None:
-    """Save the state, and wait until it is committed.
+    """Fsync the metrics, save the state, and wait until it is committed.
 
     Raises:
         DivergedError: the state, or one before it, is not finite.
+        LockHeldError: another process may train in the directory.
         SaveError: the state could not be saved.
     """
     request = recorder.prepare_save(reason)
@@ -182,11 +184,10 @@ def save_and_wait(dispatcher: Dispatcher, checkpointer: Checkpointer, recorder: 
 
 
 def finish(dispatcher: Dispatcher, checkpointer: Checkpointer, recorder: Recorder, stop: StopSignal) -> Outcome:
-    """Save the final state, wait until it is committed, and return the outcome.
+    """Save the final state, wait until it is committed, log the outcome, and begin the last upload.
 
     Raises:
-        DivergedError: the state, or one before it, is not finite.
-        SaveError: the state could not be saved.
+        DivergedError, LockHeldError, SaveError: as `save_and_wait`.
     """
     checkpointer.wait()  # If another process found a state that is not finite, so does this one, perhaps later.
     recorder.report_saves(is_last=True)

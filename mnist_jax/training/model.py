@@ -1,4 +1,4 @@
-"""The networks: a few convolutions each, each in a form for CPUs and in the usual form.
+"""The networks: a few convolutions each, computed in one form on CPUs and in the usual form elsewhere.
 
 model = MODELS["cnn"]
 variables = model.init(key, images, train=False)
@@ -35,7 +35,7 @@ class Network(nn.Module):
         unpooled: numbers of the convolutions without pooling, from 1.
         padding: "SAME" pads with zeros, so that a convolution keeps height and width; "VALID" does not pad.
         hidden: width of the dense layer.
-        classes: number of logits.
+        classes: number of logits; `Trainer` sets it.
         activation: of the hidden layers. It must be non-decreasing, because it is applied after the pooling, to a
             quarter of the values.
         logits_activation: of the last layer.
@@ -46,7 +46,8 @@ class Network(nn.Module):
         pixel_mean, pixel_std: pixels are scaled to [0, 1], minus `pixel_mean`, divided by `pixel_std`.
         batch_statistics: in training, compute these two from the batch. Evaluation uses the fixed ones, so that a
             prediction does not depend on the other images of its batch.
-        for_cpu: compute convolutions in a form that is fast on CPUs. On other devices XLA's own form is fast.
+        for_cpu: compute convolutions in a form that is fast on CPUs; `Trainer` sets it. On other devices XLA's own
+            form is fast.
     """
 
     features: tuple[int, ...]

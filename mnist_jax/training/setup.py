@@ -150,7 +150,7 @@ def restore(
     checkpointer: Checkpointer,
     recorder: Recorder,
 ) -> Restored | None:
-    """Restore the newest good checkpoint, None if there is no checkpoint, and the metrics up to its step.
+    """Restore the newest checkpoint whose digests are right, None if there is none, and the metrics up to its step.
 
     It reports the step and whether the run resumes bit for bit. Process 0 only.
 
@@ -177,7 +177,7 @@ def restore(
     recorder.parent = metadata.get("parent")
     recorder.save_config()  # Not before these checks: a config that contradicts the checkpoint is not written.
     recorder.copies.begin(restored.step)  # The previous attempt may have ended before this upload.
-    changed = compatibility.diff_environment(metadata, environment)
+    changed = compatibility.diff_environment(metadata, environment)  # software, JAX settings, devices
     lost_steps = restore_metrics(metadata["metrics"], restored.step, recorder)
     reason = metadata["reason"]
     events.write(

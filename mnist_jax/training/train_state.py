@@ -25,7 +25,7 @@ class MetricSums(struct.PyTreeNode):
 
 
 class TrainState(struct.PyTreeNode):
-    """The state of a training. With the same config, dataset, software and devices, equal states continue equally."""
+    """The state of a training: equal states continue equally, with the same config, dataset and environment."""
 
     step: jax.Array  # [] int32, number of updates made
     params: Any
