@@ -198,6 +198,11 @@ def test_missing_test_images_have_a_reason(client, reloader, monkeypatch):
     assert (answer.status_code, answer.json["error"]) == (404, "There are no test images: a file is missing")
 
 
+def test_test_images_come_from_the_folder_that_is_named(trained_run, tmp_path):
+    with pytest.raises(DataError, match=str(tmp_path)):
+        demo.ModelReloader(trained_run.workdir, "latest", Terminal(), tmp_path).test_set()
+
+
 def test_blank_sheet_is_a_finding_not_a_bad_request(client):
     blank = io.BytesIO()
     Image.new("L", (140, 140), 255).save(blank, "PNG")

@@ -57,6 +57,7 @@ class Options:
     """Address to listen on. Everyone who can reach it can use the page. At a local address only the host names
     localhost and this one are answered; behind a proxy, let it send the header "Host: localhost"."""
     step: configs.WhichStep = "latest"
+    data_dir: configs.DataDir = None
 
 
 def main(args: Sequence[str]) -> int:
@@ -121,7 +122,7 @@ def wait_for_classifier(options: Options, stop: StopSignal, terminal: Terminal) 
     is_waiting = False
     while True:
         try:
-            reloader = stop.run(lambda: ModelReloader(options.workdir, options.step, terminal))
+            reloader = stop.run(lambda: ModelReloader(options.workdir, options.step, terminal, options.data_dir))
             break
         except classifier.NoCheckpointYetError as error:
             if not is_waiting:
@@ -137,9 +138,11 @@ def wait_for_classifier(options: Options, stop: StopSignal, terminal: Terminal) 
 class ModelReloader:
     """The classifier of a run, replaced when the run commits a newer checkpoint."""
 
-    def __init__(self, workdir: Path, which: configs.WhichStep, terminal: Terminal) -> None:
-        """Load the classifier; see `classifier.load`."""
-        self._workdir, self._which, self._terminal = workdir, which, terminal
+    def __init__(
+        self, workdir: Path, which: configs.WhichStep, terminal: Terminal, data_dir: Path | None = None
+    ) -> None:
+        """Load the classifier; see `classifier.load`. `data_dir` holds the test images, by default as the run says."""
+        self._workdir, self._which, self._terminal, self._data_dir = workdir, which, terminal, data_dir
         self._last_error = ""
         self._test_set: tuple[np.ndarray, np.ndarray] | None = None
         self._loaded = self._steps()
@@ -174,7 +177,8 @@ class ModelReloader:
         from mnist_jax.training import data
 
         if self._test_set is None:
-            dataset = data.load(self.model.data.name, self.model.config.data_dir, notify=self._terminal.warn)
+            folder = self._data_dir or self.model.config.data_dir
+            dataset = data.load(self.model.data.name, folder, notify=self._terminal.warn)
             self._test_set = dataset.test_images, dataset.test_labels
         return self._test_set
 
