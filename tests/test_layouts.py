@@ -271,7 +271,7 @@ def test_a_folder_of_other_shapes_is_named_with_both_shapes(registered: str, her
 def test_relatives_are_found_in_the_layout_of_torchvision(name: str, folder: str, here: Path, monkeypatch) -> None:
     register(monkeypatch, name, unpacked=False)
     write_idx(here / "data" / folder / "raw", packed=False)
-    with pytest.raises(DataError, match=r"packed file"):  # Nobody has told us its SHA-256.
+    with pytest.raises(DataError, match=r"packed file"):  # Its SHA-256 is not in the registry.
         data.load(name, here / "data", notify=pytest.fail)
     write_idx(here / "data" / folder / "raw")
     for data_dir in (None, here / "data"):
