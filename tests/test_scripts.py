@@ -12,7 +12,7 @@ PYTHON = """#!/bin/sh
 case "$*" in
     -c*) exit 0 ;;
     "-m venv --clear .venv") rm -rf .venv; mkdir -p .venv/bin; cp "$0" .venv/bin/python; cp "$0" .venv/bin/pip ;;
-    "-m pip "*) sleep 0.2; echo "${PIP_USER:-}${PIP_TARGET:-}" >>pip.log ;;
+    "-m pip "*) sleep 0.2; echo "${PIP_USER:-}${PIP_TARGET:-}${*##*--editable .}" >>pip.log ;;
     *) echo "$(dirname "$(dirname "$(dirname "$0")")"): $*" ;;
 esac
 """
@@ -69,6 +69,13 @@ def test_variables_of_pip_do_not_move_the_installation(checkout):
     done = call(checkout, checkout / "scripts" / "train", PIP_USER="1", PIP_TARGET="/elsewhere")
     assert done.returncode == 0, done
     assert installs(checkout) == [""]
+
+
+@pytest.mark.parametrize(("driver", "extra"), [("575.57", "[cuda12]"), ("580.65", "[cuda13]"), ("1000.1", "[cuda13]")])
+def test_driver_of_a_gpu_decides_for_cuda_12_or_13(driver, extra, checkout):
+    write_program(checkout.parent / "bin" / "nvidia-smi", f"#!/bin/sh\necho {driver}\necho {driver}\n")
+    assert call(checkout, checkout / "scripts" / "train").returncode == 0
+    assert installs(checkout) == [extra]
 
 
 def test_copied_folder_runs_its_own_code(checkout):
