@@ -32,7 +32,7 @@ ROWS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "cold": interruptions.cold,
     "drawing": drawing.drawing,
     "together": together.together,
-    "gpu": gpu.gpu,
+    **gpu.ROWS,
 }
 
 
@@ -46,6 +46,8 @@ class Options:
     """Check that everything runs, in a tiny form; the numbers mean nothing."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """File to write all numbers to."""
+    platform: Literal["gpu", "cpu"] = "gpu"
+    """Device of the rows whose names begin with gpu. Without a GPU they are skipped, unless it is cpu."""
     only: tuple[Literal[tuple(ROWS)], ...] = ()  # type: ignore[valid-type]
     """Rows to measure; default: all."""
 
@@ -64,7 +66,8 @@ def main(options: Options) -> int:
             hint = "" if options.data_dir else ". Use --data-dir DIR to read MNIST from a folder."
             notify(f"error: {error}{hint}")
             return 2
-        bench = Bench(QUICK if options.quick else Plan(), found, folders[1], report.cores())
+        plan = QUICK if options.quick else Plan()
+        bench = Bench(plan, found, folders[1], report.cores(), options.platform)
         rows, failures = measure(bench, options.only or tuple(ROWS))
     report.show(rows, about)
     if options.quick:
@@ -79,8 +82,8 @@ def measure(bench: Bench, names: tuple[str, ...]) -> tuple[list[Row], dict[str, 
     rows: list[Row] = []
     failures = {}
     for name in names:
-        if name == "gpu" and not gpu.has_gpu():
-            notify("gpu: skipped, no GPU")
+        if name in gpu.ROWS and bench.platform == "gpu" and not gpu.has_gpu():
+            notify(f"{name}: skipped, no GPU")
             continue
         start_s = time.monotonic()
         try:

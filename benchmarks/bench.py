@@ -56,6 +56,12 @@ class Bench(NamedTuple):
     images: Images
     folder: Path  # empty at the start; for run directories
     threads: int  # for each contestant
+    platform: str = "cpu"  # of the rows in `gpu`
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What selects the platform."""
+        return ON_CPU if self.platform == "cpu" else {}
 
     @property
     def length_flags(self) -> tuple[str, ...]:

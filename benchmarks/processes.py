@@ -91,13 +91,13 @@ class Process:
         return BenchmarkError(f"{self._module} {what}:\n{self._err.read()[-4000:]}")
 
 
-def run(module: str, *args: str) -> Completed:
+def run(module: str, *args: str, environment: Mapping[str, str] = ON_CPU) -> Completed:
     """Run a module until it exits.
 
     Raises:
         BenchmarkError: its exit code is not 0.
     """
-    with Process(module, *args) as process:
+    with Process(module, *args, environment=environment) as process:
         return process.wait()
 
 
