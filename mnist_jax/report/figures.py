@@ -144,7 +144,8 @@ def _plot_timeline(axes: Axes, speed: Axes, attempts: Sequence[Attempt]) -> None
         axes.broken_barh(bars, (row - 0.3, 0.6), facecolor=color, edgecolor=color, linewidth=0.7)
     axes.vlines(np.array(ends_s[:-1]) / unit_s, -0.5, len(LANES) - 0.5, color=GREY, linewidth=1)
     times_s, images_per_s = np.array(speeds or [(np.nan, np.nan)]).T
-    speed.plot(times_s / unit_s, images_per_s, color=BLUE, marker="." if len(speeds) < 60 else None, linewidth=1)
+    marker = "." if len(speeds) < 60 else None
+    speed.plot(times_s / unit_s, images_per_s, color=BLUE, marker=marker, linewidth=1, clip_on=False)
     speed.set_ylabel("images/s")
     speed.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     speed.set_ylim(bottom=0)
