@@ -68,7 +68,8 @@ def replay(options: Options, stop: StopSignal, terminal: Terminal) -> list[str]:
     state = stop.run(trainer.init_state) if state is None else state
     device_data = trainer.put(dataset)
     terminal.info(f"training from step {step} to step {last} again")
-    for change in compatibility.diff_environment(metadata, compatibility.describe_environment(fsdp=trainer.config.fsdp)):
+    environment = compatibility.describe_environment(fsdp=trainer.config.fsdp)
+    for change in compatibility.diff_environment(metadata, environment):
         terminal.warn(f"warning: the bits may differ because this changed: {change}")
     while step < last:
         n = min(MAX_STEPS_PER_CALL, trainer.next_boundary(step) - step, last - step)

@@ -24,8 +24,8 @@ from mnist_jax.training.data import MAX_CLASSES, MAX_SIDE_PX, REGISTRY, Dataset
 from mnist_jax.training.train_state import TrainState
 
 MAX_CPU_THREADS = 4096
-# What checkpoints of older versions lack in a part of the environment, with the values that those versions had.
-_ADDED_NAMES = {"devices": {"fsdp": 1}}
+# What the environments in checkpoints of older versions lack, with the value that means what those versions did.
+_ADDED_NAMES = {"fsdp": 1}
 
 # Settings of JAX for other numbers, or for debugging, with which the training does not work. The values work.
 REQUIRED_SETTINGS = {
@@ -233,10 +233,13 @@ def check_length(step: int, config: Config, train_size: int) -> None:
 
 def diff_environment(metadata: Mapping[str, Any], environment: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return what differs from the environment in `metadata`. If nothing does, the run resumes bit for bit."""
-    changed = []
-    for part, now in environment.items():
-        saved = {**_ADDED_NAMES.get(part, {}), **metadata[part]}
-        for name in sorted(saved.keys() | now.keys()):
-            if saved.get(name) != now.get(name):
-                changed.append(f"{part} {name} {saved.get(name)} -> {now.get(name)}")
-    return changed
+
+    def value(described: Mapping[str, Any], name: str) -> Any:
+        return described.get(name, _ADDED_NAMES.get(name))
+
+    return [
+        f"{part} {name} {value(metadata[part], name)} -> {value(environment[part], name)}"
+        for part in environment
+        for name in sorted(metadata[part].keys() | environment[part].keys())
+        if value(metadata[part], name) != value(environment[part], name)
+    ]
