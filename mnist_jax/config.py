@@ -128,6 +128,8 @@ class Config:
     """Augmentation: largest random change of height and of width, as a fraction of the size."""
     average_decay: Annotated[float, _flag("DECAY", f"{_by_preset('average_decay')}, else 0")] = 0.0
     """Decay of the moving average (EMA) of the weights, per update. The average is evaluated. 0 turns it off."""
+    fsdp: Annotated[int, _flag("N")] = 1
+    """Number of devices over which parameters and optimizer state are sharded. All devices share each batch."""
     seed: int = 0
     """Random seed of the initial weights, the order of the images, augmentation and dropout."""
     log_every_steps: Annotated[int, _flag("STEPS")] = 100
@@ -255,7 +257,7 @@ class Config:
 MAX_COUNT = 2**31 - 1
 _FINITE, _ABOVE_0, _BELOW_1 = sys.float_info.max, math.ulp(0), math.nextafter(1, 0)
 _RANGES: tuple[tuple[float, float, str, tuple[str, ...]], ...] = (
-    (1, MAX_COUNT, f"from 1 to {MAX_COUNT}", ("steps", "batch_size", "log_every_steps", "eval_every_steps")),
+    (1, MAX_COUNT, f"from 1 to {MAX_COUNT}", ("steps", "batch_size", "log_every_steps", "eval_every_steps", "fsdp")),
     (1, MAX_COUNT, f"from 1 to {MAX_COUNT}", ("checkpoint_every_steps", "keep", "num_processes", "peer_timeout_s")),
     (0, MAX_COUNT, f"from 0 to {MAX_COUNT}", ("process_id",)),
     (0, 2**32 - 1, f"from 0 to {2**32 - 1}", ("seed",)),
@@ -272,7 +274,7 @@ MATHEMATICS = (
     *("shift_px", "rotation_deg", "zoom", "average_decay", "seed", "init_from"),
 )
 # Fields that runs of older versions lack, each with the value that means what those versions did.
-_ADDED_FIELDS = {"init_from": None}
+_ADDED_FIELDS = {"init_from": None, "fsdp": 1}
 # Settings of a single start.
 _NOT_OF_THE_RUN = (
     *("workdir", "lock_wait_s", "fresh", "mirror"),

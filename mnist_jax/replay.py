@@ -3,6 +3,8 @@
 This proves on your machine that resuming is exact. Read-only.
 """
 
+import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import jax
 import numpy as np
 import tyro
 
@@ -65,7 +68,8 @@ def replay(options: Options, stop: StopSignal, terminal: Terminal) -> list[str]:
     state = stop.run(trainer.init_state) if state is None else state
     device_data = trainer.put(dataset)
     terminal.info(f"training from step {step} to step {last} again")
-    for change in compatibility.diff_environment(metadata, compatibility.describe_environment()):
+    environment = compatibility.describe_environment(fsdp=trainer.config.fsdp)
+    for change in compatibility.diff_environment(metadata, environment):
         terminal.warn(f"warning: the bits may differ because this changed: {change}")
     while step < last:
         n = min(MAX_STEPS_PER_CALL, trainer.next_boundary(step) - step, last - step)
@@ -122,6 +126,8 @@ def _read_states(first: Checkpoint | None, last: Checkpoint, stop: StopSignal, t
         )
     dataset = stop.run(lambda: data.load(config.dataset, config.data_dir, notify=terminal.info))
     compatibility.check_same_run(metadata, config, dataset, where=last.path)
+    # Here may be other devices. Then `replay` reports that fsdp has changed.
+    config = dataclasses.replace(config, fsdp=math.gcd(config.fsdp, jax.device_count()))
     trainer = setup.make_trainer(config, dataset)
     if last.step > trainer.total_steps:
         raise ConfigError(f"step {last.step} is beyond the run's end, step {trainer.total_steps}")

@@ -164,7 +164,7 @@ def in_new_process(function: Callable[..., Any], *arguments: Any, **variables: s
         timeout=120,
     )
     assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout)
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def snapshot(directory: Path) -> dict[str, tuple[int, int, str | bytes]]:

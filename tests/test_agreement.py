@@ -4,9 +4,7 @@ import os
 import signal
 
 import jax
-import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 from mnist_jax.runtime import devices
 from mnist_jax.runtime.agreement import Agreement
@@ -16,7 +14,7 @@ from mnist_jax.runtime.preemption import StopSignal
 @pytest.fixture
 def agreement():
     with StopSignal() as stop:
-        yield Agreement(Mesh(np.asarray(jax.devices()[:1]), (devices.BATCH_AXIS,)), stop)
+        yield Agreement(devices.make_mesh(devices=jax.devices()[:1]), stop)
 
 
 def test_single_process_decides_at_once(agreement):

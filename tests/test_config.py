@@ -48,6 +48,7 @@ LENGTH = {"epochs": 2.5, "steps": 7}
 FREE: dict[str, Any] = {
     "workdir": Path("somewhere"),
     "data_dir": Path("/data/" + os.fsdecode(b"\xff")),
+    "fsdp": 4,
     "log_every_steps": 2,
     "eval_every_steps": 3,
     "checkpoint_every_s": 0.5,
@@ -126,7 +127,7 @@ def test_a_flag_changes_only_its_field(run: Config) -> None:
 
 RANGES: dict[str, tuple[Any, Any, list[Any]]] = {
     **dict.fromkeys(("steps", "batch_size", "log_every_steps", "eval_every_steps"), (1, MAX, [0, MAX + 1])),
-    **dict.fromkeys(("checkpoint_every_steps", "keep", "peer_timeout_s"), (1, MAX, [0, MAX + 1])),
+    **dict.fromkeys(("fsdp", "checkpoint_every_steps", "keep", "peer_timeout_s"), (1, MAX, [0, MAX + 1])),
     "seed": (0, 2**32 - 1, [-1, 2**32]),
     "preempted_exit_code": (0, 255, [-1, 256]),
     "shift_px": (0, 28, [-1, 29]),
@@ -354,7 +355,7 @@ def test_an_unreadable_config_file_is_refused(tmp_path: Path) -> None:
 
 
 # Fields that were added after the first version, with the value that means what runs did before.
-OLD_VALUES = {"init_from": None}
+OLD_VALUES = {"init_from": None, "fsdp": 1}
 
 
 @pytest.mark.parametrize("field", OLD_VALUES)

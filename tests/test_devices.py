@@ -16,7 +16,7 @@ from mnist_jax.runtime import devices
 
 def test_batch_must_divide_over_devices():
     def mesh_of(count: int) -> AbstractMesh:
-        return AbstractMesh((count,), (devices.BATCH_AXIS,), axis_types=(AxisType.Auto,))
+        return AbstractMesh((count, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
     for batch_size, count in [(128, 1), (128, 8), (8, 8), (96, 3)]:
         devices.check_batch_divides(batch_size, mesh_of(count))
@@ -33,7 +33,7 @@ def set_up_and_compute(cores: list[int] | None = None) -> dict[str, Any]:
     devices.enable_determinism()
     devices.enable_compilation_cache()
     devices.share_accelerator(on_cpu=True)
-    mesh, array = devices.data_mesh(), np.arange(12 * 5).reshape(12, 5)
+    mesh, array = devices.make_mesh(), np.arange(12 * 5).reshape(12, 5)
     jax.block_until_ready(jax.jit(jnp.dot)(jnp.ones((300, 300)), jnp.ones((300, 300))))
     shardings = {"split": devices.split_over_batch(mesh), "replicated": devices.replicated(mesh)}
     names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]

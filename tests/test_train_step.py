@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 from mnist_jax.config import Config
 from mnist_jax.runtime import devices
@@ -12,8 +11,7 @@ from mnist_jax.training import augment, data, train_state, train_step
 from mnist_jax.training.model import Network
 from mnist_jax.training.train_step import TrainData
 
-ONE_DEVICE = Mesh(np.asarray(jax.devices()[:1]), (devices.BATCH_AXIS,))
-BATCH_SHARDING = devices.split_over_batch(ONE_DEVICE)
+ONE_DEVICE = devices.make_mesh(devices=jax.devices()[:1])
 EVERYWHERE = devices.replicated(ONE_DEVICE)
 DIGITS = data.load("digits", notify=print)
 SIZE, BATCH_SIZE = 100, 16
@@ -31,7 +29,7 @@ compilations = 0
 def train_steps(state, epoch_data, n):
     global compilations
     compilations += 1
-    options = {"config": CONFIG, "model": MODEL, "optimizer": OPTIMIZER, "batch_sharding": BATCH_SHARDING}
+    options = {"config": CONFIG, "model": MODEL, "optimizer": OPTIMIZER, "mesh": ONE_DEVICE}
     return train_step.train_steps(state, epoch_data, n, **options)
 
 
@@ -138,7 +136,7 @@ def test_evaluation_counts_each_image_once(size):
     images, variables = DIGITS.test_images[:30], create().variables
     wanted = MODEL.apply(variables, images, train=False)
     labels = wanted.argmax(axis=1).at[:10].set(0)  # The last prediction is correct: counting it twice would be seen.
-    evaluate = jax.jit(partial(train_step.evaluate, model=MODEL, batch_sharding=BATCH_SHARDING, size=size))
+    evaluate = jax.jit(partial(train_step.evaluate, model=MODEL, mesh=ONE_DEVICE, size=size))
     calls = [evaluate(variables, images, labels, np.int32(first)) for first in range(0, 30, size)]
     np.testing.assert_allclose(np.concatenate([logits for _, logits in calls])[:30], wanted, rtol=1e-4, atol=1e-5)
     sums = jax.tree.map(lambda *parts: sum(map(float, parts)), *(sums for sums, _ in calls))

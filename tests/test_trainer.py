@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 from runs import in_new_process
 
 from mnist_jax.config import Config
@@ -26,8 +25,8 @@ MODELS["tiny-large"] = Network(
 
 
 def trainer_on(count: int, *, model: str) -> Trainer:
-    mesh = Mesh(np.asarray(jax.devices()[:count]), (devices.BATCH_AXIS,))
     config = Config(model=model, dataset="digits", batch_size=32, steps=100)
+    mesh = devices.make_mesh(devices=jax.devices()[:count])
     return Trainer(config, mesh, train_size=len(DIGITS.train_labels), test_size=len(DIGITS.test_labels))
 
 
@@ -76,23 +75,24 @@ def test_compiled_functions_have_the_bits_of_the_pure_functions(trainer, state):
     config, model = trainer.config, MODELS["tiny"].clone(for_cpu=True)
     schedule = train_state.make_schedule(config, trainer.total_steps)
     optimizer = train_state.make_optimizer(config, schedule)
-    on_batch = {"model": model, "batch_sharding": devices.split_over_batch(trainer.mesh)}
+    fixed = {"model": model, "mesh": trainer.mesh}
     compiled = partial(jax.jit, compiler_options=trainer_module.CPU_OPTIONS)
     training = epoch_data(trainer)
     np.testing.assert_array_equal(training.order, train_step.epoch_order(config.seed, 0, trainer.train_size))
 
-    train = compiled(partial(train_step.train_steps, config=config, optimizer=optimizer, **on_batch))
+    train = compiled(partial(train_step.train_steps, config=config, optimizer=optimizer, **fixed))
     wanted = train(state, training, np.int32(3))
     trained = trainer.train_steps(state, training, np.int32(3))
     assert_equal(trained, wanted)
 
-    evaluate = compiled(partial(train_step.evaluate, size=trainer.eval_call_images, **on_batch))
+    evaluate = compiled(partial(train_step.evaluate, size=trainer.eval_call_images, **fixed))
     arguments = trained[0].variables, *trainer.put(DIGITS)[2:], np.int32(0)
     assert_equal(trainer.evaluate(*arguments), evaluate(*arguments))
     assert float(trainer.learning_rate(np.int32(30))) == float(jax.jit(schedule)(np.int32(30)))
-    good = devices.local_replica(trained[0])
+    good = trained[0]
     assert trainer.is_finite(good)
-    assert not trainer.is_finite(good.replace(metrics=good.metrics.replace(loss=jnp.float32(np.nan))))
+    nan = jax.device_put(jnp.float32(np.nan), devices.replicated(trainer.mesh))
+    assert not trainer.is_finite(good.replace(metrics=good.metrics.replace(loss=nan)))
 
 
 def test_training_donates_the_state_and_keeps_its_metric_sums(trainer, state):

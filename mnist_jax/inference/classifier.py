@@ -102,7 +102,7 @@ def _make_trainer(config: Config, described: compatibility.Data) -> Trainer:
     """Return one trainer for all checkpoints of a run, because it compiles once."""
     return Trainer(
         config,
-        devices.data_mesh(),
+        devices.make_mesh(),
         train_size=described.train_images,
         test_size=described.test_images,
         image_shape=(described.height, described.width),

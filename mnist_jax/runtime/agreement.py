@@ -44,7 +44,7 @@ class Agreement:
         self._own_save = self._agreed_save = 0  # indices of SAVE_REASONS
         self._agreed_steps = 1
         if not self._is_alone:
-            split = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
+            split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
             self._abstract = jax.ShapeDtypeStruct((mesh.size, processes, 4), jnp.int32, sharding=split)
             add = jax.jit(partial(jnp.sum, axis=0), out_shardings=NamedSharding(mesh, PartitionSpec()))
             self._sum = add.lower(self._abstract).compile()

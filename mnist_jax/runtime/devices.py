@@ -8,6 +8,7 @@ import errno
 import hashlib
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,57 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-BATCH_AXIS = "batch"
+FSDP_AXIS = "fsdp"
 
 
-def data_mesh() -> Mesh:
-    """Return a mesh of all devices of all processes with one axis, over which batches are sharded."""
-    return Mesh(np.asarray(jax.devices()), (BATCH_AXIS,))
+def make_mesh(*, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Return a mesh of devices with the axes "data" and "fsdp". Batches are sharded over both, the state over "fsdp".
+
+    JAX lists the devices of a process one after another, so those that share a state are in one process, if it has
+    enough of them.
+
+    Args:
+        fsdp: number of devices over which the state is sharded. 1: each device holds all of it.
+        devices: by default all devices of all processes.
+
+    Raises:
+        ValueError: `fsdp` does not divide the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
+    if count % fsdp:
+        choices = ", ".join(str(number) for number in range(1, count + 1) if count % number == 0)
+        raise ValueError(f"fsdp={fsdp} does not divide the number of devices, {count}; use {choices}")
+    return Mesh(np.asarray(devices).reshape(-1, fsdp), ("data", FSDP_AXIS))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of replicated arrays: the train state, the dataset."""
+    """Return the sharding of replicated arrays, such as the dataset."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def split_over_batch(mesh: Mesh) -> NamedSharding:
     """Return the sharding of arrays whose first axis is the batch."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXIS))
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+
+def split_over_fsdp(tree: Any, mesh: Mesh) -> Any:
+    """Return the shardings of the leaves of a train state, a tree of `NamedSharding`.
+
+    A leaf is split along its longest dimension that the size of the axis "fsdp" divides. Scalars and leaves without
+    such a dimension are replicated: they are small, and padding would store and send what nobody needs. With `fsdp=1`
+    all leaves are replicated.
+    """
+    parts = mesh.shape[FSDP_AXIS]
+
+    def sharding(leaf: Any) -> NamedSharding:
+        divisible = [axis for axis, size in enumerate(leaf.shape) if parts > 1 and size % parts == 0]
+        if not divisible:
+            return replicated(mesh)
+        longest = max(divisible, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(mesh, PartitionSpec(*[None] * longest, FSDP_AXIS))
+
+    return jax.tree.map(sharding, tree)
 
 
 def make_global_array(array: np.ndarray[Any, Any], sharding: NamedSharding) -> jax.Array:
@@ -43,11 +79,6 @@ def make_global_array(array: np.ndarray[Any, Any], sharding: NamedSharding) -> j
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def local_replica(tree: Any) -> Any:
-    """Return the replicas of replicated arrays on one device of this process."""
-    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
-
-
 def check_batch_divides(batch_size: int, mesh: Mesh) -> None:
     """Raise ValueError unless a batch divides evenly over the devices."""
     devices = mesh.size
@@ -57,7 +88,7 @@ def check_batch_divides(batch_size: int, mesh: Mesh) -> None:
         raise ValueError(f"batch_size={batch_size} does not divide over {devices} devices; use {choices}")
 
 
-def describe_devices() -> dict[str, Any]:
+def describe_devices(*, fsdp: int = 1) -> dict[str, Any]:
     """Return what decides the bits of a computation besides the software, as JSON values.
 
     On a CPU, XLA may split sums by the size of its thread pool: the same 24 updates ended with different bits with 1
@@ -70,6 +101,7 @@ def describe_devices() -> dict[str, Any]:
         "kind": device.device_kind,
         "count": jax.device_count(),
         "processes": jax.process_count(),
+        "fsdp": fsdp,
         "cpu_threads": cpu_threads() if on_cpu else None,
         "cpu": _cpu_model() if on_cpu else None,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),

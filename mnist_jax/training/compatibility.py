@@ -24,7 +24,8 @@ from mnist_jax.training.data import MAX_CLASSES, MAX_SIDE_PX, REGISTRY, Dataset
 from mnist_jax.training.train_state import TrainState
 
 MAX_CPU_THREADS = 4096
-
+# What the environments in checkpoints of older versions lack, with the value that means what those versions did.
+_ADDED_NAMES = {"fsdp": 1}
 
 # Settings of JAX for other numbers, or for debugging, with which the training does not work. The values work.
 REQUIRED_SETTINGS = {
@@ -97,14 +98,17 @@ def cpu_threads_of(checkpoints: Sequence[Checkpoint]) -> int | None:
     return None
 
 
-def describe_environment() -> dict[str, dict[str, Any]]:
-    """Return what the bits of a run depend on, as JSON values: software, settings and devices."""
+def describe_environment(*, fsdp: int = 1) -> dict[str, dict[str, Any]]:
+    """Return what the bits of a run depend on, as JSON values: software, settings and devices.
+
+    `fsdp` is the number of devices over which the state is sharded.
+    """
     packages = ("jax", "jaxlib", "flax", "optax", "numpy")
     settings = {name: str(value) for name, value in jax.config.values.items() if not _NO_NUMBERS.search(name)}
     return {
         "software": {"mnist_jax": mnist_jax.__version__, **{package: version(package) for package in packages}},
         "settings": dict(sorted(settings.items())),
-        "devices": devices.describe_devices(),
+        "devices": devices.describe_devices(fsdp=fsdp),
     }
 
 
@@ -229,9 +233,13 @@ def check_length(step: int, config: Config, train_size: int) -> None:
 
 def diff_environment(metadata: Mapping[str, Any], environment: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return what differs from the environment in `metadata`. If nothing does, the run resumes bit for bit."""
+
+    def value(described: Mapping[str, Any], name: str) -> Any:
+        return described.get(name, _ADDED_NAMES.get(name))
+
     return [
-        f"{part} {name} {metadata[part].get(name)} -> {environment[part].get(name)}"
+        f"{part} {name} {value(metadata[part], name)} -> {value(environment[part], name)}"
         for part in environment
         for name in sorted(metadata[part].keys() | environment[part].keys())
-        if metadata[part].get(name) != environment[part].get(name)
+        if value(metadata[part], name) != value(environment[part], name)
     ]

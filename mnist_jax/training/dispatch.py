@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mnist_jax.runtime import devices
 from mnist_jax.runtime.agreement import Agreement
 from mnist_jax.runtime.multihost import ProcessGroup
 from mnist_jax.runtime.preemption import StopSignal
@@ -143,7 +142,8 @@ class Dispatcher:
 
     def is_finite(self) -> jax.Array:
         """Return whether the state is finite, [] bool, without waiting for it. The same in all processes."""
-        return self.trainer.is_finite(devices.local_replica(self.state))
+        with self._group.watch():
+            return self.trainer.is_finite(self.state)
 
     @property
     def is_evaluation_due(self) -> bool:

@@ -100,7 +100,7 @@ def train_and_evaluate(
         SaveError: the final save failed, or that of the initial weights of `init_from`.
         StoppedError: a signal came before the training started.
     """
-    environment = compatibility.merge_environments(group.gather(compatibility.describe_environment()))
+    environment = compatibility.merge_environments(group.gather(compatibility.describe_environment(fsdp=config.fsdp)))
     recorder.log_start(environment)
     recorder.log_phase("data", checkpointer.newest_step)
     # `stop.run` abandons the work when a signal comes, because loading and compiling cannot check the flag.

@@ -110,10 +110,11 @@ def make_trainer(config: Config, dataset: Dataset) -> Trainer:
     """Return the trainer of a run on all devices.
 
     Raises:
-        ConfigError: the batch does not divide over the devices, or the batch or the model does not fit the dataset.
+        ConfigError: the batch or the state does not divide over the devices, or the batch or the model does not fit the
+            dataset.
     """
-    mesh = devices.data_mesh()
     try:
+        mesh = devices.make_mesh(fsdp=config.fsdp)
         devices.check_batch_divides(config.batch_size, mesh)
     except ValueError as error:
         raise ConfigError(str(error)) from error

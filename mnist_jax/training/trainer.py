@@ -47,8 +47,8 @@ class Trainer:
     """The compiled functions of a training. The train state and the data are arguments, not attributes.
 
     Each function is a cached property that compiles at its first use; `compile` compiles all that a training needs.
-    State and data are replicated on all devices. All processes make the same calls of the functions, except for
-    `learning_rate` and `is_finite`, which run on one device of the calling process.
+    The data are replicated on all devices, and the state is sharded as `devices.split_over_fsdp` says. All processes
+    make the same calls of the functions, except for `learning_rate`, which runs on one device of the calling process.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Trainer:
 
         Args:
             config: what to train.
-            mesh: the devices, with one axis, over which batches are split.
+            mesh: the devices, from `devices.make_mesh`.
             train_size: number of training images.
             test_size: number of test images.
             image_shape: height and width of the images.
@@ -101,7 +101,7 @@ class Trainer:
 
     def init_state(self) -> TrainState:
         """Return the state before the first update. Compiled here, because a run that resumes does not need it."""
-        return self._compile(self._create)()
+        return self._compile(self._create, out_shardings=self._state_shardings)()
 
     def put(self, dataset: Dataset) -> DeviceData:
         """Return a dataset on the devices."""
@@ -135,7 +135,15 @@ class Trainer:
     def abstract_state(self) -> TrainState:
         """Shapes, types and shardings of the train state."""
         state = jax.eval_shape(self._create)
-        return jax.tree.map(lambda leaf: ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._replicated), state)
+        return jax.tree.map(
+            lambda leaf, sharding: ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            state,
+            devices.split_over_fsdp(state, self.mesh),
+        )
+
+    @property
+    def _state_shardings(self) -> Any:
+        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
 
     @cached_property
     def train_steps(self) -> Callable[[TrainState, TrainData, Any], tuple[TrainState, MetricSums]]:
@@ -145,10 +153,12 @@ class Trainer:
             config=self.config,
             model=self._model,
             optimizer=self._optimizer,
-            batch_sharding=self._split_over_batch,
+            mesh=self.mesh,
         )
         data = TrainData(self._images(self.train_size), _integers(self.train_size), _integers(self.train_size))
-        return self._compile(train_steps, self.abstract_state, data, _integers(), donate_argnums=0)
+        out_shardings = self._state_shardings, self._replicated
+        arguments = self.abstract_state, data, _integers()
+        return self._compile(train_steps, *arguments, out_shardings=out_shardings, donate_argnums=0)
 
     @cached_property
     def epoch_order(self) -> Callable[[Any], jax.Array]:
@@ -164,7 +174,7 @@ class Trainer:
         evaluate = partial(
             train_step.evaluate,
             model=self._model,
-            batch_sharding=self._split_over_batch,
+            mesh=self.mesh,
             size=self.eval_call_images,
         )
         arguments = self.abstract_state.variables, self._images(self.test_size), _integers(self.test_size), _integers()
@@ -184,8 +194,8 @@ class Trainer:
 
     @cached_property
     def is_finite(self) -> Callable[[TrainState], jax.Array]:
-        """State on one device -> whether all its floating-point numbers are finite, [] bool."""
-        return self._compile_jitted(jax.jit(train_step.is_finite), jax.eval_shape(self._create))
+        """State -> whether all its floating-point numbers are finite, [] bool, on all devices."""
+        return self._compile(train_step.is_finite, self.abstract_state)
 
     def _create(self) -> TrainState:
         return train_state.create(self.config, self._model, self._optimizer, self.image_shape)
