@@ -217,8 +217,8 @@ class NoticePoller:
                 if is_expected and not is_reported and silent_s >= patience_s:
                     is_reported = True
                     text = (
-                        f"the metadata server of {name} gives no answer ({error!r}). Its preemption notices are not "
-                        "seen; signals still stop the run."
+                        f"the metadata server of {name} gives no answer ({error!r:.200}). "
+                        "Its preemption notices are not seen; signals still stop the run."
                     )
                     self._events.put((UNAVAILABLE, text))
             else:
