@@ -24,6 +24,7 @@ class MetadataServer(ThreadingHTTPServer):
         fault: "" or a way not to answer, one of `FAULTS`.
         tokens: valid tokens of EC2.
         requested: method and path of all requests.
+        sent: number of bytes of the largest giant.
     """
 
     daemon_threads = True
@@ -32,7 +33,7 @@ class MetadataServer(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.preempted, self.action, self.events = False, "", list[dict[str, Any]]()
-        self.fault, self.tokens, self.requested = "", set[str](), list[str]()
+        self.fault, self.tokens, self.requested, self.sent = "", set[str](), list[str](), 0
         self.may_go_on = threading.Event()  # of requests that hang
 
     @property
@@ -114,8 +115,20 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def hang(self) -> None:
+        self.server.may_go_on.wait(60)
+        self.answer(*self.as_a_cloud())
+
+    def fail(self) -> None:
+        _, *answer = self.as_a_cloud()
+        self.answer(503, *answer)
+
     def send_giant(self) -> None:
-        self.answer(200, b"TRUE" + bytes(2 << 20), {"Metadata-Flavor": "Google", "Content-Length": str(1 << 40)})
+        self.answer(200, b"TRUE", {"Metadata-Flavor": "Google", "Content-Length": str(1 << 40)})
+        sent = 0
+        while sent < 1 << 27:
+            sent += self.connection.send(bytes(1 << 16))
+            self.server.sent = max(self.server.sent, sent)
 
     def die(self) -> None:
         self.connection.shutdown(socket.SHUT_RDWR)
@@ -125,9 +138,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 FAULTS = {
-    "hangs": lambda handler: handler.server.may_go_on.wait(60),
+    "hangs": _Handler.hang,
+    "fails": _Handler.fail,
     "dies": _Handler.die,
-    "speaks no HTTP": lambda handler: handler.wfile.write(b"\x00" * 100_000),
+    "speaks no HTTP": lambda handler: handler.wfile.write(b"x" * 60_000 + b"\n"),
     "sends HTML": lambda handler: handler.answer(200, b"<html>TRUE</html>"),
     "sends the truth without its header": lambda handler: handler.answer(200, b"TRUE"),
     "sends a giant": _Handler.send_giant,
