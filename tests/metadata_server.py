@@ -124,7 +124,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(503, *answer)
 
     def send_giant(self) -> None:
-        self.answer(200, b"TRUE", {"Metadata-Flavor": "Google", "Content-Length": str(1 << 40)})
+        self.send_response(200)
+        self.send_header("Metadata-Flavor", "Google")
+        self.end_headers()
         sent = 0
         while sent < 1 << 27:
             sent += self.connection.send(bytes(1 << 16))

@@ -45,11 +45,14 @@ class MetadataServer:
         self.address, self.timeout_s = address, timeout_s
         self.token = ""  # of AWS, "" if it must be asked for
 
-    def ask(self, path: str, headers: dict[str, str], method: str = "GET") -> Reply:
+    def ask(
+        self, path: str, headers: dict[str, str], *, method: str = "GET", expected: tuple[int, ...] = (200,)
+    ) -> Reply:
         """Return what the server answers, its first `MAX_BYTES` at most.
 
         Raises:
             OSError, HTTPException: it does not answer, or not in HTTP.
+            ValueError: the status is not one that is expected.
         """
         from http.client import HTTPConnection  # It takes 0.01 s to import, and few runs are in a cloud.
 
@@ -57,9 +60,17 @@ class MetadataServer:
         try:
             connection.request(method, path, headers=headers)
             response = connection.getresponse()
-            return Reply(response.status, response.headers, response.read(MAX_BYTES))
+            reply = Reply(response.status, response.headers, response.read(MAX_BYTES))
         finally:
             connection.close()
+        if reply.status not in expected:
+            raise unexpected(reply)
+        return reply
+
+
+def unexpected(reply: Reply) -> ValueError:
+    """Return the error of an answer that is not that of the cloud."""
+    return ValueError(f"unexpected answer: status {reply.status}, {reply.body[:40]!r}")
 
 
 def ask_gcp(server: MetadataServer) -> bool:
@@ -70,8 +81,8 @@ def ask_gcp(server: MetadataServer) -> bool:
     """
     reply = server.ask("/computeMetadata/v1/instance/preempted", {"Metadata-Flavor": "Google"})
     text = reply.body.strip()
-    if reply.status != 200 or reply.headers["Metadata-Flavor"] != "Google" or text not in (b"TRUE", b"FALSE"):
-        raise _unexpected(reply)
+    if reply.headers["Metadata-Flavor"] != "Google" or text not in (b"TRUE", b"FALSE"):
+        raise unexpected(reply)
     return text == b"TRUE"
 
 
@@ -83,18 +94,15 @@ def ask_aws(server: MetadataServer) -> bool:
     """
     token, server.token = server.token, ""
     if not token:
-        reply = server.ask("/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "21600"}, "PUT")
-        if reply.status != 200:
-            raise _unexpected(reply)
-        token = reply.body.decode()
-    reply = server.ask("/latest/meta-data/spot/instance-action", {"X-aws-ec2-metadata-token": token})
-    if reply.status not in (200, 404):  # 401 if the token has expired
-        raise _unexpected(reply)
-    server.token = token
+        lifetime = {"X-aws-ec2-metadata-token-ttl-seconds": "21600"}  # the longest
+        token = server.ask("/latest/api/token", lifetime, method="PUT").body.decode()
+    headers = {"X-aws-ec2-metadata-token": token}
+    reply = server.ask("/latest/meta-data/spot/instance-action", headers, expected=(200, 404))
+    server.token = token  # It is good. The status of one that has expired is 401.
     if reply.status == 404:
         return False
     if json.loads(reply.body)["action"] not in ("stop", "terminate", "hibernate"):
-        raise _unexpected(reply)
+        raise unexpected(reply)
     return True
 
 
@@ -106,19 +114,11 @@ def ask_azure(server: MetadataServer) -> bool:
     """
     headers = {"Metadata": "true"}
     reply = server.ask("/metadata/scheduledevents?api-version=2020-07-01", headers)
-    if reply.status != 200:
-        raise _unexpected(reply)
-    events = [e for e in json.loads(reply.body)["Events"] if e["EventType"] in ("Preempt", "Terminate")]
-    if not events:
+    ends = [event for event in json.loads(reply.body)["Events"] if event["EventType"] in ("Preempt", "Terminate")]
+    if not ends:
         return False
     reply = server.ask("/metadata/instance/compute/name?api-version=2021-02-01&format=text", headers)
-    if reply.status != 200:
-        raise _unexpected(reply)
-    return any(reply.body.decode().strip() in event["Resources"] for event in events)
-
-
-def _unexpected(reply: Reply) -> ValueError:
-    return ValueError(f"unexpected answer: status {reply.status}, {reply.body[:40]!r}")
+    return any(reply.body.decode().strip() in event["Resources"] for event in ends)
 
 
 class Cloud(NamedTuple):
