@@ -84,7 +84,7 @@ def run(work: Callable[[StopSignal, Terminal], int]) -> int:
             return work(stop, terminal)
         except StoppedError:
             assert stop.received is not None
-            terminal.warn(f"{stop.received.name}: stopped before the end")
+            terminal.warn(f"{stop.reason}: stopped before the end")
             return 128 + stop.received
         except Exception as error:
             report(error, terminal.warn)

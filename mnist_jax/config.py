@@ -22,6 +22,7 @@ import tyro
 T = TypeVar("T")
 DatasetName = Literal["auto", "mnist", "fashion_mnist", "kmnist", "digits", "idx"]
 ModelName = Literal["cnn", "cnn-large", "original", "original-dropout", "original-normalized", "original-power"]
+PreemptionNotice = Literal["auto", "gcp", "aws", "azure", "none"]
 PresetName = Literal["fast", "accurate", "original"]
 
 WhichStep = Annotated[
@@ -154,8 +155,11 @@ class Config:
     """Index of this process, from 0."""
     peer_timeout_s: Annotated[int, _flag("SECONDS")] = 60
     """Seconds without a sign of life after which a process counts as lost and the others exit."""
+    preemption_notice: PreemptionNotice = "auto"
+    """Cloud whose notice of the end of this spot machine stops the run, as a signal does. auto: the cloud that the
+    machine is in, if any. Not stored: it belongs to the machine."""
     preempted_exit_code: Annotated[int, _flag("CODE")] = 0
-    """Exit code after a signal stopped the run and it was saved. Example: 75 for a scheduler that restarts on it."""
+    """Exit code of a run that a signal or a notice stopped. Example: 75 for a scheduler that restarts on it."""
     fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Start over. A run in the directory is moved aside, not deleted."""
 
@@ -277,7 +281,7 @@ MATHEMATICS = (
 _ADDED_FIELDS = {"init_from": None, "fsdp": 1}
 # Settings of a single start.
 _NOT_OF_THE_RUN = (
-    *("workdir", "lock_wait_s", "fresh", "mirror"),
+    *("workdir", "lock_wait_s", "fresh", "mirror", "preemption_notice"),
     *("coordinator", "num_processes", "process_id", "peer_timeout_s"),
 )
 MAX_CONFIG_BYTES = 2**20

@@ -69,12 +69,11 @@ def start_or_resume(args: Sequence[str], asked: Config, stop: StopSignal) -> int
                 loading = data.begin_to_load(config.dataset, config.data_dir)
             return run(config, workdir, stop, loading, group)
         except StoppedError as error:
-            assert stop.received is not None
             group.report_failure(error, asked.preempted_exit_code)
             if group.is_primary:
                 is_new = asked.fresh or not find_workdir(asked)
                 step, sha256 = (0, "none") if is_new else ("unknown", "unknown")
-                print_line(f"stopped step={step} signal={stop.received.name} state_sha256={sha256}")
+                print_line(f"stopped step={step} signal={stop.reason} state_sha256={sha256}")
             return asked.preempted_exit_code
         except Exception as error:
             return _fail(error, group)

@@ -8,13 +8,18 @@ import pytest
 
 from mnist_jax.runtime import devices
 from mnist_jax.runtime.agreement import Agreement
-from mnist_jax.runtime.preemption import StopSignal
+from mnist_jax.runtime.preemption import Notice, StopSignal
 
 
 @pytest.fixture
-def agreement():
+def stop():
     with StopSignal() as stop:
-        yield Agreement(devices.make_mesh(devices=jax.devices()[:1]), stop)
+        yield stop
+
+
+@pytest.fixture
+def agreement(stop):
+    return Agreement(devices.make_mesh(devices=jax.devices()[:1]), stop)
 
 
 def test_single_process_decides_at_once(agreement):
@@ -35,4 +40,11 @@ def test_single_process_decides_at_once(agreement):
 
 def test_failure_stops_without_a_signal(agreement):
     agreement.request_stop()
+    assert agreement.should_stop
+
+
+@pytest.mark.parametrize(("number", "reason"), [(Notice.AZURE, "azure notice"), (signal.SIGHUP, "SIGHUP")])
+def test_reason_of_another_process_stops_this_one(agreement, stop, number, reason):
+    agreement.update(np.array([[0, 0, 0, 3], [1, number, 0, 3]]))
+    assert stop.reason == reason
     assert agreement.should_stop

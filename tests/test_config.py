@@ -60,6 +60,7 @@ FREE: dict[str, Any] = {
     "num_processes": 2,
     "process_id": 1,
     "peer_timeout_s": 6,
+    "preemption_notice": "gcp",
     "preempted_exit_code": 75,
     "fresh": True,
 }
@@ -322,7 +323,7 @@ def test_load_returns_what_save_wrote(config: Config, tmp_path: Path) -> None:
     configs.save(config, tmp_path / "config.json")
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     of_one_start = ("workdir", "mirror", "lock_wait_s", "fresh", "coordinator", "num_processes", "process_id")
-    defaults = {name: getattr(Config(), name) for name in (*of_one_start, "peer_timeout_s")}
+    defaults = {name: getattr(Config(), name) for name in (*of_one_start, "peer_timeout_s", "preemption_notice")}
     assert configs.load(tmp_path / "config.json") == dataclasses.replace(config, **defaults)
     relative = dataclasses.replace(config, data_dir=Path("folder"))
     configs.save(relative, tmp_path / "config.json")

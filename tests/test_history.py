@@ -145,8 +145,8 @@ def test_interruptions_are_counted():
     )
     counts = report.count_interruptions(found, attempts)
     assert counts["Resumes"] == "2, of which 1 exact"
-    assert counts["Stops by a signal"].startswith("3")
-    assert "1.50 s" in counts["Stops by a signal"]
+    assert counts["Stops by a signal or a notice"].startswith("3")
+    assert "1.50 s" in counts["Stops by a signal or a notice"]
     assert counts["Kills"].startswith("3; 6 steps")
     assert counts["Checkpoints"].startswith("1 of 2")
     assert attempts[-1].changed == ["jax 1 -> 2"]

@@ -197,7 +197,7 @@ def count_interruptions(status: Any, attempts: Sequence[Attempt]) -> dict[str, s
     good = sum(checkpoint.good is True for checkpoint in status.checkpoints)
     return {
         "Resumes": f"{len(resumes)}, of which {resumes.count('exact')} exact",
-        "Stops by a signal": f"{len(stops)}" + (f", saved within {max(times_s):.2f} s" if times_s else ""),
+        "Stops by a signal or a notice": f"{len(stops)}" + (f", saved within {max(times_s):.2f} s" if times_s else ""),
         "Kills": f"{kills}; {recomputed:,} steps were lost and recomputed",
         "Checkpoints": f"{good} of {len(status.checkpoints)} have every byte that was saved; "
         f"{len(status.quarantine)} in quarantine",

@@ -38,7 +38,7 @@ class Attempt:
     recomputed_steps: int = 0  # steps of an earlier attempt that this attempt makes again
     lost_steps: int = 0  # steps of this attempt that a later attempt recomputes
     end: Literal["stopped", "killed", "failed", "finished", "running"] = "killed"
-    reason: str = ""  # the signal or the error
+    reason: str = ""  # the signal, the notice or the error
     saved_in_s: float | None = None  # from the arrival of the signal
     spans: list[Span] = field(default_factory=list)
 

@@ -18,7 +18,8 @@ from mnist_jax.training import compatibility
 
 HISTORY = (
     *("start", "lost", "resume", "quarantine", "metrics_changed", "unfinished_removed"),
-    *("signal", "save_failed", "low_space", "checkpoints_vanished", "removal_failed", "copy_failed", "exit"),
+    *("signal", "notices_unavailable", "save_failed", "low_space", "checkpoints_vanished", "removal_failed"),
+    *("copy_failed", "exit"),
 )
 
 

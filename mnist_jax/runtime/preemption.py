@@ -1,4 +1,4 @@
-"""Signals that ask a process to stop or to save.
+"""Signals, and notices of clouds, that ask a process to stop or to save.
 
 The first signal only sets a flag, and a second request ends the process at once. Work that cannot check the flag runs
 in a thread, which `StopSignal.run` abandons when the flag is set.
@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from enum import IntEnum
 from types import FrameType
 from typing import Any, Self, TypeVar
 
@@ -35,8 +36,19 @@ DOUBLE_CTRL_C_S = 0.1
 T = TypeVar("T")
 
 
+class Notice(IntEnum):
+    """A notice of a cloud that it takes this machine back: a request to stop that is not a signal.
+
+    Processes send each other these numbers where those of signals are, so they are above `signal.NSIG`.
+    """
+
+    GCP = 101
+    AWS = 102
+    AZURE = 103
+
+
 class StoppedError(Exception):
-    """A stop signal interrupted the work."""
+    """A stop signal or a notice interrupted the work."""
 
 
 class StopSignal:
@@ -56,6 +68,10 @@ class StopSignal:
     their own, such as `jax.distributed.initialize` unless `jax_enable_preemption_service` is off. Signals that the
     parent process blocked are unblocked; SIGINT and SIGHUP stay ignored if they are, as in a background job or under
     `nohup`. The end of the block restores handlers and mask.
+
+    Any thread may call `request`, as `notices.py` does for the notice of a cloud. The signal that the cloud sends some
+    seconds later belongs to the same wish: after a request that is no signal, the first signal is not yet a second
+    request.
     """
 
     def __init__(self, *, exit_at_second: bool = True) -> None:
@@ -64,9 +80,10 @@ class StopSignal:
         Args:
             exit_at_second: whether a second stop signal ends the process; False in a notebook.
         """
-        self.received: signal.Signals | None = None  # the first stop signal
+        self.received: signal.Signals | Notice | None = None  # the first request to stop
         self.error: Exception | None = None  # set by any thread: what `check` and `run` raise instead of StoppedError
-        self._first_s: float | None = None  # when this process caught its first one
+        self._first_s: float | None = None  # when this process caught its first stop signal
+        self._requested_s: float | None = None  # when this process was first asked to stop, by a signal or otherwise
         self._caught: set[int] = set()
         self._exit_at_second = exit_at_second
         self._save_requested = False
@@ -93,7 +110,7 @@ class StopSignal:
         self._caught.add(number)
         if self._first_s is None:
             self._first_s = now_s
-            self.record_signal(number)
+            self._record_own(number, now_s)
             return
         is_ctrl_c = self._caught == {signal.SIGINT} and os.isatty(0)
         is_second = now_s - self._first_s > (DOUBLE_CTRL_C_S if is_ctrl_c else REQUEST_S)
@@ -104,16 +121,30 @@ class StopSignal:
         self._save_requested = True
 
     def record_signal(self, number: int) -> None:
-        """Record a stop signal, also of another process. Alone it does not count as the first one of this process."""
-        if self.received is None:
-            self.received = signal.Signals(number)
+        """Record the number of a stop signal or a notice, also of another process.
 
-    def request(self) -> None:
-        """Request a stop from any thread, as SIGTERM does."""
-        self.record_signal(signal.SIGTERM)
+        Alone it does not count as the first signal of this process.
+        """
+        if self.received is None:
+            self.received = Notice(number) if number in list(Notice) else signal.Signals(number)
+
+    def request(self, reason: signal.Signals | Notice = signal.SIGTERM) -> None:
+        """Request a stop from any thread. It does not count as the first signal of this process."""
+        self._record_own(reason, time.monotonic())
+
+    def _record_own(self, number: int, now_s: float) -> None:
+        if self._requested_s is None:
+            self._requested_s = now_s
+        self.record_signal(number)
+
+    @property
+    def reason(self) -> str:
+        """What requested the stop: the name of a signal, or "gcp notice"."""
+        assert self.received is not None
+        return f"{self.received.name.lower()} notice" if isinstance(self.received, Notice) else self.received.name
 
     def check(self) -> None:
-        """Raise `error` if it is set, and `StoppedError` if a stop signal was received."""
+        """Raise `error` if it is set, and `StoppedError` if a stop was requested."""
         if self.error is not None:
             raise self.error
         if self.received is not None:
@@ -121,8 +152,8 @@ class StopSignal:
 
     @property
     def seconds_since(self) -> float | None:
-        """Seconds since this process caught its first stop signal, None if it caught none."""
-        return None if self._first_s is None else time.monotonic() - self._first_s
+        """Seconds since the first request to this process, None if there was none or only one to another process."""
+        return None if self._requested_s is None else time.monotonic() - self._requested_s
 
     def pop_save_request(self) -> bool:
         """Return whether a save signal was received since the last call."""

@@ -11,7 +11,8 @@ from mnist_jax.checkpoint.integrity import InvalidStateError
 from mnist_jax.config import Config
 from mnist_jax.runtime import devices
 from mnist_jax.runtime.multihost import ProcessGroup, ProcessLostError
-from mnist_jax.runtime.preemption import StoppedError, StopSignal
+from mnist_jax.runtime.notices import NoticePoller
+from mnist_jax.runtime.preemption import Notice, StoppedError, StopSignal
 from mnist_jax.training import compatibility, initial_weights, setup
 from mnist_jax.training.data import Dataset
 from mnist_jax.training.dispatch import Dispatcher
@@ -48,6 +49,7 @@ def run(
             opened = setup.open_run(config, workdir, enabled=True)
         config, workdir = setup.share_run(config, workdir, stop=stop, group=group)
         checkpointer, recorder = opened = opened or setup.open_run(config, workdir, enabled=False)
+        recorder.notices = NoticePoller(stop, config.preemption_notice)
         outcome = train_and_evaluate(config, checkpointer, recorder, stop=stop, group=group, loading=loading)
         recorder.copies.finish(stop)  # It waits for the last upload; after a signal 20 s at most.
         # The other processes wait here for the uploads, and exit with the code of process 0.
@@ -194,9 +196,9 @@ def finish(dispatcher: Dispatcher, checkpointer: Checkpointer, recorder: Recorde
     recorder.raise_if_diverged()
     reason = "end"
     if not dispatcher.is_finished:
-        assert stop.received is not None
-        reason, step = f"signal {stop.received.name}", dispatcher.step
-        recorder.terminal.info(f"{stop.received.name}: saving step {step} and exiting; the same command resumes")
+        reason = stop.reason if isinstance(stop.received, Notice) else f"signal {stop.reason}"
+        step = dispatcher.step
+        recorder.terminal.info(f"{stop.reason}: saving step {step} and exiting; the same command resumes")
     save_and_wait(dispatcher, checkpointer, recorder, reason)
     outcome = recorder.finished(dispatcher.step) if dispatcher.is_finished else recorder.stopped(stop)
     recorder.log_outcome(outcome)  # before the upload, so that a remote copy shows how the run ended

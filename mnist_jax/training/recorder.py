@@ -18,6 +18,7 @@ from mnist_jax.console import Terminal
 from mnist_jax.records.metrics import EventLog, MetricWriter
 from mnist_jax.runtime.lock import LockHeldError
 from mnist_jax.runtime.multihost import ProcessLostError
+from mnist_jax.runtime.notices import UNAVAILABLE, NoticePoller
 from mnist_jax.runtime.preemption import StopSignal
 from mnist_jax.training.dispatch import Dispatcher, DivergedError, Metrics, means
 from mnist_jax.training.remote_copies import RemoteCopies
@@ -34,13 +35,13 @@ class Outcome(NamedTuple):
 
     @property
     def is_stopped(self) -> bool:
-        """Whether a signal stopped the run before its end."""
+        """Whether a signal or a notice stopped the run before its end."""
         return self.word == "stopped"
 
     def __str__(self) -> str:
-        """Return the line. It has four digits of an accuracy; `fields` has all."""
+        """Return the line. It has four digits of an accuracy; `fields` has all. Programs split it at spaces."""
         values = ((name, f"{value:.4f}" if isinstance(value, float) else value) for name, value in self.fields.items())
-        return " ".join([self.word, *(f"{name}={value}" for name, value in values)])
+        return " ".join([self.word, *(f"{name}={value}".replace(" ", "-") for name, value in values)])
 
 
 class Recorder:
@@ -59,6 +60,7 @@ class Recorder:
         self.terminal = Terminal(enabled=enabled, blocking=False)
         self.metrics, self.events = MetricWriter(workdir, enabled=enabled), EventLog(workdir, enabled=enabled)
         self.copies = RemoteCopies(config.mirror if enabled else None, workdir, checkpointer, self.events)
+        self.notices = NoticePoller(StopSignal(), "none")  # replaced by `loop.run`
         self._identities = _identity(workdir), _identity(workdir / "lock")
         self._next_save_s = math.inf
         self._has_warned_of_writes = False
@@ -182,6 +184,7 @@ class Recorder:
         A state that is not finite is not saved. Then all processes are asked to stop, and `raise_if_diverged` raises.
         """
         self._report_write_errors()
+        self._report_notices()
         saved = None
         for result in self.checkpointer.results():
             if isinstance(result, InvalidStateError):
@@ -214,6 +217,12 @@ class Recorder:
         if self._has_diverged:
             raise DivergedError("the state has values that are not finite")
 
+    def _report_notices(self) -> None:
+        for event, text in self.notices.pop_events():
+            self.events.write(event, step=self.dispatcher.step, text=text)
+            if event == UNAVAILABLE:
+                self.terminal.warn(f"warning: {text}")
+
     def _report_write_errors(self) -> None:
         for moved_to in self.metrics.pop_replaced():
             what = f"replaced by another file, which is moved to {moved_to}" if moved_to else "removed"
@@ -245,15 +254,14 @@ class Recorder:
         return Outcome("finished", {"step": step, "test_accuracy": accuracy, "state_sha256": sha256})
 
     def stopped(self, stop: StopSignal) -> Outcome:
-        """Return the outcome of a run that a signal stopped, at its newest checkpoint, and log the signal."""
-        assert stop.received is not None
-        step, name = self.checkpointer.newest_step, stop.received.name
-        self.events.write("signal", step=step, signal=name, seconds=stop.seconds_since)
+        """Return the outcome of a run that was asked to stop, at its newest checkpoint, and log what asked for it."""
+        step = self.checkpointer.newest_step
+        self.events.write("signal", step=step, signal=stop.reason, seconds=stop.seconds_since)
         try:
             sha256 = self.checkpointer.state_sha256(step) if self.checkpointer.steps else "none"
         except CheckpointError:  # Stopped before the checkpoints were verified; the next start reports this one.
             sha256 = "unknown"
-        return Outcome("stopped", {"step": step, "signal": name, "state_sha256": sha256})
+        return Outcome("stopped", {"step": step, "signal": stop.reason, "state_sha256": sha256})
 
     def log_outcome(self, outcome: Outcome) -> None:
         """Log the outcome of a run whose final state is saved. Its exit is logged when the last upload is done."""
@@ -280,7 +288,8 @@ class Recorder:
                     self.copies.finish(stop)
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files, and stop to ask for notices."""
+        self.notices.close()
         self.metrics.close()
         self.events.close()
 

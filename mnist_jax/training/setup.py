@@ -1,5 +1,6 @@
 """What comes before the first step: open and check a run, restore its newest checkpoint."""
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -54,10 +55,12 @@ def share_run(
             stop.run(compatibility.initialize_devices)
             return config, workdir
         cpu_threads = devices.cpu_threads()  # The bits depend on it, so it is the same on all processes.
-        group.broadcast([config.to_json(), str(workdir.absolute()), (workdir / "lock").read_text(), cpu_threads])
+        lock, notice = (workdir / "lock").read_text(), config.preemption_notice
+        group.broadcast([config.to_json(), str(workdir.absolute()), lock, cpu_threads, notice])
     else:
-        settings, directory, lock, cpu_threads = group.broadcast(None)
+        settings, directory, lock, cpu_threads, notice = group.broadcast(None)
         config, workdir = configs.from_json(settings, Path(directory) / "config.json"), Path(directory)
+        config = dataclasses.replace(config, preemption_notice=notice)
         check_is_shared(workdir, lock, stop, group)
         compatibility.prepare_jax(cpu_threads)
     group.gather(None)
