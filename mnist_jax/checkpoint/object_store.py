@@ -56,7 +56,8 @@ class ObjectStore:
         """
         self.url, self.timeout_s = url, timeout_s
         match = _URL.fullmatch(url)
-        path = unquote((match and match[3]) or "").removeprefix("/").rstrip("/")
+        path = unquote((match and match[3]) or "").rstrip("/")
+        path = os.path.realpath(path).lstrip("/") if url.startswith("file:") else path.removeprefix("/")
         if match is None or not is_plain(path or "root"):
             shown = re.sub(r"//[^/]*@", "//", re.split("[?#]", url)[0])  # The rest may be a password.
             raise ValueError(
@@ -85,7 +86,7 @@ class ObjectStore:
     def write(self, name: str, content: bytes) -> None:
         """Write a file. It appears when it is complete."""
         with self._remote_errors(f"{name} cannot be written"):
-            self._client.put(self._prefix + name, content, chunk_size=PART_BYTES)
+            self._client.put(self._prefix + name, content, chunk_size=PART_BYTES, max_concurrency=CONCURRENCY)
             if self._service is None:  # obstore does not fsync, and a manifest must not be durable before its files.
                 fsync_path(Path("/", self._prefix, name))
                 fsync_path(Path("/", self._prefix, name).parent)
