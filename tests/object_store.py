@@ -41,7 +41,7 @@ def gcs_environment(port: int) -> dict[str, str]:
 
 def azure_environment(port: int) -> dict[str, str]:
     """Return variables that direct obstore's client of Azure to a local port."""
-    account = {"AZURE_STORAGE_ACCOUNT_NAME": "account", "AZURE_STORAGE_SAS_TOKEN": "sv=1&sig=hunter2"}
+    account = {"AZURE_STORAGE_ACCOUNT_NAME": "account", "AZURE_STORAGE_SAS_TOKEN": "?sv=1&sig=hunter2"}
     return {**NEARBY, **account, "AZURE_STORAGE_ENDPOINT": f"http://127.0.0.1:{port}"}
 
 
