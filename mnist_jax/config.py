@@ -144,7 +144,7 @@ class Config:
     keep: Annotated[int, _flag("N")] = 3
     """Number of newest checkpoints to keep, in addition to the best one."""
     mirror: Annotated[str | None, _flag("URL", "no copy")] = None
-    """Object store for a copy of the run, s3://BUCKET/PATH or gs://BUCKET/PATH. Not stored: give it at each start."""
+    """Object store for a copy: s3://BUCKET/PATH, gs://BUCKET/PATH or az://CONTAINER/PATH. To be given at each start."""
     lock_wait_s: Annotated[float, _flag("SECONDS")] = 60.0
     """Seconds to wait for another process that uses the run directory."""
     coordinator: Annotated[str | None, _flag("HOST:PORT", "from the scheduler, if any")] = None
@@ -181,10 +181,10 @@ class Config:
             )
         if self.data_dir is not None and is_address(self.data_dir):
             raise ConfigError(f"data_dir={self.data_dir} is an address; copy the files to a folder, and name that")
-        if self.mirror is not None and not re.match(r"(s3|gs|file)://.", self.mirror):
+        if self.mirror is not None and not re.match(r"(s3|gs|az|file)://.", self.mirror):
             raise ConfigError(
                 f"mirror={self.mirror} is not a URL of an object store; "
-                "use s3://BUCKET/PATH, gs://BUCKET/PATH or file:///PATH"
+                "use s3://BUCKET/PATH, gs://BUCKET/PATH, az://CONTAINER/PATH or file:///PATH"
             )
         self._check_processes()
 

@@ -147,7 +147,8 @@ def find_run(args: Sequence[str], asked: Config, stop: StopSignal, locks: contex
     """
     check_current_directory()
     workdir = None if asked.fresh else find_workdir(asked)
-    copied = stop.run(partial(read_remote_config, asked)) if asked.mirror else None
+    remote = stop.run(partial(open_remote, asked.mirror)) if asked.mirror else None
+    copied = stop.run(partial(read_remote_config, remote, asked)) if remote else None
     dataset = copied.dataset if copied else None
     if workdir is None:
         dataset = dataset or resolve_dataset(asked, stop)
@@ -156,8 +157,8 @@ def find_run(args: Sequence[str], asked: Config, stop: StopSignal, locks: contex
 
     if asked.mirror:
         check_is_elsewhere(asked.mirror, workdir)
-    if copied:
-        stop.run(partial(download_newer, copied, args, asked, workdir))
+    if remote and copied:
+        stop.run(partial(download_newer, remote, copied, args, workdir))
     moved: tuple[Path, Path] | None = None
     if asked.fresh and configs.holds_a_run(workdir):
         check_init_from(configs.absolute_init_from(asked), stop)  # before the run is moved aside for nothing
@@ -230,49 +231,48 @@ def lock_workdir(workdir: Path, asked: Config, stop: StopSignal, locks: contextl
         raise ConfigError(f"{workdir} cannot hold a run ({error}); choose another --workdir") from error
 
 
-def read_remote_config(asked: Config) -> Config | None:
-    """Return the config of the run in the remote copy, None if the copy holds no checkpoint.
-
-    Raises:
-        ConfigError: --mirror names no object store, or what it holds cannot be resumed.
-        RemoteError: the object store does not answer.
-    """
-    url, remote = str(asked.mirror), open_remote(asked)
-    if remote.newest_step() is None:
-        return None
-    if asked.fresh:
-        raise ConfigError(f"{url} holds the copy of a run; with --fresh use another --mirror, or empty it")
-    content = remote.read("config.json", configs.MAX_CONFIG_BYTES)
-    if content is None:
-        raise ConfigError(f"{url} holds checkpoints of a run without its config.json; use another --mirror")
-    return configs.from_bytes(content, f"{url}/config.json")
-
-
-def open_remote(asked: Config) -> "RemoteStore":
-    """Return the object store that --mirror names."""
-    from mnist_jax.checkpoint.remote import RemoteStore  # It imports TensorStore, which only --mirror needs.
+def open_remote(url: str) -> "RemoteStore":
+    """Return the object store that --mirror names; ConfigError if it names none."""
+    from mnist_jax.checkpoint.remote import RemoteStore  # It imports JAX.
 
     try:
-        return RemoteStore(str(asked.mirror))
+        return RemoteStore(url)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
-def download_newer(copied: Config, args: Sequence[str], asked: Config, workdir: Path) -> None:
+def read_remote_config(remote: "RemoteStore", asked: Config) -> Config | None:
+    """Return the config of the run in the remote copy, None if the copy holds no checkpoint.
+
+    Raises:
+        ConfigError: what the object store holds cannot be resumed.
+        RemoteError: it does not answer.
+    """
+    if remote.newest_step() is None:
+        return None
+    if asked.fresh:
+        raise ConfigError(f"{remote.url} holds the copy of a run; with --fresh use another --mirror, or empty it")
+    content = remote.read("config.json", configs.MAX_CONFIG_BYTES)
+    if content is None:
+        raise ConfigError(f"{remote.url} holds checkpoints of a run without its config.json; use another --mirror")
+    return configs.from_bytes(content, f"{remote.url}/config.json")
+
+
+def download_newer(remote: "RemoteStore", copied: Config, args: Sequence[str], workdir: Path) -> None:
     """Download what the remote copy has that is newer than the run directory; all of it if the directory is empty.
 
     Raises:
         ConfigError: it is the copy of another run.
         RemoteError: the object store does not answer.
     """
-    url, path = asked.mirror, workdir / "config.json"
+    path = workdir / "config.json"
     if any(configs.contradictions(copied, apply_flags(args, configs.load(path) if path.exists() else copied))):
-        raise ConfigError(f"{url} holds the copy of a run with other settings; use another --mirror")
-    downloaded = open_remote(asked).download(workdir, files=configs.RECORDS)
+        raise ConfigError(f"{remote.url} holds the copy of a run with other settings; use another --mirror")
+    downloaded = remote.download(workdir, files=configs.RECORDS)
     for step, reason in downloaded.refused.items():
-        print_stderr(f"warning: the remote copy of step {step} in {url} is not used: {reason}")
+        print_stderr(f"warning: the remote copy of step {step} in {remote.url} is not used: {reason}")
     if downloaded.steps:
-        print_stderr(f"downloaded from {url}: the checkpoints of steps {', '.join(map(str, downloaded.steps))}")
+        print_stderr(f"downloaded from {remote.url}: the checkpoints of steps {', '.join(map(str, downloaded.steps))}")
 
 
 def check_init_from(config: Config, stop: StopSignal) -> None:

@@ -4,6 +4,7 @@ import os
 import signal
 
 import jax
+import numpy as np
 import pytest
 
 from mnist_jax.runtime import devices

@@ -36,13 +36,14 @@ OWNERS = {
     "flax": {"training.model", "training.train_state"},
     "jinja2": {"report.__main__"},
     "matplotlib": {"report.figures"},
+    "obstore": {"checkpoint.object_store"},
     "orbax": {"checkpoint.orbax_io"},
     "PIL": {"inference.images", "inference.preprocessing"},
     "safetensors": {"export"},
     "scipy": {"inference.foreground", "inference.parts", "inference.preprocessing"},
     "signal": {"runtime.preemption"},
     "tensorboard": {"records.tensorboard"},
-    "tensorstore": {"checkpoint.orbax_io", "checkpoint.remote"},
+    "tensorstore": {"checkpoint.orbax_io"},
     "tyro": {"cli", "config", "status", "replay", "evaluate", "predict", "export", "demo.__main__", "report.__main__"},
     "waitress": {"demo.__main__"},
 }
@@ -132,7 +133,7 @@ def test_a_usage_error_does_not_wait_for_jax(module):
 def test_the_first_step_does_not_wait_for_what_serves_only_some_runs_or_only_later():
     loaded = loaded_with("training.loop")
     assert "orbax" in loaded
-    assert not {"sklearn", "tensorboard", "tensorflow_datasets"} & loaded
+    assert not {"obstore", "sklearn", "tensorboard", "tensorflow_datasets"} & loaded
 
 
 def test_train_reads_as_a_table_of_contents():

@@ -185,7 +185,7 @@ def test_a_url_is_no_workdir_and_a_mirror_is_a_url() -> None:
     for url in ("bucket/run", "http://host/run", "s3:/bucket", "s3://", ""):
         with pytest.raises(ConfigError, match=f"mirror={url} .*s3://BUCKET/PATH"):
             Config(mirror=url)
-    for scheme in ("s3", "gs", "file"):
+    for scheme in ("s3", "gs", "az", "file"):
         Config(mirror=f"{scheme}:///run")
 
 

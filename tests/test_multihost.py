@@ -62,15 +62,16 @@ def wait_for_another_line(several: Several) -> None:
 # Training
 
 
-def test_interrupted_run_ends_like_an_undisturbed_one(new_run, undisturbed):
-    run = new_run()
-    several = start(run, 2, *ARGS)
+def test_interrupted_run_ends_like_an_undisturbed_one(new_run, undisturbed, tmp_path):
+    run, mirror = new_run(), ("--mirror", (tmp_path / "copy").as_uri())
+    several = start(run, 2, *ARGS, *mirror)
     wait_for_another_line(several)
     several.signal(signal.SIGTERM, 1)
     stopped = check_codes(several, 75)
     assert stopped.fields["signal"] == "SIGTERM"
-    several = start(run, 2, *ARGS, "--checkpoint-every-steps", "10")
     saves = len(run.events("save"))
+    shutil.rmtree(run.workdir)  # It resumes from the remote copy.
+    several = start(run, 2, *ARGS, *mirror, "--checkpoint-every-steps", "10")
     wait_for(several, lambda: len(run.events("save")) > saves)
     several.signal(signal.SIGKILL, 0)
     check_lost(several.end(timeout_s=60)[1], -signal.SIGABRT)  # JAX's client may notice first that its server is gone.

@@ -12,6 +12,7 @@ import sharded
 from sharded import EndedError, Group, HungError
 
 from mnist_jax.checkpoint.checkpoint import list_checkpoints
+from mnist_jax.checkpoint.remote import RemoteStore
 
 HANG_S = 40  # A save takes a quarter of a second, more on a busy machine. What hangs does so for a minute or more.
 
@@ -92,6 +93,17 @@ def test_each_process_hashes_and_writes_its_share(written, step):
     assert max(hashed) < 1.5 * total / 4
     if step == 1:  # Of replicated arrays one device writes.
         assert max(sizes) < 1.6 * sum(sizes) / 4
+
+
+def test_remote_copy_of_a_sharded_checkpoint_is_whole(written, tmp_path):
+    """One process uploads, from the shared directory, what all have written."""
+    checkpoint = next(path for path in written if path.parts[-2:] == ("4x2", "1"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(checkpoint.parent)
+    remote = RemoteStore((tmp_path / "bucket").as_uri())
+    remote.upload(tmp_path / "run", 1, keep=[], files=[])
+    assert remote.download(tmp_path / "other", files=[]).steps == [1]
+    assert sharded.read([str(tmp_path / "other" / "checkpoints" / "1")]) == [[[], {"step": 1}]]
 
 
 def test_leaves_on_different_devices_are_restored(groups, tmp_path):

@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mnist_jax import cli, train
 from mnist_jax import config as configs
+from mnist_jax.checkpoint import object_store
 from mnist_jax.checkpoint import remote as remote_module
 from mnist_jax.config import Config, ConfigError
 from mnist_jax.runtime.preemption import StopSignal
@@ -401,7 +402,7 @@ def test_the_remote_copy_of_another_run_is_not_used(find, remote, tmp_path):
 
 
 def test_an_unreachable_object_store_exits_with_74(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(remote_module, "TRIES", 0)
+    monkeypatch.setattr(object_store, "TRIES", 0)
     with closed_port() as port:
         for name, value in s3_environment(port).items():
             monkeypatch.setenv(name, value)

@@ -8,10 +8,8 @@ copies of the files, under the same names:
     checkpoints/120/manifest.json    written last and deleted first: it commits the copy
 
 An interrupted upload leaves committed copies intact. Its incomplete files never count, and the next upload removes
-them. The store must be consistent (a read returns the last write), as S3 and Google Cloud Storage are, and have one
-writer at a time.
-
-This file needs only `checkpointer.py` and `integrity.py`.
+them. The store must be consistent (a read returns the last write), as S3, Google Cloud Storage and Azure are, and have
+one writer at a time.
 """
 
 import contextlib
@@ -21,32 +19,19 @@ import os
 import re
 import stat
 import time
-from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import urlsplit
-
-import tensorstore as ts
+from typing import NamedTuple
 
 from mnist_jax.checkpoint.checkpoint import list_checkpoints
 from mnist_jax.checkpoint.integrity import MAX_MANIFEST_BYTES, STEP, fsync_path, fsync_tree, remove
+from mnist_jax.checkpoint.object_store import InvalidFileError, ObjectStore, RemoteError, is_plain, one_line
 
 MAX_SMALL_FILE_BYTES = 2**30
-MAX_FILE_BYTES = 2**32  # A file is transferred in one request.
-CONCURRENCY = 4  # requests in flight
-
-# TensorStore retries for 15 minutes by default. Here each retry waits twice as long as the one before, all together at
-# most half of the timeout, so that the user sees the reason and not only that time ran out.
-TRIES = 4  # after the first one
-MAX_FIRST_DELAY_S = 1.0
+MAX_FILE_BYTES = 2**32  # Files are read into memory, `object_store.CONCURRENCY` at a time.
 
 Table = dict[str, tuple[int, str]]  # size and SHA-256 of the files of a checkpoint, by name
-
-
-class RemoteError(Exception):
-    """The object store did not do what it was asked for, or the files to copy are not valid."""
 
 
 class Uploaded(NamedTuple):
@@ -81,26 +66,26 @@ class RemoteStore:
         """Check the URL; nothing is opened yet.
 
         Args:
-            url: `s3://bucket/path`, `gs://bucket/path` or `file:///path`.
-            timeout_s: how long to wait for each answer of the store.
+            url: `s3://bucket/path`, `gs://bucket/path`, `az://container/path` or `file:///path`.
+            timeout_s: how long the store may be silent.
 
         Raises:
             ValueError: the URL is none of these.
         """
-        self.url, self.timeout_s = url, timeout_s
-        self._spec = _spec(url, timeout_s)
+        self.url = url
+        self._store = ObjectStore(url, timeout_s)
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="upload")
         self._uploads: list[tuple[int, Future[Uploaded]]] = []  # step and result of those that `results` did not return
 
     def newest_step(self) -> int | None:
         """Return the step of the newest committed copy, None if there is none."""
         with self._remote_errors("cannot be listed"):
-            return max(_committed(self._open().copies()), default=None)
+            return max(_committed(_list_copies(self._store)), default=None)
 
     def read(self, name: str, max_bytes: int = MAX_SMALL_FILE_BYTES) -> bytes | None:
         """Return the content of a small file, None if it has no copy."""
         with self._remote_errors("cannot be read"):
-            return self._open().read(name, max_bytes)
+            return self._store.read(name, max_bytes)
 
     def upload(self, run: Path, step: int, *, keep: Collection[int], files: Sequence[str]) -> Uploaded:
         """Upload the small files and then a checkpoint of a run, and return when the copy is committed.
@@ -119,17 +104,15 @@ class RemoteStore:
         """
         started = time.monotonic()
         with self._remote_errors(f"the checkpoint of step {step} was not uploaded"):
-            bucket = self._open()
-            copies = bucket.copies()
+            copies = _list_copies(self._store)
             if (newest := max(_committed(copies), default=step)) > step:
-                raise _InvalidError(f"the remote copy of step {newest} is newer")
-            small_files = ((name, _read(run / name, MAX_SMALL_FILE_BYTES)) for name in files)
-            bucket.write((name, content) for name, content in small_files if content is not None)
-            _upload_checkpoint(bucket, run / "checkpoints" / str(step), copies.pop(step, set()))
+                raise InvalidFileError(f"the remote copy of step {newest} is newer")
+            for name in files:
+                if (content := _read(run / name, MAX_SMALL_FILE_BYTES)) is not None:
+                    self._store.write(name, content)
+            _upload_checkpoint(self._store, run / "checkpoints" / str(step), copies.pop(step, set()))
             kept = _committed(copies).intersection(keep)
-            bucket.delete(
-                [f"checkpoints/{old}/{name}" for old, names in copies.items() if old not in kept for name in names]
-            )
+            _delete(self._store, {step: names for step, names in copies.items() if step not in kept})
         return Uploaded(step, time.monotonic() - started)
 
     def begin_upload(self, run: Path, step: int, *, keep: Collection[int], files: Sequence[str]) -> None:
@@ -153,7 +136,7 @@ class RemoteStore:
         error = upload.exception()
         if error is None or isinstance(error, RemoteError):
             return error or upload.result()
-        return RemoteError(f"{self.url}: {type(error).__name__}: {_one_line(error)}")
+        return RemoteError(f"{self.url}: {type(error).__name__}: {one_line(error)}")
 
     @property
     def uploading_steps(self) -> set[int]:
@@ -180,174 +163,47 @@ class RemoteStore:
         checkpoints = run / "checkpoints"
         with self._remote_errors(f"the run cannot be downloaded into {run}"):
             if checkpoints.is_symlink():
-                raise _InvalidError(f"{checkpoints} is a symbolic link")
-            bucket = self._open()
-            copies = bucket.copies()
+                raise InvalidFileError(f"{checkpoints} is a symbolic link")
+            copies = _list_copies(self._store)
             newest_here = max((found.step for found in list_checkpoints(checkpoints)), default=-1)
             newer = sorted((step for step in _committed(copies) if step > newest_here), reverse=True)
             refused: dict[int, str] = {}
             for step in newer:
                 try:
-                    _download_checkpoint(bucket, step, checkpoints)
-                except (_InvalidError, OSError) as error:
-                    refused[step] = _one_line(error)
+                    _download_checkpoint(self._store, step, checkpoints)
+                except (InvalidFileError, OSError) as error:
+                    refused[step] = one_line(error)
             downloaded = sorted(set(newer) - set(refused))
             if refused and not downloaded and newest_here < 0:
-                raise _InvalidError("; ".join(f"step {step}: {refused[step]}" for step in sorted(refused)))
+                raise InvalidFileError("; ".join(f"step {step}: {refused[step]}" for step in sorted(refused)))
             if downloaded:
-                _download_small_files(bucket, run, files)
+                _download_small_files(self._store, run, files)
             for step in downloaded:
                 (checkpoints / f"{step}.unfinished").rename(checkpoints / str(step))
                 fsync_path(checkpoints)
         return Downloaded(downloaded, refused)
-
-    def _open(self) -> "_Bucket":
-        """Open the store for one operation.
-
-        Requests that a silent server never answers stay in TensorStore's queue. In a store that stays open,
-        `CONCURRENCY` of them would block all later ones.
-        """
-        return _Bucket(self.url, self._spec, self.timeout_s)
 
     @contextlib.contextmanager
     def _remote_errors(self, what: str) -> Iterator[None]:
         """Raise RemoteError for invalid files and errors of the disk."""
         try:
             yield
-        except (_InvalidError, OSError) as error:
-            raise RemoteError(f"{self.url}: {what}: {_one_line(error)}") from None
+        except (InvalidFileError, OSError) as error:
+            raise RemoteError(f"{self.url}: {what}: {one_line(error)}") from None
 
 
-class _InvalidError(Exception):
-    """A file, a checkpoint or a copy is missing or not valid."""
-
-
-# ---- The object store -----------------------------------------------------------------------------------------------
-
+# ---- Copies ---------------------------------------------------------------------------------------------------------
 
 _COPIED_FILE = re.compile(rf"checkpoints/({STEP.pattern})/(manifest\.json|(state|run)/.+)")
-_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
 
 
-def _spec(url: str, timeout_s: float) -> dict[str, Any]:
-    """Return the specification of a store for TensorStore. Raises ValueError if the URL is not supported."""
-    try:
-        parts = urlsplit(url)
-        if "@" in parts.netloc or "?" in url or "#" in url or not url.isprintable():
-            raise ValueError("only a bucket and a path are allowed")
-        if parts.scheme not in ("s3", "gs", "file"):
-            raise ValueError("unknown scheme")
-        spec = ts.KvStore.Spec(url).to_json()
-    except ValueError as error:
-        shown = re.sub(r"//[^/]*@", "//", re.split(r"[?#]", url)[0])  # The rest may be a password.
-        reason = str(error).rsplit('": ')[-1]
-        raise ValueError(
-            f"{shown!r} cannot hold a remote copy: {reason}; use s3://bucket/path, gs://bucket/path or file:///path"
-        ) from None
-    if spec.get("path"):
-        spec["path"] = spec["path"].rstrip("/") + "/"
-    driver = spec["driver"]
-    if driver == "file":
-        return spec
-    first_delay_ms = int(1000 * min(MAX_FIRST_DELAY_S, timeout_s / 2 ** (TRIES + 1)))
-    spec[f"{driver}_request_concurrency"] = {"limit": CONCURRENCY}
-    spec[f"{driver}_request_retries"] = {
-        "max_retries": TRIES,
-        "initial_delay": f"{first_delay_ms}ms",
-        "max_delay": f"{first_delay_ms * 2**TRIES}ms",
-    }
-    if driver == "s3":
-        variable = os.environ.get
-        if endpoint := variable("AWS_ENDPOINT_URL_S3") or variable("AWS_ENDPOINT_URL"):
-            spec["endpoint"] = endpoint.rstrip("/")
-            # Amazon's own servers know the region of a bucket.
-            if region := variable("AWS_REGION") or variable("AWS_DEFAULT_REGION"):
-                spec["aws_region"] = region
-        if variable("AWS_ACCESS_KEY_ID") and variable("AWS_SECRET_ACCESS_KEY"):
-            # The default chain finds the same, and first prints on standard error which files do not exist.
-            spec["aws_credentials"] = {"type": "environment"}
-    return spec
-
-
-class _Bucket:
-    """The open store. Every method may raise RemoteError, and _InvalidError for a file that is not as it should be."""
-
-    def __init__(self, url: str, spec: Mapping[str, Any], timeout_s: float) -> None:
-        self._url, self._timeout_s = url, timeout_s
-        self._store = self._result("cannot be opened", ts.KvStore.open(dict(spec)))
-
-    def copies(self) -> dict[int, set[str]]:
-        """Return the files of each copy, complete or not. Other names belong to others and are ignored."""
-        checkpoints = ts.KvStore.KeyRange("checkpoints/", "checkpoints0")
-        copies: dict[int, set[str]] = {}
-        for key in self._result("cannot be listed", self._store.list(checkpoints)):
-            match = _COPIED_FILE.fullmatch(key.decode(errors="replace"))
-            if match and _is_plain(match[2]):
-                copies.setdefault(int(match[1]), set()).add(match[2])
-        return copies
-
-    def read(self, name: str, max_bytes: int) -> bytes | None:
-        """Return the content of a file, None if it does not exist."""
-        what = f"{name} cannot be read"
-        is_larger = False
-        with contextlib.suppress(RemoteError, _InvalidError):  # A read beyond the end of a file is an error.
-            beyond = self._store.read(name, byte_range=slice(max_bytes, max_bytes + 1))
-            is_larger = bool(self._result(what, beyond).value)
-        if is_larger:
-            raise _InvalidError(f"{name} has more than {max_bytes:,} bytes")
-        result = self._result(what, self._store.read(name))
-        return None if result.state == "missing" else result.value
-
-    def read_all(self, directory: str, table: Table) -> Iterator[tuple[str, bytes]]:
-        """Return names and contents of files, no more of each than its size."""
-        reads = (
-            (name, self._store.read(f"{directory}/{name}", byte_range=slice(0, size)))
-            for name, (size, _) in table.items()
-        )
-        for name, result in self._in_order("cannot be read", reads):
-            yield name, result.value
-
-    def write(self, contents: Iterable[tuple[str, bytes | None]]) -> None:
-        """Write files, or delete those whose content is None. A few at a time are in memory."""
-        writes = ((name, self._store.write(name, content)) for name, content in contents)
-        for _ in self._in_order("cannot be written", writes):
-            pass
-
-    def delete(self, names: Collection[str]) -> None:
-        """Delete files that exist, manifests first."""
-        for are_manifests in (True, False):
-            self.write((name, None) for name in names if name.endswith("/manifest.json") == are_manifests)
-
-    def _in_order(self, what: str, requests: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-        """Return names and results of requests, with `CONCURRENCY` of them in flight."""
-        in_flight: deque[tuple[str, Any]] = deque()
-        try:
-            for request in requests:
-                in_flight.append(request)
-                if len(in_flight) == CONCURRENCY:
-                    name, future = in_flight.popleft()
-                    yield name, self._result(f"{name} {what}", future)
-            while in_flight:
-                name, future = in_flight.popleft()
-                yield name, self._result(f"{name} {what}", future)
-        finally:
-            for _, future in in_flight:
-                future.cancel()
-
-    def _result(self, what: str, future: Any) -> Any:
-        """Return the result of a request if it comes in time."""
-        try:
-            return future.result(timeout=self._timeout_s)
-        except TimeoutError:
-            future.cancel()
-            reason = f"no answer in {self._timeout_s:g} s"
-        except Exception as error:  # TensorStore documents no set of exceptions.
-            reason = _one_line(error)
-        if reason.startswith("OUT_OF_RANGE"):  # The file is shorter than the manifest says.
-            raise _InvalidError(f"{what}: {reason}")
-        if reason.startswith(("PERMISSION_DENIED", "UNAUTHENTICATED")):
-            reason += "; check the credentials and their permissions"
-        raise RemoteError(f"{self._url}: {what}: {reason}")
+def _list_copies(store: ObjectStore) -> dict[int, set[str]]:
+    """Return the files of each copy, complete or not. Other names belong to others and are ignored."""
+    copies: dict[int, set[str]] = {}
+    for match in filter(None, map(_COPIED_FILE.fullmatch, store.list("checkpoints"))):
+        if is_plain(match[2]):
+            copies.setdefault(int(match[1]), set()).add(match[2])
+    return copies
 
 
 def _committed(copies: Mapping[int, Collection[str]]) -> set[int]:
@@ -355,48 +211,56 @@ def _committed(copies: Mapping[int, Collection[str]]) -> set[int]:
     return {step for step, names in copies.items() if "manifest.json" in names}
 
 
-# ---- Copies ---------------------------------------------------------------------------------------------------------
-
-
-def _upload_checkpoint(bucket: _Bucket, checkpoint: Path, remote_files: set[str]) -> None:
+def _upload_checkpoint(store: ObjectStore, checkpoint: Path, remote_files: set[str]) -> None:
     """Upload a checkpoint, its manifest last, unless an identical copy exists."""
-    directory = f"checkpoints/{checkpoint.name}"
-    manifest = _read(checkpoint / "manifest.json", MAX_MANIFEST_BYTES)
+    step, directory = int(checkpoint.name), f"checkpoints/{checkpoint.name}"
+    manifest = _read(checkpoint / "manifest.json", MAX_MANIFEST_BYTES) or b""
     table = _parse_manifest(manifest)
-    for name, entry in table.items():  # A corrupt checkpoint must not replace a copy.
-        _verify(name, _read(checkpoint / name, entry[0]), entry)
+
+    def read(name: str) -> bytes:
+        return _verify(name, _read(checkpoint / name, table[name][0]), table[name])
+
+    for name in table:  # A corrupt checkpoint must not replace a copy.
+        read(name)
     is_complete = remote_files >= {*table, "manifest.json"}
-    if not (is_complete and bucket.read(f"{directory}/manifest.json", MAX_MANIFEST_BYTES) == manifest):
-        bucket.delete([f"{directory}/{name}" for name in remote_files & {"manifest.json"}])
-        bucket.write(
-            (f"{directory}/{name}", _verify(name, _read(checkpoint / name, entry[0]), entry))
-            for name, entry in table.items()
-        )
-        bucket.write([(f"{directory}/manifest.json", manifest)])
-    bucket.delete([f"{directory}/{name}" for name in remote_files - {*table, "manifest.json"}])
+    if not (is_complete and store.read(f"{directory}/manifest.json", MAX_MANIFEST_BYTES) == manifest):
+        _delete(store, {step: remote_files & {"manifest.json"}})
+        store.each(lambda name: store.write(f"{directory}/{name}", read(name)), table)
+        store.write(f"{directory}/manifest.json", manifest)
+    _delete(store, {step: remote_files - {*table, "manifest.json"}})
 
 
-def _download_checkpoint(bucket: _Bucket, step: int, checkpoints: Path) -> None:
+def _delete(store: ObjectStore, copies: Mapping[int, Collection[str]]) -> None:
+    """Delete files of copies, manifests first."""
+    names = [f"checkpoints/{step}/{name}" for step, names in copies.items() for name in names]
+    for are_manifests in (True, False):
+        store.each(store.delete, [name for name in names if name.endswith("/manifest.json") == are_manifests])
+
+
+def _download_checkpoint(store: ObjectStore, step: int, checkpoints: Path) -> None:
     """Download a copy to the directory `<step>.unfinished`."""
     directory, unfinished = f"checkpoints/{step}", checkpoints / f"{step}.unfinished"
-    manifest = bucket.read(f"{directory}/manifest.json", MAX_MANIFEST_BYTES)
+    manifest = store.read(f"{directory}/manifest.json", MAX_MANIFEST_BYTES) or b""
     table = _parse_manifest(manifest)
+
+    def download(name: str) -> None:
+        _write(unfinished / name, _verify(name, store.read(f"{directory}/{name}", table[name][0]), table[name]))
+
     remove(unfinished)
     try:
         unfinished.mkdir(parents=True)
-        for name, content in bucket.read_all(directory, table):
-            _write(unfinished / name, _verify(name, content, table[name]))
-        _write(unfinished / "manifest.json", manifest or b"")
+        store.each(download, table)
+        _write(unfinished / "manifest.json", manifest)
         fsync_tree(unfinished)
     except BaseException:
         remove(unfinished)
         raise
 
 
-def _download_small_files(bucket: _Bucket, run: Path, names: Sequence[str]) -> None:
+def _download_small_files(store: ObjectStore, run: Path, names: Sequence[str]) -> None:
     """Download the small files, each under its name when it is complete."""
     for name in names:
-        content = bucket.read(name, MAX_SMALL_FILE_BYTES)
+        content = store.read(name, MAX_SMALL_FILE_BYTES)
         if content is not None:
             partial = run / f"{name}.partial"
             remove(partial)
@@ -406,31 +270,26 @@ def _download_small_files(bucket: _Bucket, run: Path, names: Sequence[str]) -> N
     fsync_path(run)
 
 
-def _parse_manifest(manifest: bytes | None) -> Table:
+def _parse_manifest(manifest: bytes) -> Table:
     """Return the table of files of a manifest."""
     try:
-        rows = json.loads(manifest or b"")["files"]
+        rows = json.loads(manifest)["files"]
         table = {name: (row["bytes"], row["sha256"]) for name, row in rows.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise _InvalidError("manifest.json is missing or cannot be parsed") from None
+        raise InvalidFileError("manifest.json is missing or cannot be parsed") from None
     for name, (size, sha256) in table.items():
-        if not (name.startswith(("state/", "run/")) and _is_plain(name)):
-            raise _InvalidError(f"manifest.json lists {name[:200]!r}, which no checkpoint has")
+        if not (name.startswith(("state/", "run/")) and is_plain(name)):
+            raise InvalidFileError(f"manifest.json lists {name[:200]!r}, which no checkpoint has")
         if not (type(size) is int and 0 <= size <= MAX_FILE_BYTES and isinstance(sha256, str)):
-            raise _InvalidError(f"manifest.json has an invalid size or SHA-256 of {name}")
+            raise InvalidFileError(f"manifest.json has an invalid size or SHA-256 of {name}")
     return table
 
 
 def _verify(name: str, content: bytes | None, entry: tuple[int, str]) -> bytes:
     """Return the content of a file if it has the size and the SHA-256 of its manifest."""
     if content is None or (len(content), hashlib.sha256(content).hexdigest()) != entry:
-        raise _InvalidError(f"{name} is missing or corrupt")
+        raise InvalidFileError(f"{name} is missing or corrupt")
     return content
-
-
-def _is_plain(name: str) -> bool:
-    """Return whether a name with slashes stays inside the directory that it is relative to."""
-    return name.isprintable() and "\\" not in name and not {"", ".", ".."} & set(name.split("/"))
 
 
 def _read(path: Path, max_bytes: int) -> bytes | None:
@@ -441,10 +300,10 @@ def _read(path: Path, max_bytes: int) -> bytes | None:
         return None
     with open(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise _InvalidError(f"{path} is not a regular file")
+            raise InvalidFileError(f"{path} is not a regular file")
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
-        raise _InvalidError(f"{path} has more than {max_bytes:,} bytes")
+        raise InvalidFileError(f"{path} has more than {max_bytes:,} bytes")
     return content
 
 
@@ -453,12 +312,3 @@ def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("xb") as file:
         file.write(content)
-
-
-def _one_line(error: object) -> str:
-    """Return an error message in one line, without secrets and without the details that TensorStore appends."""
-    text = re.split(r" \[[\w-]+='", " ".join(str(error).split()))[0]
-    for secret in filter(None, map(os.environ.get, _SECRETS)):
-        text = text.replace(secret, "(secret)")
-    text = re.sub(r"//[^/@\s]*@", "//", text)
-    return "".join(letter if letter.isprintable() else "?" for letter in text)[:1000]

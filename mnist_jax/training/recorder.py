@@ -12,7 +12,7 @@ from mnist_jax import config as configs
 from mnist_jax.checkpoint.checkpointer import Checkpointer
 from mnist_jax.checkpoint.directory import StorageWarning
 from mnist_jax.checkpoint.integrity import CheckpointError, InvalidStateError, ReadError, SaveError
-from mnist_jax.checkpoint.remote import RemoteError
+from mnist_jax.checkpoint.object_store import RemoteError
 from mnist_jax.config import Config
 from mnist_jax.console import Terminal
 from mnist_jax.records.metrics import EventLog, MetricWriter

@@ -4,7 +4,8 @@ import time
 from pathlib import Path
 
 from mnist_jax.checkpoint.checkpointer import Checkpointer
-from mnist_jax.checkpoint.remote import RemoteError, RemoteStore
+from mnist_jax.checkpoint.object_store import RemoteError
+from mnist_jax.checkpoint.remote import RemoteStore
 from mnist_jax.config import RECORDS
 from mnist_jax.records.metrics import EventLog
 from mnist_jax.runtime.preemption import StopSignal
