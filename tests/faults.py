@@ -462,7 +462,7 @@ def signal_in(phase: str, number: int) -> None:
     match phase:
         case "the loading of the data":
             before(data, "load", send)
-            before(data, "_unpack", send)  # where `begin_to_load` starts
+            before(data, "_read_registered", send)  # where `begin_to_load` starts
         case "the compilation":
             before(trainer.Trainer, "compile", send)
         case "an evaluation":

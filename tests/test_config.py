@@ -77,8 +77,10 @@ PATH_FLAGS = [
         (command, "workdir", ["PATH"])
         for command in ("evaluate", "replay", "status", "demo.__main__", "report.__main__")
     ),
-    ("evaluate", "data_dir", ["run", "--data-dir", "PATH"]),
-    ("report.__main__", "data_dir", ["run", "--data-dir", "PATH"]),
+    *(
+        (command, "data_dir", ["run", "--data-dir", "PATH"])
+        for command in ("evaluate", "demo.__main__", "report.__main__")
+    ),
     ("report.__main__", "others", ["run", "PATH"]),
     ("report.__main__", "out", ["run", "--out", "PATH"]),
     ("predict", "workdir", ["PATH", "image"]),

@@ -84,7 +84,7 @@ def test_files_exist(page):
     modules = re.findall(r"`([a-z_/]+\.py)`", text)
     roots = README.parent, README.parent / "mnist_jax"
     assert all(any((root / module).is_file() for root in roots) for module in modules)
-    assert all((README.parent / script).is_file() for script in re.findall(r"scripts/[a-z.]+[a-z]", text))
+    assert all((README.parent / script).is_file() for script in re.findall(r"scripts/[a-z.-]+[a-z]", text))
 
 
 def test_exit_codes_are_in_the_table():
