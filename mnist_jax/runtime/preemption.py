@@ -69,9 +69,8 @@ class StopSignal:
     parent process blocked are unblocked; SIGINT and SIGHUP stay ignored if they are, as in a background job or under
     `nohup`. The end of the block restores handlers and mask.
 
-    Any thread may call `request`, as `notices.py` does for the notice of a cloud. The signal that the cloud sends some
-    seconds later belongs to the same wish: after a request that is no signal, the first signal is not yet a second
-    request.
+    Any thread may call `request`, as `notices.py` does at the notice of a cloud. The signal that the cloud sends some
+    seconds later belongs to the same request: only the second signal is a second request.
     """
 
     def __init__(self, *, exit_at_second: bool = True) -> None:
