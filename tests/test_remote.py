@@ -742,6 +742,7 @@ def test_secrets_are_not_printed(run, monkeypatch):
 
 
 def test_signature_in_a_url_is_not_printed(monkeypatch):
+    """obstore omits such a URL from its messages."""
     with answering_server() as (port, answer):
         answer.status = 400
         for name, value in azure_environment(port).items():

@@ -23,7 +23,7 @@ T = TypeVar("T")
 Json = dict[str, Any]
 
 CONCURRENCY = 4  # requests in flight
-PART_BYTES = 2**25  # A larger file is uploaded in parts of this size, each with its own time limit.
+PART_BYTES = 2**23  # A larger file is uploaded in parts of this size, each with its own time limit.
 TRIES = 4  # after the first one
 MAX_REQUEST_S = 600.0  # for a download that never pauses for `timeout_s`
 
@@ -159,7 +159,7 @@ def one_line(error: object) -> str:
     for name, value in os.environ.items():
         if _SECRETS.fullmatch(name) and value:
             text = text.replace(value, "(secret)")
-    text = re.sub(r"(?<=://)[^/@\s]*@|(?<=\S)\?\S*", "", text)  # The query of a URL may hold a signature.
+    text = re.sub(r"//[^/@\s]*@", "//", text)
     return "".join(letter if letter.isprintable() else "?" for letter in text)[:1000]
 
 
