@@ -63,8 +63,9 @@ def wait_for_another_line(several: Several) -> None:
 
 
 def test_interrupted_run_ends_like_an_undisturbed_one(new_run, undisturbed):
+    """The state of this run is split over the processes, which changes no bit on CPUs."""
     run = new_run()
-    several = start(run, 2, *ARGS)
+    several = start(run, 2, *ARGS, "--fsdp", "2")
     wait_for_another_line(several)
     several.signal(signal.SIGTERM, 1)
     stopped = check_codes(several, 75)
