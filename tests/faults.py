@@ -398,6 +398,43 @@ def slow_saves() -> None:
     before(integrity, "remove", lambda path: time.sleep(0.3 * (path.parent.name == "removed")))
 
 
+def kill_in_large_save(campaign: Campaign, megabytes: int) -> list[Result]:
+    """Kill one of two processes in the save of a large state that is split over them, and restore the one before."""
+    from sharded import EndedError, Group
+
+    folder = tempfile.mkdtemp(dir=campaign.root)
+    first, second = Group(2, 1), None
+    try:
+        print_costs("save", first.call("save_large", directory=folder, megabytes=megabytes, timeout_s=600))
+        first.send("start_endless_save", where="describe_file", who=1)  # Its shards are written then.
+        assert {first.answer(1), first.answer(1, timeout_s=600)} == {None, "describe_file"}
+        first.answer(0)
+        unfinished = sum(path.stat().st_size for path in Path(folder).rglob("*") if UNFINISHED in str(path))
+        assert unfinished > megabytes * 10**6 / 2, unfinished
+        first.kill(1)
+        with suppress(EndedError):  # JAX may end a process that has lost another.
+            assert first.call_one(0, "wait_for_save", timeout_s=900) == ["SaveError"]
+        first.close()
+        second = Group(2, 1)
+        costs = second.call("restore_large", directory=folder, megabytes=megabytes, timeout_s=600)
+        print_costs("restore", costs)
+        left = os.listdir(folder)
+    finally:
+        first.close()
+        if second is not None:
+            second.close()
+        shutil.rmtree(folder)
+    assert left == ["1"], left
+    is_good = all(cost["step"] == 1 and not cost["wrong leaves"] for cost in costs)
+    return [Result(DETECTED if is_good else WRONG, lost_steps=1)]
+
+
+def print_costs(what: str, costs: list[dict[str, float]]) -> None:
+    """Print a line for each figure, with the value of each process."""
+    for name in costs[0]:
+        print(f"{what}: {name}: {', '.join(f'{cost[name]:.4g}' for cost in costs)}", flush=True)
+
+
 # ---- Signals --------------------------------------------------------------------------------------------------------
 
 PHASES = (
@@ -770,6 +807,7 @@ def table(campaign: Campaign, n: int) -> dict[str, list[Job]]:
         "SIGKILL at any moment": kill(kill_anywhere, kills - 2 * kills // 5),
         "SIGKILL in a save": kill(kill_in_save, 2 * kills // 5),
         "SIGKILL of one of two in a save": kill(kill_one_of_two, kills_of_two),
+        "SIGKILL in a save of 1 GB": [partial(kill_in_large_save, campaign, 1000)],
         **{
             f"signal in {phase}": [partial(stop_in, campaign, phase, number) for number in STOP_SIGNALS * rounds]
             for phase in PHASES

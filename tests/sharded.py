@@ -3,7 +3,9 @@
 import contextlib
 import errno
 import faulthandler
+import json
 import logging
+import math
 import multiprocessing
 import os
 import resource
@@ -12,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from functools import cache
+from functools import cache, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -319,6 +321,12 @@ def stop_in_save(directory: str, where: str, who: int) -> None:
     _checkpointer.close()
     open_checkpointer(directory, timeout_s=5)
 
+    start_endless_save(where, who)
+
+
+def start_endless_save(where: str, who: int) -> None:
+    """Start to save step 2. One process stops for ever in a function and says so."""
+
     def stay(*_: Any, **__: Any) -> None:
         _connection.send((where, None))
         time.sleep(600)
@@ -332,6 +340,88 @@ def wait_for_save() -> list[str]:
     """Wait for the save, and return the types of the results."""
     _checkpointer.wait()
     return [type(result).__name__ for result in _checkpointer.results()]
+
+
+# ---- A large state --------------------------------------------------------------------------------------------------
+
+LARGE_LEAVES = 16
+
+
+def large_spec(megabytes: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the leaves of a state of this size, split over all devices."""
+    sharding = NamedSharding(make_mesh("line"), P("fsdp"))
+    rows = megabytes * 10**6 // (4096 * LARGE_LEAVES) // 8 * 8
+    leaf = jax.ShapeDtypeStruct((rows, 1024), np.float32, sharding=sharding)
+    return {f"leaf{number}": leaf for number in range(LARGE_LEAVES)}
+
+
+def _large_part(name: str, leaf: Any, index: Any) -> np.ndarray:
+    """Return a shard of a leaf, which depends on its name and place only."""
+    rows = index[0].indices(leaf.shape[0])
+    generator = np.random.default_rng([*name.encode(), rows[0]])
+    return generator.random((rows[1] - rows[0], leaf.shape[1]), np.float32)
+
+
+def save_large(directory: str, megabytes: int) -> dict[str, float]:
+    """Make a large state and save it; return what that cost this process."""
+    global _checkpointer, _state
+    _checkpointer = Checkpointer(directory, timeout_s=60)
+    _state = {
+        name: jax.make_array_from_callback(leaf.shape, leaf.sharding, partial(_large_part, name, leaf))
+        for name, leaf in large_spec(megabytes).items()
+    }
+    _checkpointer.prepare(_state)
+    before_mb, started_s = _peak_mb(), time.monotonic()
+    _checkpointer.save(1, _state)
+    waited_s = time.monotonic() - started_s
+    assert "SaveError" not in wait_for_save()
+    seconds = time.monotonic() - started_s
+    hashed = json.loads(Path(directory, "1", "state", f"hashes.{jax.process_index()}.json").read_text())
+    return {
+        "wait of the main thread, s": waited_s,
+        "time to commit, s": seconds,
+        "hashed leaves, MB": hashed_bytes(hashed["leaves"]) / 1e6,
+        "hashed files, MB": sum(row["bytes"] for row in hashed["files"].values()) / 1e6,
+        "peak memory before, MB": before_mb,
+        "peak memory, MB": _peak_mb(),
+    }
+
+
+def hashed_bytes(leaves: dict[str, Any]) -> float:
+    """Return how many bytes of the leaves a process hashed or sent, from what it wrote."""
+    return sum(
+        row["itemsize"] * math.prod(row["raw_shape"]) / math.prod(row["counts"]) * len(row["chunks"])
+        + sum(len(piece["bytes"]) * 3 / 4 for piece in row["pieces"])
+        for row in leaves.values()
+    )
+
+
+def _peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6  # Linux counts in kibibytes.
+
+
+def restore_large(directory: str, megabytes: int) -> dict[str, float]:
+    """Restore the large state; return what that cost, and the number of leaves with wrong values."""
+    like, started_s = large_spec(megabytes), time.monotonic()
+    if jax.process_index() == 0:
+        checkpointer = Checkpointer(directory)
+        restored = checkpointer.restore(like)
+        assert restored is not None
+        state, step = restored.state, restored.step
+        checkpointer.close()
+    else:
+        state, step = Checkpoint(Path(directory, "1")).read(like)[0], 1
+    seconds, peak_mb = time.monotonic() - started_s, _peak_mb()
+    wrong = [
+        name
+        for name, leaf in state.items()
+        for shard in leaf.addressable_shards
+        if not np.array_equal(shard.data, _large_part(name, leaf, shard.index))
+    ]
+    return {"step": step, "time to restore, s": seconds, "peak memory, MB": peak_mb, "wrong leaves": len(wrong)}
+
+
+# ---- Training and saves ---------------------------------------------------------------------------------------------
 
 
 def compiled_by_a_save(directory: str) -> list[str]:

@@ -63,8 +63,9 @@ def wait_for_another_line(several: Several) -> None:
 
 
 def test_interrupted_run_ends_like_an_undisturbed_one(new_run, undisturbed, tmp_path):
+    """The state of this run is split over the processes, which changes no bit on CPUs."""
     run, mirror = new_run(), ("--mirror", (tmp_path / "copy").as_uri())
-    several = start(run, 2, *ARGS, *mirror)
+    several = start(run, 2, *ARGS, *mirror, "--fsdp", "2")
     wait_for_another_line(several)
     several.signal(signal.SIGTERM, 1)
     stopped = check_codes(several, 75)
