@@ -23,7 +23,7 @@ T = TypeVar("T")
 Json = dict[str, Any]
 
 CONCURRENCY = 4  # requests in flight
-PART_BYTES = 2**23  # A larger file is uploaded in parts of this size, each with its own time limit.
+PART_BYTES = 2**23  # A file of more than four is uploaded in such parts, each with its own time limit.
 TRIES = 4  # after the first one
 MAX_REQUEST_S = 600.0  # for a download that never pauses for `timeout_s`
 
@@ -86,7 +86,9 @@ class ObjectStore:
     def write(self, name: str, content: bytes) -> None:
         """Write a file. It appears when it is complete."""
         with self._remote_errors(f"{name} cannot be written"):
-            self._client.put(self._prefix + name, content, chunk_size=PART_BYTES, max_concurrency=CONCURRENCY)
+            is_large = len(content) > 4 * PART_BYTES
+            parts: Json = {"use_multipart": is_large, "chunk_size": PART_BYTES, "max_concurrency": CONCURRENCY}
+            self._client.put(self._prefix + name, content, **parts)
             if self._service is None:  # obstore does not fsync, and a manifest must not be durable before its files.
                 fsync_path(Path("/", self._prefix, name))
                 fsync_path(Path("/", self._prefix, name).parent)
