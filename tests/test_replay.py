@@ -169,8 +169,8 @@ def test_other_data_is_usage_error(finished, monkeypatch, capsys):
 def test_changed_software_is_a_warning(finished, monkeypatch, capsys):
     describe = replay.compatibility.describe_environment
 
-    def describe_another():
-        environment = describe()
+    def describe_another(**options):
+        environment = describe(**options)
         return {**environment, "software": {**environment["software"], "jax": "0.0.1"}}
 
     monkeypatch.setattr(replay.compatibility, "describe_environment", describe_another)
