@@ -54,7 +54,7 @@ def split_over_fsdp(tree: Any, mesh: Mesh) -> Any:
     """Return the shardings of the leaves of a train state, a tree of `NamedSharding`.
 
     A leaf is split along its longest dimension that the size of the axis "fsdp" divides. Scalars and leaves without
-    such a dimension are replicated: they are small, and padding would store and send what nobody needs. With `fsdp=1`
+    such a dimension are replicated: they are small, and padding would be stored and sent too. With `fsdp=1`
     all leaves are replicated.
     """
     parts = mesh.shape[FSDP_AXIS]
