@@ -12,7 +12,7 @@ COMMANDS = {
     "train": "Train a classifier, or resume a run.",
     "status": "List a run's checkpoints and history, and what the next start would do.",
     "evaluate": "Evaluate a run's classifier on all test images.",
-    "predict": "Predict the digits in PNG or JPEG images.",
+    "predict": "Predict the digits in pictures.",
     "demo": "Serve a local page to draw digits on.",
     "report": "Write a run's report as one HTML page.",
     "export": "Write a run's weights as safetensors, or its program as StableHLO.",
