@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,6 +26,7 @@ print(jax.device_count(), device.device_kind, *device.client.platform_version.sp
 """
 
 
+@cache
 def has_gpu() -> bool:
     """Return whether JAX has an accelerator. Uses another process, because this one must not initialize JAX."""
     script = "import jax; print(jax.default_backend())"
@@ -59,13 +61,12 @@ def trainings(bench: Bench) -> Iterator[Row]:
     with TemporaryDirectory(dir=bench.folder) as folder:
         whole = [Path(folder, name) for name in ("cold", "first", "second")]
         results = [train(bench, workdir) for workdir in whole]
-        moments = {"compile": 0.0, "train": 0.0, "early": 0.2}
         stops_s = []
-        for name, after_s in moments.items():
-            workdir = Path(folder, f"stopped-{name}")
+        for phase, after_s in (("compile", 0.0), ("train", 0.0), ("train", 0.2)):
+            workdir = Path(folder, f"stopped-{phase}-{after_s}")
             with bench.start(workdir, *bench.length_flags, environment=bench.environment) as process:
-                wait_for_phase("compile" if name == "compile" else "train", workdir, process)
-                time.sleep(after_s)
+                wait_for_phase(phase, workdir, process)
+                time.sleep(after_s)  # The last stop comes in the middle of the updates.
                 signal_s = process.stop()
                 stops_s.append(process.wait().end_s - signal_s)
             results.append(train(bench, workdir))
@@ -125,7 +126,9 @@ def memory(bench: Bench) -> Iterator[Row]:
         ) as training:
             wait_for_phase("train", workdir, training)
             while not any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):
-                time.sleep(0.05)
+                if training.has_exited:
+                    raise training.error("exited before its first checkpoint")
+                time.sleep(0.05)  # Polling faster would slow down what is measured.
             training_mb = used_mb(bench)
             yield Row(what="memory of the device: train", unit="MB", ours=[training_mb - before_mb])
             for command in ("evaluate", "status", "report"):
@@ -133,7 +136,7 @@ def memory(bench: Bench) -> Iterator[Row]:
                     most_mb = training_mb
                     while not process.has_exited:
                         most_mb = max(most_mb, used_mb(bench))
-                        time.sleep(0.05)
+                        time.sleep(0.05)  # between two samples
                     process.wait()
                 yield Row(what=f"more of it beside the training: {command}", unit="MB", ours=[most_mb - training_mb])
             training.stop()

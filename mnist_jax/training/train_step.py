@@ -73,7 +73,8 @@ def train_steps(
             variables["params"], variables["batch_stats"], images, labels, dropout_key
         )
         # The results are complete on each device before it takes the parts that its part of the state needs. Otherwise
-        # XLA would split the convolutions and normalizations too: 12 more messages in cnn, 30 in cnn-large, other bits.
+        # XLA would split the convolutions and normalizations too: different bits, 12 more messages in cnn, 30 in
+        # cnn-large.
         gradients, batch_stats = jax.lax.with_sharding_constraint((gradients, batch_stats), on_all)
         gradients = jax.lax.with_sharding_constraint(gradients, devices.split_over_fsdp(gradients, mesh))
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
