@@ -15,7 +15,10 @@ from multiprocessing.context import ForkServerProcess
 from subprocess import TimeoutExpired
 
 # Variables that may differ from the environment of the server, because nothing reads them before `main`.
-READ_LATE = {"HOME", "XDG_CACHE_HOME", "http_proxy", "https_proxy", "XLA_FLAGS", "PJRT_NPROC", "NPROC", "TMPDIR"}
+READ_LATE = {
+    *("HOME", "XDG_CACHE_HOME", "http_proxy", "https_proxy", "grpc_proxy", "TMPDIR", "MPLBACKEND"),
+    *("XLA_FLAGS", "XLA_PYTHON_CLIENT_PREALLOCATE", "PJRT_NPROC", "NPROC"),
+}
 # Modules that the command may need.
 PRELOADED = [
     *("mnist_jax.train", "mnist_jax.training.loop"),
