@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 from hypothesis import settings
-from runs import Run
+from runs import DIGITS, Run
 
 from mnist_jax.config import MATHEMATICS
 
@@ -50,9 +50,7 @@ def environment(tmp_path_factory, shared_folder) -> dict[str, str]:
     programs, made = home / "mnist_jax", shared_folder / "programs"
     with FileLock(shared_folder / "programs.lock"):
         if not made.exists():
-            variables = _isolated(home)
-            make_reference(shared_folder / "reference", variables, *REFERENCE)
-            Run(home / "digits", variables).finish("--dataset", "digits", "--steps", "3")
+            Run(home / "digits", _isolated(home)).finish(*DIGITS, "--steps", "3")
             shutil.copytree(programs, made)
     shutil.copytree(made, programs, dirs_exist_ok=True)
     return _isolated(home)

@@ -39,7 +39,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
-from runs import Ended, Process, Run, end
+from runs import DIGITS, Ended, Process, Run, end
 from several import Several, free_port
 
 from mnist_jax.runtime.preemption import STOP_SIGNALS
@@ -106,7 +106,7 @@ class Campaign:
         return (ended.fields["state_sha256"], run.metrics()) == (sha256, whole.metrics())
 
 
-def prepare(root: Path, environment: dict[str, str], data: tuple[str, str] = ("--dataset", "digits")) -> Campaign:
+def prepare(root: Path, environment: dict[str, str], data: tuple[str, ...] = DIGITS) -> Campaign:
     settings = f"--steps {STEPS} --log-every-steps 7 --eval-every-steps 60 --keep 3 --lock-wait-s 300"
     args = (*data, *settings.split(), "--checkpoint-every-steps", str(SAVE_EVERY), "--checkpoint-every-s", "1000")
     whole = Run(root / "whole", environment)
@@ -900,7 +900,7 @@ def main(args: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     folder = os.environ.get("MNIST_DIR")
-    data = ("--data-dir", str(Path(folder).absolute())) if folder else ("--dataset", "digits")
+    data = ("--data-dir", str(Path(folder).absolute())) if folder else DIGITS
     with tempfile.TemporaryDirectory(prefix="faults-") as root:
         campaign = prepare(Path(root), {"HOME": root, "XDG_CACHE_HOME": root}, data)
         all_rows = table(campaign, int(args[0]) if args else 1000).items()

@@ -14,7 +14,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from subprocess import TimeoutExpired
 
-# Variables that may differ from the environment of the server, because nothing reads them before `main`.
+# Variables that may differ from the environment of the server, because nothing reads them before `main`. Those that
+# begin with KMP_ are set by scikit-learn in the process of the tests.
 READ_LATE = {
     *("HOME", "XDG_CACHE_HOME", "http_proxy", "https_proxy", "grpc_proxy", "TMPDIR", "MPLBACKEND"),
     *("XLA_FLAGS", "XLA_PYTHON_CLIENT_PREALLOCATE", "PJRT_NPROC", "NPROC"),
@@ -38,7 +39,7 @@ def can_fork(environment: dict[str, str]) -> bool:
     wanted = {**os.environ, **environment}
     names = wanted.keys() | _server_environment.keys()
     return all(
-        name in READ_LATE or name.startswith("PYTEST") or wanted.get(name) == _server_environment.get(name)
+        name in READ_LATE or name.startswith(("PYTEST", "KMP_")) or wanted.get(name) == _server_environment.get(name)
         for name in names
     )
 

@@ -5,7 +5,7 @@ import os
 import signal
 
 import pytest
-from runs import end, stop
+from runs import DIGITS, end, stop
 
 from mnist_jax.checkpoint.integrity import CorruptCheckpointError, IncompatibleCheckpointError
 from mnist_jax.training import compatibility
@@ -19,7 +19,7 @@ METADATA = {
     "metrics": {"bytes": 7, "sha256": "abc"},
     "reason": "steps",
 }
-DIGITS = ("--dataset", "digits", "--steps", "40", "--log-every-steps", "10", "--eval-every-steps", "40")
+ARGS = (*DIGITS, "--steps", "40", "--log-every-steps", "10", "--eval-every-steps", "40")
 
 
 def test_every_changed_field_is_reported():
@@ -137,7 +137,7 @@ def test_a_run_resumed_on_one_core_keeps_its_bits(new_run):
     whole, run = new_run("whole"), new_run()
     cores = sorted(os.sched_getaffinity(0))[:2]
     with bound_to(cores):
-        process = run.start(*DIGITS, "--checkpoint-every-steps", "4")  # The saves make the run last.
+        process = run.start(*ARGS, "--checkpoint-every-steps", "4")  # The saves make the run last.
     assert run.wait_for(lambda: len(run.events("save")) > 0, process)
     stopped = stop(process, signal.SIGTERM)
     assert stopped.last_line.startswith("stopped ")
@@ -145,7 +145,7 @@ def test_a_run_resumed_on_one_core_keeps_its_bits(new_run):
         process = run.start()
     ended = end(process)
     with bound_to(cores):
-        process = whole.start(*DIGITS)
+        process = whole.start(*ARGS)
     expected = end(process)
     assert run.events("resume")[-1]["step"] == int(stopped.fields["step"])
     assert run.events("resume")[-1]["exact"]

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import end, snapshot, stop
+from runs import DIGITS, end, snapshot, stop
 
 from mnist_jax.runtime import lock
 from mnist_jax.runtime.lock import LockHeldError, exclusive_lock, holder
@@ -26,7 +26,7 @@ with exclusive_lock(Path(sys.argv[1]), wait_s=60, notify=print):
     print("locked", flush=True)
     sys.stdin.read()
 """
-DIGITS = ("--dataset", "digits", "--steps", "40", "--log-every-steps", "10", "--eval-every-steps", "40")
+ARGS = (*DIGITS, "--steps", "40", "--log-every-steps", "10", "--eval-every-steps", "40")
 
 
 @contextlib.contextmanager
@@ -191,20 +191,20 @@ def test_processes_lose_no_increment(tmp_path):
 def test_command_refuses_a_directory_in_use(new_run):
     run = new_run()
     with locked_by_another(run.workdir) as first:
-        ended = run.finish(*DIGITS, "--lock-wait-s", "0")
+        ended = run.finish(*ARGS, "--lock-wait-s", "0")
         assert list(run.workdir.iterdir()) == [run.workdir / "lock"]
         assert ended.code == 73
         assert f"process {first.pid} on host {socket.gethostname()}, since 2" in ended.err
         assert "--workdir DIR" in ended.err
         (run.workdir / "config.json").write_text("{}")
-        assert run.finish(*DIGITS, "--fresh", "--lock-wait-s", "0").code == 73
+        assert run.finish(*ARGS, "--fresh", "--lock-wait-s", "0").code == 73
         assert sorted(path.name for path in run.workdir.parent.iterdir()) == ["run"]  # --fresh moved nothing.
 
 
 def test_signal_ends_the_wait(new_run):
     run = new_run()
     with locked_by_another(run.workdir) as first:
-        process = run.start(*DIGITS, "--lock-wait-s", "1000", "--preempted-exit-code", "75")
+        process = run.start(*ARGS, "--lock-wait-s", "1000", "--preempted-exit-code", "75")
         assert f"process {first.pid} on host " in process.stderr.readline()
         ended = stop(process, signal.SIGTERM)
         assert list(run.workdir.iterdir()) == [run.workdir / "lock"]
@@ -214,9 +214,9 @@ def test_signal_ends_the_wait(new_run):
 
 def test_second_start_waits_and_resumes(new_run):
     run = new_run()
-    first = run.start(*DIGITS, "--steps", "100000", "--checkpoint-every-steps", "4")
+    first = run.start(*ARGS, "--steps", "100000", "--checkpoint-every-steps", "4")
     assert run.wait_for(lambda: bool(run.events("save")), first)
-    second = run.start(*DIGITS, "--steps", "100000", "--log-every-steps", "10")
+    second = run.start(*ARGS, "--steps", "100000", "--log-every-steps", "10")
     assert f"process {first.pid} on host " in second.stderr.readline()
     first.send_signal(signal.SIGTERM)
     stopped = end(first)

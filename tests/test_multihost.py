@@ -11,7 +11,7 @@ import time
 
 import pytest
 from filelock import FileLock
-from runs import Ended, Run, end, in_new_process
+from runs import DIGITS, Ended, Run, end, in_new_process
 from several import Several, free_port, start
 
 from mnist_jax import cli
@@ -23,7 +23,7 @@ from mnist_jax.runtime.preemption import StoppedError, StopSignal
 from mnist_jax.training import setup
 from mnist_jax.training.dispatch import Dispatcher
 
-ARGS = ("--dataset", "digits", "--steps", "60", "--log-every-steps", "5", "--eval-every-steps", "25")
+ARGS = (*DIGITS, "--steps", "60", "--log-every-steps", "5", "--eval-every-steps", "25")
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
 
@@ -111,7 +111,7 @@ def test_save_signal_saves_and_silent_process_is_lost(new_run):
 
 def test_diverged_run_fails_on_all_processes(new_run):
     cadence = ("--log-every-steps", "100000", "--eval-every-steps", "100000", "--checkpoint-every-steps", "3")
-    several = start(new_run(), 2, "--dataset", "digits", "--steps", "100000", "--learning-rate", "1e30", *cadence)
+    several = start(new_run(), 2, *DIGITS, "--steps", "100000", "--learning-rate", "1e30", *cadence)
     assert "not finite" in check_codes(several, 1).err
     assert not several.run.events("save")
 

@@ -13,7 +13,7 @@ import metadata_server
 import pytest
 from conftest import SMALL
 from metadata_server import MetadataServer, event
-from runs import Run, act_at
+from runs import DIGITS, Run, act_at
 from several import Several, free_port
 
 from mnist_jax import status, train
@@ -281,7 +281,7 @@ def test_run_stops_at_a_notice_and_resumes_exactly(
 
 def test_notice_of_one_process_stops_all(new_run):
     run = new_run()
-    flags = ("--dataset", "digits", "--steps", "100000", "--eval-every-steps", "100000", "--preemption-notice", "gcp")
+    flags = (*DIGITS, "--steps", "100000", "--eval-every-steps", "100000", "--preemption-notice", "gcp")
     group = ("--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2", "--process-id")
     second = Run(run.workdir, run.environment, faults=((faults.preempted_at, "gcp", 20),))
     processes = [one.start(*group, str(index), *flags) for index, one in enumerate((run, second))]

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import slurm
-from runs import Run
+from runs import DIGITS, Run
 
 pytestmark = pytest.mark.skipif(bool(slurm.missing()), reason=slurm.missing())
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "slurm.sbatch"
-ARGS = ("--dataset", "digits", "--steps", "150", "--log-every-steps", "5", "--eval-every-steps", "1000")
+ARGS = (*DIGITS, "--steps", "150", "--log-every-steps", "5", "--eval-every-steps", "1000")
 
 
 def pause(run: Run) -> None:

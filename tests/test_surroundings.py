@@ -11,12 +11,12 @@ from pathlib import Path
 
 import jax
 import pytest
-from runs import Run, end, stop
+from runs import DIGITS, Run, end, stop
 
 from mnist_jax.config import ConfigError
 from mnist_jax.training import compatibility, data
 
-ARGS = ("--dataset", "digits", "--steps", "3")
+ARGS = (*DIGITS, "--steps", "3")
 
 
 @pytest.mark.parametrize("variable", ["JAX_PLATFORMS=foo", "JAX_ENABLE_X64=maybe", "NPROC=all"])
@@ -90,7 +90,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 def test_rough_surroundings(environment, tmp_path):
     """Odd variables, blocked signals, ignored SIGINT, no standard input, a full pipe: it trains, stops and saves."""
     run = Run(tmp_path / "run")
-    flags = ("--dataset", "digits", "--steps", "1000000", "--log-every-steps", "1", "--checkpoint-every-s", "0.5")
+    flags = (*DIGITS, "--steps", "1000000", "--log-every-steps", "1", "--checkpoint-every-s", "0.5")
     command = [sys.executable, "-c", SURROUND, "-m", "mnist_jax.train", "--workdir", str(run.workdir), *flags]
     process = subprocess.Popen(
         command, env={**os.environ, **environment, **ROUGH}, stdout=subprocess.PIPE, pipesize=4096
@@ -109,7 +109,7 @@ def test_rough_surroundings(environment, tmp_path):
 
 def test_signals_to_threads_are_harmless_and_an_escalation_loses_one_interval(new_run):
     """Signals to threads of jaxlib corrupt its memory. A notebook's or an editor's stop button escalates to SIGKILL."""
-    flags = ("--dataset", "digits", "--steps", "1000000", "--log-every-steps", "1", "--checkpoint-every-steps", "20")
+    flags = (*DIGITS, "--steps", "1000000", "--log-every-steps", "1", "--checkpoint-every-steps", "20")
     run = new_run()
     process = run.start(*flags)
     assert run.wait_for(lambda: len(run.events("save")) > 1, process)

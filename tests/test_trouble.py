@@ -20,7 +20,7 @@ from faults import (
     fill,
     small_disk,
 )
-from runs import Ended, Run
+from runs import DIGITS, Ended, Run
 
 from mnist_jax.checkpoint import integrity
 from mnist_jax.checkpoint.checkpoint import list_checkpoints
@@ -30,7 +30,7 @@ from mnist_jax.checkpoint.integrity import ReadError
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits, mounts and priorities are those of Linux")
 
 ARGS = (
-    *("--dataset", "digits", "--steps", "60", "--checkpoint-every-steps", "20"),
+    *(*DIGITS, "--steps", "60", "--checkpoint-every-steps", "20"),
     # The first evaluation imports TensorBoard: before any limit is set.
     *("--eval-every-steps", "30", "--log-every-steps", "7"),
 )
@@ -201,7 +201,7 @@ def test_a_run_that_must_not_set_its_priority_saves(new_run):
         if shutil.which("setpriv") is None:
             pytest.skip("there is no setpriv, and root may set any priority")
         run.prefix = ("setpriv", "--bounding-set=-sys_nice", "--inh-caps=-sys_nice", *run.prefix)
-    ended = run.finish("--dataset", "digits", "--steps", "10", "--checkpoint-every-steps", "5")
+    ended = run.finish(*DIGITS, "--steps", "10", "--checkpoint-every-steps", "5")
     assert ended.code == 0, ended.err
     assert run.steps() == [5, 10]
     assert not run.events("save_failed")
