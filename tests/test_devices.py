@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import sys
@@ -8,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src import cache_key
 from jax.sharding import AbstractMesh, AxisType
 from runs import in_new_process
 
-from mnist_jax.runtime import devices
+from mnist_jax.runtime import compilation_cache, devices
 
 
 def test_batch_must_divide_over_devices():
@@ -31,7 +33,7 @@ def set_up_and_compute(cores: list[int] | None = None) -> dict[str, Any]:
     if cores is not None:
         os.sched_setaffinity(0, cores)
     devices.enable_determinism()
-    devices.enable_compilation_cache()
+    compilation_cache.enable()
     devices.share_accelerator(on_cpu=True)
     mesh, array = devices.make_mesh(), np.arange(12 * 5).reshape(12, 5)
     jax.block_until_ready(jax.jit(jnp.dot)(jnp.ones((300, 300)), jnp.ones((300, 300))))
@@ -100,17 +102,35 @@ def test_thread_pool_has_the_size_that_we_say(tmp_path, monkeypatch):
     assert (os.environ["PJRT_NPROC"], devices.cpu_threads()) == ("", 5)
 
 
+def test_processes_share_programs_only_on_equal_processors(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)
+    compilation_cache.enable()
+    monkeypatch.setattr(compilation_cache, "Path", lambda _: tmp_path / "cpuinfo")
+
+    def name_of_program(*processes: int, flags: str = "avx2") -> str:
+        (tmp_path / "cpuinfo").write_text(f"processor : 0\nmodel name : X\nflags : {flags}\n\nprocessor : 1\n")
+        digest, cpus = hashlib.sha256(), [SimpleNamespace(platform="cpu", process_index=i) for i in processes]
+        cache_key._hash_accelerator_config(digest, np.array(cpus))
+        return digest.hexdigest()
+
+    assert name_of_program(0, 1) == name_of_program(0, 1)
+    assert name_of_program(0, 1) != name_of_program(0, 1, 1)
+    assert name_of_program(0, 1) != name_of_program(0, 1, flags="avx512")
+
+
 @pytest.mark.parametrize("damage", ["torn", "swapped", "one bit", "no digest"])
 def test_corrupt_compiled_program_is_removed(tmp_path, monkeypatch, damage):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     with monkeypatch.context() as patch:
         patch.setattr(jax.config, "update", lambda name, value: None)
-        devices.enable_compilation_cache()
+        compilation_cache.enable()
         cache = tmp_path / "mnist_jax"
         for name in "ab":
             (cache / f"{name}-cache").write_bytes(name.encode() * 1000)
-        devices.write_program_digests()
+        compilation_cache.write_digests()
         program = cache / "a-cache"
         if damage == "torn":
             program.write_bytes(b"a" * 10)
@@ -120,5 +140,5 @@ def test_corrupt_compiled_program_is_removed(tmp_path, monkeypatch, damage):
             program.write_bytes(b"a" * 500 + b"c" + b"a" * 499)
         else:
             (cache / "a-cache.sha256").unlink()
-        devices.enable_compilation_cache()
+        compilation_cache.enable()
     assert sorted(path.name for path in cache.iterdir()) == ["b-cache", "b-cache.sha256"]

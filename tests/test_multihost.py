@@ -76,7 +76,12 @@ def test_interrupted_run_ends_like_an_undisturbed_one(new_run, undisturbed, tmp_
     wait_for(several, lambda: len(run.events("save")) > saves)
     several.signal(signal.SIGKILL, 0)
     check_lost(several.end(timeout_s=60)[1], -signal.SIGABRT)  # JAX's client may notice first that its server is gone.
-    check_codes(start(run, 2, *ARGS), 0)
+    several = start(run, 2, *ARGS, variables={1: {"JAX_DEBUG_LOG_MODULES": "jax._src.compiler"}})
+    first, second = several.end()
+    assert (first.code, second.code) == (0, 0), second.err
+    # Process 1 finds the programs that process 0 compiled in the start before.
+    for program in ("train_steps", "epoch_order", "evaluate", "is_finite"):
+        assert f"cache hit for 'jit_{program}'" in second.err
     resumes = run.events("resume")
     assert [resume["exact"] for resume in resumes] == [True, True]
     assert resumes[0]["lost_steps"] == 0

@@ -9,7 +9,7 @@ import pytest
 from runs import in_new_process
 
 from mnist_jax.config import Config
-from mnist_jax.runtime import devices
+from mnist_jax.runtime import compilation_cache, devices
 from mnist_jax.training import data, train_state, train_step
 from mnist_jax.training import trainer as trainer_module
 from mnist_jax.training.model import MODELS, Network
@@ -173,7 +173,7 @@ def test_four_devices_share_each_batch_and_train_like_one():
 
 def sha256_of_a_training() -> list[Any]:
     """Return a digest of the bits of a short training, and whether its program came from the cache on disk."""
-    devices.enable_compilation_cache()
+    compilation_cache.enable()
     hits: list[str] = []
     jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if "cache_hits" in event else None)
     trainer = trainer_on(1, model="cnn")  # Its operations are large enough to be divided among threads.

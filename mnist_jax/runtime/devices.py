@@ -3,9 +3,6 @@
 This file needs nothing else of the package; copy it into your own project.
 """
 
-import contextlib
-import errno
-import hashlib
 import os
 import platform
 from collections.abc import Sequence
@@ -159,59 +156,3 @@ def share_accelerator(*, on_cpu: bool) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if on_cpu:
         jax.config.update("jax_platforms", "cpu")
-
-
-def enable_compilation_cache() -> None:
-    """Cache compiled programs on disk, in `JAX_COMPILATION_CACHE_DIR` or the user's cache directory.
-
-    Raises:
-        RuntimeError: the user has no home directory.
-        OSError: the directory cannot be written.
-    """
-    if cache := _own_cache():
-        cache.mkdir(parents=True, exist_ok=True)
-        if not os.access(cache, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(cache))
-        _remove_corrupt_programs(cache)
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-
-
-def write_program_digests() -> None:
-    """Write a digest beside each new program in the user's cache directory."""
-    with contextlib.suppress(OSError, RuntimeError):  # A program without a digest is compiled again.
-        for program in (_own_cache() or Path(os.devnull)).glob("*-cache"):
-            digest = _digest_path(program)
-            if not digest.exists():
-                digest.write_text(_sha256(program))
-
-
-def _own_cache() -> Path | None:
-    """Return our directory of compiled programs, None if the user names one for all programs of JAX."""
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        return None
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mnist_jax"
-
-
-def _remove_corrupt_programs(cache: Path) -> None:
-    """Remove programs that differ from their digests or have none.
-
-    JAX does not verify them: a torn one is compiled again at each start, a swapped one ends the process, and one with a
-    flipped bit may compute other numbers.
-    """
-    with contextlib.suppress(OSError):
-        for program in cache.glob("*-cache"):
-            digest = _digest_path(program)
-            if not digest.exists() or digest.read_text() != _sha256(program):
-                program.unlink()
-                digest.unlink(missing_ok=True)
-
-
-def _digest_path(program: Path) -> Path:
-    return program.with_name(f"{program.name}.sha256")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

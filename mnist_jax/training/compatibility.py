@@ -19,7 +19,7 @@ from mnist_jax.checkpoint.integrity import CheckpointError, IncompatibleCheckpoi
 from mnist_jax.config import Config, ConfigError
 from mnist_jax.console import print_stderr
 from mnist_jax.records.metrics import parse_metrics
-from mnist_jax.runtime import devices
+from mnist_jax.runtime import compilation_cache, devices
 from mnist_jax.training.data import MAX_CLASSES, MAX_SIDE_PX, REGISTRY, Dataset
 from mnist_jax.training.train_state import TrainState
 
@@ -60,7 +60,7 @@ def prepare_jax(cpu_threads: int | None) -> None:
         raise ConfigError(str(error)) from error
     devices.enable_determinism()
     try:
-        devices.enable_compilation_cache()
+        compilation_cache.enable()
     except (OSError, RuntimeError) as error:
         print_stderr(f"notice: compiled programs are not cached ({error}); set XDG_CACHE_HOME to a writable folder")
     if cpu_threads is not None:

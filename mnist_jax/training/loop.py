@@ -9,7 +9,7 @@ from mnist_jax.checkpoint.checkpoint import Checkpoint
 from mnist_jax.checkpoint.checkpointer import Checkpointer
 from mnist_jax.checkpoint.integrity import InvalidStateError
 from mnist_jax.config import Config
-from mnist_jax.runtime import devices
+from mnist_jax.runtime import compilation_cache
 from mnist_jax.runtime.multihost import ProcessGroup, ProcessLostError
 from mnist_jax.runtime.notices import NoticePoller
 from mnist_jax.runtime.preemption import Notice, StoppedError, StopSignal
@@ -123,7 +123,7 @@ def train_and_evaluate(
     else:
         state = stop.run(lambda: initial_weights.make_state(trainer, start["parent"]))
     stop.run(lambda: checkpointer.prepare(state))
-    devices.write_program_digests()
+    compilation_cache.write_digests()
     group.start_training()  # From here on a signal raises no StoppedError; the processes agree when to stop.
     dispatcher = Dispatcher(trainer, dataset, state, stop=stop, group=group, **start["evaluation"])
     recorder.start_training(dispatcher, {"data": compatibility.describe_data(dataset), **environment})

@@ -11,7 +11,7 @@ from jax import ShapeDtypeStruct
 from jax.sharding import Mesh
 
 from mnist_jax.config import Config, ConfigError
-from mnist_jax.runtime import devices
+from mnist_jax.runtime import compilation_cache, devices
 from mnist_jax.training import train_state, train_step
 from mnist_jax.training.data import Dataset
 from mnist_jax.training.model import MODELS
@@ -215,7 +215,7 @@ class Trainer:
     def _compile_jitted(self, jitted: Any, *arguments: Any) -> Any:
         compiled = jitted.lower(*arguments).compile(compiler_options=CPU_OPTIONS if self._on_cpu else None)
         # In all commands: the next start removes a program without a digest, and would compile it again.
-        devices.write_program_digests()
+        compilation_cache.write_digests()
         return compiled
 
 

@@ -1,0 +1,108 @@
+"""The cache of compiled programs on disk: verified, and shared by all processes of a run.
+
+This file needs nothing else of the package; copy it into your own project.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax._src import cache_key  # for `_share_between_processes`, which says why
+
+
+def enable() -> None:
+    """Cache compiled programs on disk, in `JAX_COMPILATION_CACHE_DIR` or the user's cache directory.
+
+    Raises:
+        RuntimeError: the user has no home directory.
+        OSError: the directory cannot be written.
+    """
+    if cache := _own_cache():
+        cache.mkdir(parents=True, exist_ok=True)
+        if not os.access(cache, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(cache))
+        _remove_corrupt_programs(cache)
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    _share_between_processes()
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def write_digests() -> None:
+    """Write a digest beside each new program in the user's cache directory, which only process 0 of a run fills."""
+    if jax.process_index() != 0:
+        return
+    with contextlib.suppress(OSError, RuntimeError):  # A program without a digest is compiled again.
+        for program in (_own_cache() or Path(os.devnull)).glob("*-cache"):
+            digest = _digest_path(program)
+            if not digest.exists():
+                digest.write_text(_sha256(program))
+
+
+def _share_between_processes() -> None:
+    """Let all processes of a run on CPUs read the programs that process 0 writes.
+
+    JAX names a program by a digest of what it depends on. On CPUs that includes a fingerprint of the topology, which
+    differs between the processes (jax 0.10), so all but process 0 would compile at each start: 6 s instead of 2 s with
+    two cores. JAX has no public setting for it. If the name of its function changes, a test fails and each process
+    compiles.
+    """
+    if hasattr(cache_key, "_hash_accelerator_config"):
+        cache_key._hash_accelerator_config = _hash_accelerators  # type: ignore[assignment]
+
+
+_hash_by_topology = getattr(cache_key, "_hash_accelerator_config", None)
+
+
+def _hash_accelerators(digest: Any, accelerators: Any, *others: Any) -> None:
+    """Add devices to the digest that names a program: several processes on CPUs by their number and processor."""
+    found = list(accelerators.flat)
+    if found[0].platform == "cpu" and len({device.process_index for device in found}) > 1:
+        digest.update(json.dumps([len(found), _processor()]).encode())
+    elif _hash_by_topology is not None:
+        _hash_by_topology(digest, accelerators, *others)
+
+
+def _processor() -> list[str]:
+    """Return the model of the processor and its instruction sets. A program runs only where both are the same."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return [platform.processor() or platform.machine()]
+    first = cpuinfo.read_text().partition("\n\n")[0].splitlines()
+    return [line for line in first if line.startswith(("model name", "flags", "Features", "CPU part"))]
+
+
+def _own_cache() -> Path | None:
+    """Return our directory of compiled programs, None if the user names one for all programs of JAX."""
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return None
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mnist_jax"
+
+
+def _remove_corrupt_programs(cache: Path) -> None:
+    """Remove programs that differ from their digests or have none.
+
+    JAX does not verify them: a torn one is compiled again at each start, a swapped one ends the process, and one with a
+    flipped bit may compute other numbers.
+    """
+    with contextlib.suppress(OSError):
+        for program in cache.glob("*-cache"):
+            digest = _digest_path(program)
+            if not digest.exists() or digest.read_text() != _sha256(program):
+                program.unlink()
+                digest.unlink(missing_ok=True)
+
+
+def _digest_path(program: Path) -> Path:
+    return program.with_name(f"{program.name}.sha256")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
