@@ -12,13 +12,20 @@ from tempfile import TemporaryDirectory
 
 from benchmarks import report
 from benchmarks.bench import ENDLESS, Bench, wait_for_phase
-from benchmarks.processes import Completed, Process, Worker, run
+from benchmarks.processes import LIMITED_MEMORY, Completed, Process, Worker, run
 from benchmarks.report import Row
 from benchmarks.speed import compare, race
 from mnist_jax.records.metrics import read_events
 
 TESTS = ("test_agreement", "test_augment", "test_model", "test_train_state", "test_train_step")
 SAVE_MB = (0.7, 20, 1000)
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+AUTOTUNED = "--xla_gpu_deterministic_ops=false --xla_gpu_exclude_nondeterministic_ops=true"
+VARIANTS = {  # of XLA's flags, compared with `DETERMINISTIC`, which the training uses
+    "the fastest kernels": "--xla_gpu_deterministic_ops=false",
+    "autotuned deterministic kernels": AUTOTUNED,
+    "loops in command buffers": f"{DETERMINISTIC} --xla_gpu_enable_command_buffer=+WHILE",
+}
 DESCRIBE = """
 import jax
 device = jax.devices()[0]
@@ -85,9 +92,9 @@ def trainings(bench: Bench) -> Iterator[Row]:
     )
 
 
-def train(bench: Bench, workdir: Path) -> Completed:
-    """Train to the end."""
-    with bench.start(workdir, *bench.length_flags, environment=bench.environment) as process:
+def train(bench: Bench, workdir: Path, **variables: str) -> Completed:
+    """Train to the end, with additional environment variables."""
+    with bench.start(workdir, *bench.length_flags, environment={**bench.environment, **variables}) as process:
         return process.wait()
 
 
@@ -164,20 +171,29 @@ def saves(bench: Bench) -> Iterator[Row]:
 
 
 def determinism(bench: Bench) -> Iterator[Row]:
-    """Compare deterministic kernels with the fastest ones."""
+    """Compare flags of XLA with those of the training, and check that autotuning gives the same bits each time."""
     flags = ("benchmarks.ours", *bench.images.flags, "--batch-size", "256", *ENDLESS)
-    on, off = (
-        {**bench.environment, "XLA_FLAGS": f"--xla_gpu_deterministic_ops={value}"} for value in ("true", "false")
-    )
-    with Worker(*flags, environment=on) as exact, Worker(*flags, environment=off) as free:
-        rates = compare(briefly(bench), {"exact": (exact, "train"), "free": (free, "train")})
-    yield Row(
-        what="cnn, batch 256, deterministic kernels against the fastest",
-        unit="steps/s",
-        ours=rates["exact"],
-        theirs=rates["free"],
-        ratio=report.ratio(rates["exact"], rates["free"]),
-    )
+    ours = {**bench.environment, **LIMITED_MEMORY}
+    for name, xla_flags in VARIANTS.items():
+        with (
+            Worker(*flags, environment={**ours, "XLA_FLAGS": DETERMINISTIC}) as exact,
+            Worker(*flags, environment={**ours, "XLA_FLAGS": xla_flags}) as other,
+        ):
+            rates = compare(briefly(bench), {"exact": (exact, "train"), "other": (other, "train")})
+        yield Row(
+            what=f"cnn, batch 256, deterministic kernels against {name}",
+            unit="steps/s",
+            ours=rates["exact"],
+            theirs=rates["other"],
+            ratio=report.ratio(rates["exact"], rates["other"]),
+        )
+    with TemporaryDirectory(dir=bench.folder) as folder:
+        digests = []
+        for name in ("first", "second", "third"):  # An empty cache, so that each chooses its kernels again.
+            variables = {"XLA_FLAGS": AUTOTUNED, "XDG_CACHE_HOME": str(Path(folder, f"cache of the {name}"))}
+            digests.append(train(bench, Path(folder, name), **variables).fields["state_sha256"])
+    same = [float(digest == digests[0]) for digest in digests[1:]]
+    yield Row(what="share of autotuned runs with the bits of the first", ours=same, of="mean")
 
 
 ROWS: dict[str, Callable[[Bench], Iterator[Row]]] = {

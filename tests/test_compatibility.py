@@ -5,7 +5,7 @@ import os
 import signal
 
 import pytest
-from runs import DIGITS, end, stop
+from runs import DIGITS, end, in_new_process, stop
 
 from mnist_jax.checkpoint.integrity import CorruptCheckpointError, IncompatibleCheckpointError
 from mnist_jax.training import compatibility
@@ -72,6 +72,26 @@ def test_the_dataset_in_metadata_is_checked():
     for metadata in (None, [], "digits"):
         with pytest.raises(IncompatibleCheckpointError, match="step 3"):
             compatibility.data_of(metadata, 3)
+
+
+def prepare_and_multiply() -> list[str]:
+    """Return the precision that is recorded, and a matrix product as XLA gets it. Runs in a new process."""
+    import jax
+
+    compatibility.prepare_jax(None)
+    settings = compatibility.describe_environment()["settings"]
+    square = jax.ShapeDtypeStruct((2, 2), "float32")
+    return [settings["jax_default_matmul_precision"], jax.jit(lambda x: x @ x).lower(square).as_text()]
+
+
+def test_precision_of_matrix_products_is_explicit_and_recorded(environment):
+    recorded, program = in_new_process(prepare_and_multiply, **environment)
+    assert recorded == "tensorfloat32"
+    assert "precision = [HIGH, HIGH]" in program
+    variables = {**environment, "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    recorded, program = in_new_process(prepare_and_multiply, **variables)
+    assert recorded == "highest"
+    assert "precision = [HIGHEST, HIGHEST]" in program
 
 
 # The size of the thread pool

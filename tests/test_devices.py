@@ -3,6 +3,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -71,6 +72,40 @@ def test_description_names_what_decides_the_bits(three_devices):
     assert described["cpu"]
     here = devices.describe_devices()
     assert json.loads(json.dumps(here)) == here == devices.describe_devices()
+
+
+def test_description_of_an_accelerator_names_its_libraries(monkeypatch):
+    client = SimpleNamespace(platform_version="PJRT C API\ncuda 13000")
+    device = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", client=client)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setenv("NCCL_ALGO", "Ring")
+
+    def describe(**installed: str) -> dict[str, Any]:
+        packages = [SimpleNamespace(name=name, version=version) for name, version in installed.items()]
+        monkeypatch.setattr(devices.metadata, "distributions", lambda: packages)
+        return devices.describe_devices()
+
+    described = describe(**{"nvidia-cudnn-cu13": "9.10", "jax-cuda13-plugin": "0.10.2", "numpy": "2.0"})
+    assert described["runtime"] == "PJRT C API\ncuda 13000"
+    assert (described["NCCL_ALGO"], described["jax-cuda13-plugin"], described["cpu"]) == ("Ring", "0.10.2", None)
+    assert "numpy" not in described
+    assert describe(**{"nvidia-cudnn-cu13": "9.11", "jax-cuda13-plugin": "0.10.2"}) == {
+        **described,
+        "nvidia-cudnn-cu13": "9.11",
+    }
+
+
+def test_small_results_are_computed_on_a_cpu(monkeypatch):
+    local_devices = jax.local_devices
+    cpu, accelerator = local_devices(backend="cpu")[0], object()
+    monkeypatch.setattr(jax, "local_devices", lambda backend=None: [cpu] if backend == "cpu" else [accelerator])
+    assert devices.on_local_cpu().device_set == {cpu}
+
+    def without_cpu(backend: str | None = None) -> list[Any]:
+        return local_devices(backend=backend and "no such backend")
+
+    monkeypatch.setattr(jax, "local_devices", without_cpu)
+    assert devices.on_local_cpu().device_set == {local_devices()[0]}
 
 
 def test_determinism_keeps_the_flags_of_the_user(three_devices, monkeypatch):

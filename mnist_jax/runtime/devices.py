@@ -6,12 +6,13 @@ This file needs nothing else of the package; copy it into your own project.
 import os
 import platform
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 FSDP_AXIS = "fsdp"
 
@@ -89,7 +90,8 @@ def describe_devices(*, fsdp: int = 1) -> dict[str, Any]:
     """Return what decides the bits of a computation besides the software, as JSON values.
 
     On a CPU, XLA may split sums by the size of its thread pool: the same 24 updates ended with different bits with 1
-    thread and with 2. `cpu_threads` and `cpu` are None on an accelerator, where they do not matter.
+    thread and with 2. `cpu_threads` and `cpu` are None on an accelerator, where they do not matter. There its runtime,
+    driver and libraries decide: another version of cuDNN may choose another kernel.
     """
     device = jax.devices()[0]
     on_cpu = device.platform == "cpu"
@@ -102,6 +104,19 @@ def describe_devices(*, fsdp: int = 1) -> dict[str, Any]:
         "cpu_threads": cpu_threads() if on_cpu else None,
         "cpu": _cpu_model() if on_cpu else None,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        **({} if on_cpu else _describe_accelerator(device)),
+    }
+
+
+def _describe_accelerator(device: jax.Device) -> dict[str, str]:
+    """Return what computes on an accelerator: runtime, driver, libraries, and settings of the communication."""
+    driver = Path("/proc/driver/nvidia/version")
+    libraries = ("nvidia-", "jax-cuda", "libtpu")
+    return {
+        "runtime": device.client.platform_version,
+        **({"driver": driver.read_text().partition("\n")[0]} if driver.exists() else {}),
+        **{found.name: found.version for found in metadata.distributions() if found.name.startswith(libraries)},
+        **{name: value for name, value in os.environ.items() if name.startswith("NCCL_")},
     }
 
 
@@ -145,6 +160,17 @@ def enable_determinism() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_gpu_deterministic_ops" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+
+
+def on_local_cpu() -> SingleDeviceSharding:
+    """Return the sharding of arrays on a CPU of this process, or on its first device if JAX_PLATFORMS excludes CPUs.
+
+    A small result that is computed there does not wait for the calls in flight on an accelerator.
+    """
+    try:
+        return SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:
+        return SingleDeviceSharding(jax.local_devices()[0])
 
 
 def share_accelerator(*, on_cpu: bool) -> None:

@@ -48,7 +48,7 @@ class Trainer:
 
     Each function is a cached property that compiles at its first use; `compile` compiles all that a training needs.
     The data are replicated on all devices, and the state is sharded as `devices.split_over_fsdp` says. All processes
-    make the same calls of the functions, except for `learning_rate`, which runs on one device of the calling process.
+    make the same calls of the functions, except for `learning_rate`, which runs on a CPU of the calling process.
     """
 
     def __init__(
@@ -189,8 +189,8 @@ class Trainer:
 
     @cached_property
     def learning_rate(self) -> Callable[[Any], jax.Array]:
-        """Number of updates made -> learning rate of the next update, [] float32."""
-        return self._compile_jitted(jax.jit(self._schedule), _integers())
+        """Number of updates made -> learning rate of the next update, [] float32. It waits for no other call."""
+        return self._compile_jitted(jax.jit(self._schedule, in_shardings=devices.on_local_cpu()), _integers())
 
     @cached_property
     def is_finite(self) -> Callable[[TrainState], jax.Array]:
