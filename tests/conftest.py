@@ -50,7 +50,8 @@ def environment(tmp_path_factory, shared_folder) -> dict[str, str]:
     programs, made = home / "mnist_jax", shared_folder / "programs"
     with FileLock(shared_folder / "programs.lock"):
         if not made.exists():
-            Run(home / "digits", _isolated(home)).finish(*DIGITS, "--steps", "3")
+            ended = Run(home / "digits", _isolated(home)).finish(*DIGITS, "--steps", "3")
+            assert ended.code == 0, ended.err
             shutil.copytree(programs, made)
     shutil.copytree(made, programs, dirs_exist_ok=True)
     return _isolated(home)
@@ -196,5 +197,6 @@ def _compile_once(compile_: Callable[[Any], None]) -> Callable[[Any], None]:
             _compiled[key] = self
         programs = ("train_steps", "epoch_order", "evaluate", "learning_rate", "is_finite")
         vars(self).update({name: vars(_compiled[key])[name] for name in programs})
+        vars(self)["init_state"] = lambda: _compiled[key].init_state()  # A run that resumes compiles none.
 
     return compile_once

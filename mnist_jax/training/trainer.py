@@ -99,10 +99,6 @@ class Trainer:
         """Compile the functions that the loop calls. This takes seconds, or less if JAX's cache has them."""
         _ = self.train_steps, self.epoch_order, self.evaluate, self.learning_rate, self.is_finite
 
-    def init_state(self) -> TrainState:
-        """Return the state before the first update. Compiled here, because a run that resumes does not need it."""
-        return self._compile(self._create, out_shardings=self._state_shardings)()
-
     def put(self, dataset: Dataset) -> DeviceData:
         """Return a dataset on the devices."""
         arrays = dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels
@@ -144,6 +140,11 @@ class Trainer:
     @property
     def _state_shardings(self) -> Any:
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+
+    @cached_property
+    def init_state(self) -> Callable[[], TrainState]:
+        """Nothing -> state before the first update. `compile` leaves it out: a run that resumes does not need it."""
+        return self._compile(self._create, out_shardings=self._state_shardings)
 
     @cached_property
     def train_steps(self) -> Callable[[TrainState, TrainData, Any], tuple[TrainState, MetricSums]]:
