@@ -37,6 +37,7 @@ def main(args: Sequence[str]) -> None:
         count=config.num_processes,
         index=config.process_id,
         timeout_s=config.peer_timeout_s,
+        notify=print,
     )
     compatibility.prepare_jax(None)
     dataset = data.load(config.dataset, config.data_dir, notify=print)
