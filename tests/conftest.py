@@ -82,11 +82,6 @@ REFERENCE = (
     *(*data_flags(), "--steps", "200"),
     *("--log-every-steps", "20", "--eval-every-steps", "100", "--checkpoint-every-s", "0.5"),
 )
-ACCURATE = (
-    *(*data_flags(), "--preset", "accurate", "--steps", "24"),
-    *("--log-every-steps", "10", "--eval-every-steps", "15", "--checkpoint-every-s", "0.5"),
-)
-
 SMALL = (
     *("--dataset", "digits", "--steps", "40", "--batch-size", "64", "--average-decay", "0.9", "--keep", "9"),
     *("--log-every-steps", "10", "--eval-every-steps", "20", "--checkpoint-every-steps", "10"),
@@ -107,12 +102,6 @@ def make_reference(workdir: Path, environment: dict[str, str], *args: str) -> Re
 def reference(environment, shared_folder) -> Reference:
     """A training with the default preset."""
     return make_reference(shared_folder / "reference", environment, *REFERENCE)
-
-
-@pytest.fixture(scope="session")
-def accurate_reference(environment, shared_folder) -> Reference:
-    """A training with the preset accurate: batch normalization, dropout, augmented images, averaged weights."""
-    return make_reference(shared_folder / "accurate", environment, *ACCURATE)
 
 
 @pytest.fixture(scope="session")
@@ -189,14 +178,18 @@ _compiled: dict[Any, Any] = {}  # what the programs depend on -> a trainer that 
 def _compile_once(compile_: Callable[[Any], None]) -> Callable[[Any], None]:
     """Let trainers with equal programs share what the first of them compiled."""
 
+    from mnist_jax.training.model import MODELS
+
     def compile_once(self: Any) -> None:
         settings = tuple(getattr(self.config, name) for name in MATHEMATICS)
-        key = settings, self.total_steps, self.mesh, self.train_size, self.test_size, self.image_shape, self.classes
+        sizes = self.total_steps, self.train_size, self.test_size, self.image_shape, self.classes
+        key = settings, MODELS[self.config.model], self.mesh, sizes
         if key not in _compiled:
             compile_(self)
             _compiled[key] = self
         programs = ("train_steps", "epoch_order", "evaluate", "learning_rate", "is_finite")
         vars(self).update({name: vars(_compiled[key])[name] for name in programs})
-        vars(self)["init_state"] = lambda: _compiled[key].init_state()  # A run that resumes compiles none.
+        if self is not _compiled[key]:
+            vars(self)["init_state"] = lambda: _compiled[key].init_state()  # A run that resumes compiles none.
 
     return compile_once

@@ -1,6 +1,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,7 @@ def tree(module: str) -> ast.Module:
     return ast.parse(FILES[module].read_text())
 
 
+@cache
 def imports(module: str) -> set[str]:
     """Return the dotted names that a module imports anywhere, those of the names that it takes from modules too."""
     names: set[str] = set()

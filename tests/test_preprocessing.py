@@ -42,8 +42,13 @@ def with_alpha(colour: int, *, stencil: bool = False) -> Image.Image:
     return Image.fromarray(np.stack([np.full_like(share, colour), 255 * share], axis=-1).astype(np.uint8), "LA")
 
 
-def test_disguised_digits_are_recognized_as_well(trained_run, mnist_dir):
-    model, dataset = classifier.load(trained_run.workdir, "latest"), data.load("mnist", mnist_dir, notify=print)
+@pytest.fixture(scope="module")
+def model(trained_run) -> classifier.Classifier:
+    return classifier.load(trained_run.workdir)
+
+
+def test_disguised_digits_are_recognized_as_well(model, mnist_dir):
+    dataset = data.load("mnist", mnist_dir, notify=print)
     images, labels, rng = dataset.test_images[:300], dataset.test_labels[:300], np.random.default_rng(0)
 
     def disguise(image: np.ndarray) -> bytes:
@@ -210,19 +215,19 @@ def share_right(model: classifier.Classifier, shown: list[pictures.Picture]) -> 
 
 
 @pytest.mark.parametrize("scene", pictures.SCENES)
-def test_pictures_of_fonts_are_read(trained_run, scene):
+def test_pictures_of_fonts_are_read(model, scene):
     shown = list(pictures.font_pictures(scene, FONTS))
-    assert share_right(classifier.load(trained_run.workdir), shown) >= pictures.GOALS[scene]
+    assert share_right(model, shown) >= pictures.GOALS[scene]
 
 
 @pytest.mark.parametrize("pen", pictures.PEN_SHARES)
-def test_thin_and_thick_pens_are_read(trained_run, pen):
+def test_thin_and_thick_pens_are_read(model, pen):
     shown = list(pictures.pen_pictures(pen, PENS))
-    assert share_right(classifier.load(trained_run.workdir), shown) >= pictures.GOALS[pen]
+    assert share_right(model, shown) >= pictures.GOALS[pen]
 
 
-def test_small_drawings_of_a_thick_brush_are_read(trained_run):
-    assert share_right(classifier.load(trained_run.workdir), list(pictures.corner_pictures())) == 1
+def test_small_drawings_of_a_thick_brush_are_read(model):
+    assert share_right(model, list(pictures.corner_pictures())) == 1
 
 
 def is_blank(content: bytes) -> bool:
@@ -250,8 +255,7 @@ def test_several_digits_have_places():
             prepare(picture.content)
 
 
-def test_border_around_an_image_of_mnist_changes_no_answer(trained_run, mnist_dir):
-    model = classifier.load(trained_run.workdir)
+def test_border_around_an_image_of_mnist_changes_no_answer(model, mnist_dir):
     for image in data.load("mnist", mnist_dir, notify=print).test_images[:100, ..., 0]:
         framed = image.copy()
         framed[[0, -1]] = framed[:, [0, -1]] = 255

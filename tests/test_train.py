@@ -25,6 +25,7 @@ from mnist_jax.checkpoint import remote as remote_module
 from mnist_jax.config import Config, ConfigError
 from mnist_jax.runtime.preemption import StopSignal
 from mnist_jax.training import data
+from mnist_jax.training.model import MODELS, Network
 from mnist_jax.training.recorder import Recorder
 
 SETTINGS = "--dataset digits --steps 40 --batch-size 64 --log-every-steps 10 --eval-every-steps 20"
@@ -94,6 +95,8 @@ def test_a_signal_in_any_phase_loses_nothing(finished, tmp_path, monkeypatch, ca
 
 def test_the_preset_accurate_resumes_exactly(in_this_process, tmp_path, monkeypatch):
     """Its state has normalization statistics and averaged weights, and its images are augmented."""
+    small = Network(features=(2, 3), kernel_sizes=(5, 3), unpooled=(2,), hidden=8, batch_norm=True, dropout=0.5)
+    monkeypatch.setitem(MODELS, "cnn-large", small)  # of the same kind
     assert start(tmp_path / "whole", *ACCURATE) == 0
     signal_in_phase(monkeypatch, "evaluate")
     assert start(tmp_path / "run", *ACCURATE) == 0
