@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax._src import cache_key  # for `_share_between_processes`, which says why
 
 
 def enable() -> None:
@@ -50,23 +49,25 @@ def _share_between_processes() -> None:
 
     JAX names a program by a digest of what it depends on. On CPUs that includes a fingerprint of the topology, which
     differs between the processes (jax 0.10), so all but process 0 would compile at each start: 6 s instead of 2 s with
-    two cores. JAX has no public setting for it. If the name of its function changes, a test fails and each process
-    compiles.
+    two cores. JAX has no public setting for it. Where its function has another name, each process compiles.
     """
-    if hasattr(cache_key, "_hash_accelerator_config"):
-        cache_key._hash_accelerator_config = _hash_accelerators  # type: ignore[assignment]
+    try:
+        from jax._src import cache_key
 
+        by_topology = cache_key._hash_accelerator_config
+    except (ImportError, AttributeError):
+        return
 
-_hash_by_topology = getattr(cache_key, "_hash_accelerator_config", None)
+    def hash_accelerators(digest: Any, accelerators: Any, *others: Any) -> None:
+        """Add devices to the digest: those of several processes on CPUs by process and processor."""
+        processes = [device.process_index for device in accelerators.flat]
+        if accelerators.flat[0].platform == "cpu" and len(set(processes)) > 1:
+            digest.update(json.dumps([processes, _processor()]).encode())
+        else:
+            by_topology(digest, accelerators, *others)
 
-
-def _hash_accelerators(digest: Any, accelerators: Any, *others: Any) -> None:
-    """Add devices to the digest that names a program: several processes on CPUs by their number and processor."""
-    found = list(accelerators.flat)
-    if found[0].platform == "cpu" and len({device.process_index for device in found}) > 1:
-        digest.update(json.dumps([len(found), _processor()]).encode())
-    elif _hash_by_topology is not None:
-        _hash_by_topology(digest, accelerators, *others)
+    if by_topology.__module__ != __name__:  # It is replaced once.
+        cache_key._hash_accelerator_config = hash_accelerators  # type: ignore[assignment]
 
 
 def _processor() -> list[str]:
