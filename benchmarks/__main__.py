@@ -16,7 +16,7 @@ import tyro
 from benchmarks import drawing, gpu, images, interruptions, report, speed, together
 from benchmarks.bench import QUICK, Bench, Plan
 from benchmarks.report import Row
-from mnist_jax.training.data import DataError
+from mnist_jax.training.array_files import DataError
 
 ROWS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "throughput": speed.throughput,
@@ -31,7 +31,7 @@ ROWS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "resume": interruptions.resume,
     "cold": interruptions.cold,
     "drawing": drawing.drawing,
-    "together": together.together,
+    "processes": together.together,
     **gpu.ROWS,
 }
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mnist_jax.training import data
-from mnist_jax.training.data import FILES
+from mnist_jax.training.layouts import FILES
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 

@@ -64,7 +64,7 @@ def train_and_save(recorder: Recorder, seconds: float) -> dict[str, Any]:
 
 def save(recorder: Recorder, count: float) -> dict[str, Any]:
     """Save repeatedly during training, and return how long each save blocks it."""
-    waits_s = []
+    waits_s: list[float] = []
     while len(waits_s) < count:
         recorder.write_train_metrics(recorder.dispatcher.advance())
         if not recorder.checkpointer.is_saving:

@@ -28,7 +28,7 @@ def main(args: Sequence[str]) -> None:
         args = args[1:]
         # There is no flag for this: a run without agreement could not stop.
         Agreement.send = lambda *_: None  # type: ignore[method-assign]
-        Agreement.steps_per_call = lambda _, proposed: proposed  # type: ignore[method-assign]
+        Agreement.steps_per_call = lambda _, proposed: proposed  # type: ignore[method-assign, assignment]
     config = cli.parse_config(args)
     stop = StopSignal()
     group = initialize(

@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,7 +19,7 @@ from mnist_jax.config import columns
 
 PACKAGES = ("jax", "flax", "torch", "keras", "numpy")
 SIGNS = {"≥": operator.ge, "≤": operator.le}
-STATISTICS = {
+STATISTICS: dict[str, Callable[[Sequence[float]], float]] = {
     "median": statistics.median,
     "mean": statistics.fmean,
     "p99": lambda values: float(np.percentile(values, 99)),
