@@ -180,13 +180,8 @@ def determinism(bench: Bench) -> Iterator[Row]:
             Worker(*flags, environment={**ours, "XLA_FLAGS": xla_flags}) as other,
         ):
             rates = compare(briefly(bench), {"exact": (exact, "train"), "other": (other, "train")})
-        yield Row(
-            what=f"cnn, batch 256, deterministic kernels against {name}",
-            unit="steps/s",
-            ours=rates["exact"],
-            theirs=rates["other"],
-            ratio=report.ratio(rates["exact"], rates["other"]),
-        )
+        what = f"cnn, batch 256, deterministic kernels against {name}"
+        yield report.steps_per_s(what, rates["exact"], rates["other"])
     with TemporaryDirectory(dir=bench.folder) as folder:
         digests = []
         for name in ("first", "second", "third"):  # An empty cache, so that each chooses its kernels again.

@@ -57,6 +57,11 @@ class Row:
         return number(STATISTICS[self.of](values)) + spread
 
 
+def steps_per_s(what: str, ours: Sequence[float], theirs: Sequence[float], *goals: str, note: str = "") -> Row:
+    """Return a row that compares updates per second."""
+    return Row(what=what, unit="steps/s", ours=ours, theirs=theirs, ratio=ratio(ours, theirs), goals=goals, note=note)
+
+
 def number(value: float) -> str:
     """Return a number with four significant digits, or all digits before the point."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -26,33 +26,14 @@ def together(bench: Bench) -> Iterator[Row]:
         )
         contestants = {"silent": silent, "agreeing": agreeing, "alone": alone}
         rates = compare(contestants, bench.plan.together_rounds)
-    yield Row(
-        what=f"cnn, two processes with agreement against two without, batch 2 × {BATCH_SIZE}",
-        unit="steps/s",
-        ours=rates["agreeing"],
-        theirs=rates["silent"],
-        ratio=report.ratio(rates["agreeing"], rates["silent"]),
-        goals=("ratio ≥ 0.99",),
-    )
-    yield Row(
-        what=f"cnn, two processes with one thread each against one process, batch {BATCH_SIZE} each",
-        unit="steps/s",
-        ours=rates["agreeing"],
-        theirs=rates["alone"],
-        ratio=report.ratio(rates["agreeing"], rates["alone"]),
-        goals=("ratio ≥ 0.6",),
-        note="weak scaling: 1 means twice the images in the same time",
-    )
+    what = f"cnn, two processes with agreement against two without, batch 2 × {BATCH_SIZE}"
+    yield report.steps_per_s(what, rates["agreeing"], rates["silent"], "ratio ≥ 0.99")
+    what = f"cnn, two processes with a core each against one process, batch {BATCH_SIZE} each"
+    note = "weak scaling: 1 means twice the images in the same time"
+    yield report.steps_per_s(what, rates["agreeing"], rates["alone"], "ratio ≥ 0.6", note=note)
     with group(bench, 2, batch_size=LARGE_BATCH_SIZE) as two, group(bench, 1, batch_size=LARGE_BATCH_SIZE) as one:
         rates = compare({"two": two, "one": one}, max(1, bench.plan.together_rounds // 16))  # Its calls are longer.
-    yield Row(
-        what=f"the same, batch {LARGE_BATCH_SIZE} each",
-        unit="steps/s",
-        ours=rates["two"],
-        theirs=rates["one"],
-        ratio=report.ratio(rates["two"], rates["one"]),
-        goals=("ratio ≥ 0.9",),
-    )
+    yield report.steps_per_s(f"the same, batch {LARGE_BATCH_SIZE} each", rates["two"], rates["one"], "ratio ≥ 0.9")
 
 
 def compare(contestants: dict[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
