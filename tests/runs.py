@@ -19,16 +19,8 @@ from mnist_jax.records.metrics import read_events
 DEADLINE_S = 120
 # The learning rate is constant, so runs of any length share their compiled programs.
 DIGITS = (
-    "--dataset",
-    "digits",
-    "--preset",
-    "original",
-    "--model",
-    "cnn",
-    "--batch-size",
-    "128",
-    "--learning-rate",
-    "7e-3",
+    *("--dataset", "digits", "--preset", "original", "--model", "cnn"),
+    *("--batch-size", "128", "--learning-rate", "7e-3"),
 )
 Process = subprocess.Popen[str] | ForkedProcess
 
