@@ -19,12 +19,11 @@ from mnist_jax.records.metrics import read_events
 
 TESTS = ("test_agreement", "test_augment", "test_model", "test_train_state", "test_train_step")
 SAVE_MB = (0.7, 20, 1000)
-DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 AUTOTUNED = "--xla_gpu_deterministic_ops=false --xla_gpu_exclude_nondeterministic_ops=true"
-VARIANTS = {  # of XLA's flags, compared with `DETERMINISTIC`, which the training uses
+VARIANTS = {  # of XLA's flags; a training adds --xla_gpu_deterministic_ops=true where it is not mentioned
     "the fastest kernels": "--xla_gpu_deterministic_ops=false",
     "autotuned deterministic kernels": AUTOTUNED,
-    "loops in command buffers": f"{DETERMINISTIC} --xla_gpu_enable_command_buffer=+WHILE",
+    "loops in command buffers": "--xla_gpu_enable_command_buffer=+WHILE",
 }
 DESCRIBE = """
 import jax
@@ -143,7 +142,7 @@ def memory(bench: Bench) -> Iterator[Row]:
                     most_mb = training_mb
                     while not process.has_exited:
                         most_mb = max(most_mb, used_mb(bench))
-                        time.sleep(0.05)  # between two samples
+                        time.sleep(0.05)  # Sampling faster would slow down what is measured.
                     process.wait()
                 yield Row(what=f"more of it beside the training: {command}", unit="MB", ours=[most_mb - training_mb])
             training.stop()
@@ -176,7 +175,7 @@ def determinism(bench: Bench) -> Iterator[Row]:
     ours = {**bench.environment, **LIMITED_MEMORY}
     for name, xla_flags in VARIANTS.items():
         with (
-            Worker(*flags, environment={**ours, "XLA_FLAGS": DETERMINISTIC}) as exact,
+            Worker(*flags, environment=ours) as exact,
             Worker(*flags, environment={**ours, "XLA_FLAGS": xla_flags}) as other,
         ):
             rates = compare(briefly(bench), {"exact": (exact, "train"), "other": (other, "train")})

@@ -66,7 +66,7 @@ def replay(options: Options, stop: StopSignal, terminal: Terminal) -> list[str]:
     trainer, dataset, state, expected, metadata = read_states(options, stop, terminal)
     stop.run(trainer.compile)
     step, last = (0 if state is None else int(state.step)), int(expected.step)
-    state = stop.run(lambda: trainer.init_state()) if state is None else state
+    state = stop.run(lambda: trainer.init_state()) if state is None else state  # It compiles inside `run`.
     device_data = trainer.put(dataset)
     terminal.info(f"training from step {step} to step {last} again")
     environment = compatibility.describe_environment(fsdp=trainer.config.fsdp)

@@ -83,11 +83,12 @@ def prepare_and_multiply() -> list[str]:
     return [settings["jax_default_matmul_precision"], jax.jit(lambda x: x @ x).lower(square).as_text()]
 
 
-def test_precision_of_matrix_products_is_explicit_and_recorded(environment):
+def test_precision_of_matrix_products_is_explicit_and_recorded(environment, monkeypatch):
     recorded, program = in_new_process(prepare_and_multiply, **environment)
     assert recorded == "tensorfloat32"
     assert "precision = [HIGH, HIGH]" in program
     # Another one of the user is kept. The test process has it from here to the end of the block.
+    monkeypatch.setenv("XDG_CACHE_HOME", environment["XDG_CACHE_HOME"])
     before = jax.config.values["jax_default_matmul_precision"]
     try:
         jax.config.update("jax_default_matmul_precision", "highest")
