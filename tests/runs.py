@@ -146,6 +146,12 @@ def act_at(patch: Any, end: int, action: Callable[[], object]) -> None:
     patch.setattr(Trainer, "advance", advance_and_act)
 
 
+def signal_here(number: signal.Signals = signal.SIGTERM) -> None:
+    """Send this process a signal, from the thread that trains."""
+    os.kill(os.getpid(), number)
+    time.sleep(0.5)  # The main thread handles it, on a busy machine not at once. Until then no call is dispatched.
+
+
 THREAD_VARIABLES = ("PJRT_NPROC", "NPROC", "XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import Run, act_at
+from runs import Run, act_at, signal_here
 from several import start as start_several
 from tampering import read_metadata
 
@@ -84,7 +84,7 @@ def test_parent_is_recorded_in_config_and_checkpoints(child, small_run):
 def test_stopped_run_without_its_parent_resumes_exactly(child, small_copy, tmp_path, monkeypatch, capsys):
     run, args = tmp_path / "child", (*FLAGS, "--init-from", f"{small_copy}@20")
     with monkeypatch.context() as patch:
-        act_at(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        act_at(patch, 5, signal_here)
         assert start(run, *args) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("stopped step=5 ")
     shutil.rmtree(run / "checkpoints" / "5")  # Only the checkpoint of step 0 is left.

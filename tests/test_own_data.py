@@ -2,16 +2,13 @@
 
 import gzip
 import json
-import os
 import re
 import shutil
-import signal
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import Run, act_at
+from runs import Run, act_at, signal_here
 
 import mnist_jax
 from mnist_jax import evaluate, export, predict, replay, train
@@ -79,7 +76,7 @@ def digest(run: Run) -> str:
 
 def test_own_images_are_learned_and_resume_exactly(run: Run, tmp_path: Path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
-        act_at(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(0.1))
+        act_at(patch, 2, signal_here)
         assert start(tmp_path, *FLAGS, "--data-dir", str(run.workdir.parent / "files")) == 0
     assert 2 <= Run(tmp_path).events("exit")[-1]["step"] < 12
     assert start(tmp_path) == 0  # config.json knows the folder.

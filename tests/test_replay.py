@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import act_at, snapshot
+from runs import act_at, signal_here, snapshot
 
 from mnist_jax import replay, train
 from mnist_jax.checkpoint.checkpoint import Checkpoint
@@ -41,7 +41,7 @@ def finished(tmp_path_factory) -> Path:
     for start in range(2):
         with StopSignal() as stop, pytest.MonkeyPatch.context() as patch:
             if start == 0:
-                act_at(patch, STOPPED_AT, lambda: os.kill(os.getpid(), signal.SIGTERM))
+                act_at(patch, STOPPED_AT, signal_here)
             assert train.run(CONFIG, workdir, stop) == 0
     steps = [int(path.name) for path in (workdir / "checkpoints").iterdir()]
     assert sorted(steps) == [10, 20, 22, STOPPED_AT, 30, 40]
