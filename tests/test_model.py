@@ -222,12 +222,13 @@ def test_the_power_model_is_finite_on_empty_images_and_over_updates():
 
     @jax.jit
     @jax.value_and_grad
-    def compute(params, images):
-        logits = model.apply({"params": params}, images, train=True, rngs={"dropout": jax.random.key(1)})
+    def compute(params, images, seed):
+        kept_units = model.draw_dropout(jax.random.key(seed), len(images))
+        logits = model.apply({"params": params}, images, train=True, kept_units=kept_units)
         return optax.softmax_cross_entropy_with_integer_labels(logits, LABELS).mean()
 
-    for images in (np.zeros_like(IMAGES), *[IMAGES] * 20):
-        loss, gradients = compute(params, images)
+    for seed, images in enumerate((np.zeros_like(IMAGES), *[IMAGES] * 20)):
+        loss, gradients = compute(params, images, seed)
         assert np.isfinite(loss)
         assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradients))
         params = jax.tree.map(lambda leaf, gradient: leaf - 1e-4 * np.sign(gradient), params, gradients)

@@ -46,7 +46,8 @@ def epoch(number: int, seed: int = 0) -> TrainData:
 @jax.jit
 def forward(variables, images, augment_key, dropout_key):
     images = augment.augment(images, augment_key, **AMOUNTS)
-    return MODEL.apply(variables, images, train=True, rngs={"dropout": dropout_key}, mutable=["batch_stats"])
+    kept_units = MODEL.draw_dropout(dropout_key, BATCH_SIZE)
+    return MODEL.apply(variables, images, train=True, kept_units=kept_units, mutable=["batch_stats"])
 
 
 def run(state, *calls: int, seed: int = 0):

@@ -20,7 +20,7 @@ DIGITS = data.load("digits", notify=print)
 MODELS["tiny"] = Network(features=(8,), kernel_sizes=(5,), hidden=32)
 # Each kind of convolution, dropout and normalization.
 MODELS["tiny-large"] = Network(
-    features=(2, 3), kernel_sizes=(5, 3), unpooled=(2,), hidden=8, batch_norm=True, dropout=0.5
+    features=(2, 3), kernel_sizes=(5, 3), unpooled=(2,), hidden=8, batch_norm=True, batch_statistics=True, dropout=0.5
 )
 
 

@@ -39,13 +39,15 @@ class Network(nn.Module):
         activation: of the hidden layers. It must be non-decreasing, because it is applied after the pooling, to a
             quarter of the values.
         logits_activation: of the last layer.
-        dropout: share of the hidden units dropped in training, in [0, 1); needs `rngs={"dropout": key}`.
+        dropout: share of the hidden units dropped in training, in [0, 1); see `draw_dropout`.
         batch_norm: normalize before the hidden activations (S. Ioffe and C. Szegedy, 2015), by the batch in training
             and by running means and variances in evaluation. These are the mutable collection "batch_stats". They
             follow by a hundredth per update, so evaluations before some hundreds of updates are inaccurate.
         pixel_mean, pixel_std: pixels are scaled to [0, 1], minus `pixel_mean`, divided by `pixel_std`.
         batch_statistics: in training, compute these two from the batch. Evaluation uses the fixed ones, so that a
             prediction does not depend on the other images of its batch.
+        batch_axes: axes of the mesh over which a batch is split, in the body of a `jax.shard_map`. Statistics of the
+            batch are means over them too.
         for_cpu: compute convolutions in a form that is fast on CPUs; `Trainer` sets it. On other devices XLA's own
             form is fast.
     """
@@ -63,22 +65,29 @@ class Network(nn.Module):
     pixel_mean: float = 0.1307  # mean and standard deviation of the 60,000 training images of MNIST
     pixel_std: float = 0.3081
     batch_statistics: bool = False
+    batch_axes: tuple[str, ...] = ()
     for_cpu: bool = False
 
     @nn.compact
-    def __call__(self, images: Array, *, train: bool) -> Array:
-        """Return logits [N, classes] float32 of images [N, H, W, C], uint8 or floats in [0, 1].
+    def __call__(self, images: Array, *, train: bool, kept_units: Array | None = None) -> Array:
+        """Compute the logits.
 
-        H and W must be `min_side_px` or more.
+        Args:
+            images: [N, H, W, C], uint8 or floats in [0, 1]; H and W must be `min_side_px` or more.
+            train: use the statistics of the batch, and drop units.
+            kept_units: [N, hidden] bool, from `draw_dropout`; ignored in evaluation.
+
+        Returns:
+            [N, classes] float32.
         """
         x = images / 255.0 if images.dtype == jnp.uint8 else images
-        from_batch = self.batch_statistics and train
-        # In a batch of one uniform grey, the standard deviation is 0.
-        mean, std = (x.mean(), jnp.maximum(x.std(), 1e-6)) if from_batch else (self.pixel_mean, self.pixel_std)
-        x = (x - mean) / std
+        x = self._normalize_pixels(x, from_batch=self.batch_statistics and train)
 
         def normalize(x: Array, name: str) -> Array:
-            return nn.BatchNorm(use_running_average=not train, name=name)(x) if self.batch_norm else x
+            # Flax's type says one axis. Its only use is in `lax.pmean`, which takes several.
+            axes: Any = self.batch_axes or None
+            norm = nn.BatchNorm(use_running_average=not train, axis_name=axes, name=name)
+            return norm(x) if self.batch_norm else x
 
         use_bias = not self.batch_norm  # The normalization has a bias of its own.
         for number, (features, size) in enumerate(zip(self.features, self.kernel_sizes, strict=True), start=1):
@@ -87,8 +96,20 @@ class Network(nn.Module):
             x = self.activation(normalize(x, f"conv{number}_norm"))
         x = nn.Dense(self.hidden, use_bias, name="dense1")(x.reshape(x.shape[0], -1))
         x = self.activation(normalize(x, "dense1_norm"))
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        if train and kept_units is not None:
+            x = jnp.where(kept_units, x / (1 - self.dropout), 0)
         return self.logits_activation(nn.Dense(self.classes, name="logits")(x))
+
+    def _normalize_pixels(self, x: Array, *, from_batch: bool) -> Array:
+        if not from_batch:
+            return (x - self.pixel_mean) / self.pixel_std
+        x = x - lax.pmean(x.mean(), self.batch_axes)
+        std = jnp.sqrt(lax.pmean(jnp.square(x).mean(), self.batch_axes))
+        return x / jnp.maximum(std, 1e-6)  # In a batch of one uniform grey, it is 0.
+
+    def draw_dropout(self, key: Array, size: int) -> Array | None:
+        """Draw the hidden units that `size` images keep, [size, hidden] bool; None if the model has no dropout."""
+        return jax.random.bernoulli(key, 1 - self.dropout, (size, self.hidden)) if self.dropout else None
 
     @property
     def min_side_px(self) -> int:
