@@ -187,7 +187,7 @@ def _compile_once(compile_: Callable[[Any], None]) -> Callable[[Any], None]:
         if key not in _compiled:
             compile_(self)
             _compiled[key] = self
-        programs = ("train_steps", "epoch_order", "evaluate", "learning_rate", "is_finite")
+        programs = ("train_steps", "evaluate", "learning_rate", "is_finite")
         vars(self).update({name: vars(_compiled[key])[name] for name in programs})
         if self is not _compiled[key]:
             vars(self)["init_state"] = lambda: _compiled[key].init_state()  # A run that resumes compiles none.

@@ -115,15 +115,15 @@ def test_the_seed_changes_dropout_and_order():
 
 
 def test_the_order_is_a_permutation_and_a_function_of_seed_and_epoch():
-    traced = jax.jit(train_step.epoch_order, static_argnames="size")
     orders = {}
     for seed, number in ((0, 0), (0, 1), (0, 1000), (1, 0), (2**32 - 1, 0)):
         order = train_step.epoch_order(seed, number, SIZE)
         assert order.dtype == jnp.int32
         np.testing.assert_array_equal(np.sort(order), np.arange(SIZE))
-        np.testing.assert_array_equal(traced(np.uint32(seed), np.int32(number), size=SIZE), order)
         orders[seed, number] = order.tobytes()
     assert len(set(orders.values())) == len(orders)
+    # The same with each version of NumPy: a run that resumes with another one goes on in its order.
+    assert train_step.epoch_order(7, 3, 8).tolist() == [2, 5, 7, 3, 0, 6, 4, 1]
 
 
 def test_a_call_needs_nothing_from_the_host():

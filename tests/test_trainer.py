@@ -31,7 +31,7 @@ def trainer_on(count: int, *, model: str) -> Trainer:
 
 
 def epoch_data(trainer: Trainer) -> TrainData:
-    return TrainData(*trainer.put(DIGITS)[:2], trainer.epoch_order(np.int32(0)))
+    return TrainData(*trainer.put(DIGITS)[:2], trainer.epoch_order(0))
 
 
 def numbers(tree: Any) -> list[np.ndarray]:

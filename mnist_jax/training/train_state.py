@@ -50,7 +50,7 @@ def create(
     config: Config, model: Network, optimizer: optax.GradientTransformation, image_shape: tuple[int, int] = (28, 28)
 ) -> TrainState:
     """Return the state before the first update, a pure function of the config and the shape of the images."""
-    params_key, steps_key, _ = split_keys(config.seed)
+    params_key, steps_key = split_keys(config.seed)
     variables = {"batch_stats": {}, **model.init(params_key, jnp.zeros((1, *image_shape, 1), jnp.uint8), train=False)}
     return TrainState(
         step=jnp.int32(0),
@@ -63,8 +63,8 @@ def create(
 
 
 def split_keys(seed: int | jax.Array) -> jax.Array:
-    """Return three independent random keys, [3]: for the initial weights, the steps, and the order of the images."""
-    return jax.random.split(jax.random.key(seed), 3)
+    """Return two independent random keys, [2]: for the initial weights and for the steps."""
+    return jax.random.split(jax.random.key(seed), 2)
 
 
 def make_schedule(config: Config, total_steps: int) -> optax.Schedule:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
@@ -14,7 +15,7 @@ from mnist_jax.config import Config
 from mnist_jax.runtime import devices
 from mnist_jax.training.augment import augment
 from mnist_jax.training.model import Network
-from mnist_jax.training.train_state import MetricSums, TrainState, split_keys
+from mnist_jax.training.train_state import MetricSums, TrainState
 
 
 class TrainData(NamedTuple):
@@ -25,10 +26,13 @@ class TrainData(NamedTuple):
     order: jax.Array  # [N] int32, a permutation
 
 
-def epoch_order(seed: int | jax.Array, epoch: int | jax.Array, size: int) -> jax.Array:
-    """Return the order of the images in an epoch: a permutation of range(size), a function of (seed, epoch) alone."""
-    *_, key = split_keys(seed)
-    return jax.random.permutation(jax.random.fold_in(key, epoch), jnp.arange(size, dtype=jnp.int32))
+def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray[Any, Any]:
+    """Return the order of the images in an epoch, a function of (seed, epoch) alone: a permutation, [size] int32.
+
+    It is computed on the host, in 5 ms for 60,000 images. On the devices it was one more program, 0.1 s of each start.
+    NumPy guarantees the numbers of a bit generator for all its versions (NEP 19), but not `Generator.permutation`.
+    """
+    return np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(size), kind="stable").astype(np.int32)
 
 
 def train_steps(
@@ -73,7 +77,9 @@ def train_steps(
         kept_units = model.draw_dropout(dropout_key, config.batch_size)
         batch = jax.lax.with_sharding_constraint((images, data.labels[rows], kept_units), on_batch)
         variables = jax.lax.with_sharding_constraint(state.variables, on_all)  # Each device computes with all of them.
-        loss, gradients, batch_stats, correct_here = gradient(variables, *batch)
+        # XLA would compile the gradients and the update of a split and of a replicated state differently, with different
+        # bits; behind the barrier they are the same on CPUs.
+        loss, gradients, batch_stats, correct_here = jax.lax.optimization_barrier(gradient(variables, *batch))
         gradients = jax.lax.with_sharding_constraint(gradients, devices.split_over_fsdp(gradients, mesh))
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

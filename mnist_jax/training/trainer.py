@@ -93,16 +93,21 @@ class Trainer:
         self._schedule = train_state.make_schedule(config, self.total_steps)
         self._optimizer = train_state.make_optimizer(config, self._schedule)
         self._replicated, self._split_over_batch = devices.replicated(mesh), devices.split_over_batch(mesh)
-        self._order_of_epoch = lru_cache(1)(lambda epoch: self.epoch_order(np.int32(epoch)))
+        self._order_of_epoch = lru_cache(1)(lambda epoch: self.epoch_order(epoch))
 
     def compile(self) -> None:
         """Compile the functions that the loop calls. This takes seconds, or less if JAX's cache has them."""
-        _ = self.train_steps, self.epoch_order, self.evaluate, self.learning_rate, self.is_finite
+        _ = self.train_steps, self.evaluate, self.learning_rate, self.is_finite
 
     def put(self, dataset: Dataset) -> DeviceData:
         """Return a dataset on the devices."""
         arrays = dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels
         return DeviceData(*self._replicate(arrays))
+
+    def epoch_order(self, epoch: int) -> jax.Array:
+        """Return the order of the training images in an epoch, on the devices. See `train_step.epoch_order`."""
+        order: jax.Array = self._replicate(train_step.epoch_order(self.config.seed, epoch, self.train_size))
+        return order
 
     def advance(self, state: TrainState, data: DeviceData, *, step: int, n: int) -> tuple[TrainState, MetricSums]:
         """Dispatch one call of `n` updates, which must end at `next_boundary(step)` or before.
@@ -160,11 +165,6 @@ class Trainer:
         out_shardings = self._state_shardings, self._replicated
         arguments = self.abstract_state, data, _integers()
         return self._compile(train_steps, *arguments, out_shardings=out_shardings, donate_argnums=0)
-
-    @cached_property
-    def epoch_order(self) -> Callable[[Any], jax.Array]:
-        """Epoch -> order of the training images, [N] int32. See `train_step.epoch_order`."""
-        return self._compile(partial(train_step.epoch_order, self.config.seed, size=self.train_size), _integers())
 
     @cached_property
     def evaluate(self) -> Callable[[Any, jax.Array, jax.Array, Any], tuple[MetricSums, jax.Array]]:
