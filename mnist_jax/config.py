@@ -24,6 +24,7 @@ DatasetName = Literal["auto", "mnist", "fashion_mnist", "kmnist", "digits", "idx
 ModelName = Literal["cnn", "cnn-large", "original", "original-dropout", "original-normalized", "original-power"]
 PreemptionNotice = Literal["auto", "gcp", "aws", "azure", "none"]
 PresetName = Literal["fast", "accurate", "original"]
+ScheduleName = Literal["linear", "cosine", "constant"]
 
 WhichStep = Annotated[
     Literal["latest", "best"] | int,
@@ -44,9 +45,10 @@ DataDir = Annotated[
 PRESETS: dict[PresetName, dict[str, Any]] = {
     "fast": {
         "model": "cnn",
-        "epochs": 1.5,
+        "epochs": 1,
         "batch_size": 128,
-        "learning_rate": 7e-3,
+        "learning_rate": 1e-2,
+        "schedule": "linear",
         "adam_b1": 0.7,
         "adam_b2": 0.9,
         "label_smoothing": 0.1,
@@ -56,6 +58,7 @@ PRESETS: dict[PresetName, dict[str, Any]] = {
         "epochs": 10,
         "batch_size": 128,
         "learning_rate": 1e-2,
+        "schedule": "cosine",
         "adam_b2": 0.99,
         "label_smoothing": 0.1,
         "shift_px": 2.5,
@@ -63,7 +66,13 @@ PRESETS: dict[PresetName, dict[str, Any]] = {
         "zoom": 0.15,
         "average_decay": 0.999,
     },
-    "original": {"model": "original", "epochs": 10, "batch_size": 50, "learning_rate": 1e-4},
+    "original": {
+        "model": "original",
+        "epochs": 10,
+        "batch_size": 50,
+        "learning_rate": 1e-4,
+        "schedule": "constant",
+    },
 }
 DIGITS_EPOCHS_FACTOR = 10  # The built-in digits are few, so an epoch of them is short.
 
@@ -107,14 +116,17 @@ class Config:
     """Network to train."""
     init_from: Annotated[Path | None, _flag("RUN[@best|@STEP]", "random weights")] = None
     """Run directory whose weights a new run starts from: those of the latest checkpoint, the best, or one of a step."""
-    epochs: Annotated[float, _flag("EPOCHS", _by_preset("epochs"))] = 1.5
+    epochs: Annotated[float, _flag("EPOCHS", _by_preset("epochs"))] = 1.0
     """Length of the training in passes over the images. On the built-in digits the default is ten times higher."""
     steps: Annotated[int | None, _flag("STEPS", "computed from --epochs")] = None
     """Length of the training in updates. Overrides --epochs."""
     batch_size: Annotated[int, _flag("IMAGES", _by_preset("batch_size"))] = 128
     """Images per update, over all devices together."""
-    learning_rate: Annotated[float, _flag("RATE", _by_preset("learning_rate"))] = 7e-3
-    """Peak learning rate of Adam, on a one-cycle schedule. With the preset original it is constant."""
+    learning_rate: Annotated[float, _flag("RATE", _by_preset("learning_rate"))] = 1e-2
+    """Learning rate of Adam, at the peak of the schedule."""
+    schedule: Annotated[ScheduleName, _choice(ScheduleName, _by_preset("schedule"))] = "linear"
+    """Learning rate over the training. linear and cosine rise to the peak and fall to almost 0 at the end, so they
+    depend on its length."""
     adam_b1: Annotated[float, _flag("DECAY", f"{_by_preset('adam_b1')}, else 0.9")] = 0.9
     """Decay of Adam's mean of the gradients, per update."""
     adam_b2: Annotated[float, _flag("DECAY", f"{_by_preset('adam_b2')}, else 0.999")] = 0.999
@@ -220,11 +232,6 @@ class Config:
             values["epochs"] *= DIGITS_EPOCHS_FACTOR
         return cls(preset=preset, dataset=dataset, **values)
 
-    @property
-    def schedule(self) -> Literal["one-cycle", "constant"]:
-        """The learning rate schedule. "one-cycle" depends on the number of steps."""
-        return "constant" if self.preset == "original" else "one-cycle"
-
     def steps_per_epoch(self, train_size: int) -> int:
         """Return the number of whole batches in `train_size` images. The rest is shuffled into the next epoch.
 
@@ -274,7 +281,7 @@ _RANGES: tuple[tuple[float, float, str, tuple[str, ...]], ...] = (
 )
 # What a run computes. The dataset and the length are compared apart.
 MATHEMATICS = (
-    *("preset", "model", "batch_size", "learning_rate", "adam_b1", "adam_b2", "label_smoothing"),
+    *("preset", "model", "batch_size", "learning_rate", "schedule", "adam_b1", "adam_b2", "label_smoothing"),
     *("shift_px", "rotation_deg", "zoom", "average_decay", "seed", "init_from"),
 )
 # Fields that runs of older versions lack, each with the value that means what those versions did.
@@ -407,7 +414,8 @@ def from_json(values: Any, path: Path | str) -> Config:
     if not isinstance(values, dict):
         raise _unusable(path, "is not a JSON object")
     types = {name: kind for name, kind in typing.get_type_hints(Config).items() if name not in _NOT_OF_THE_RUN}
-    values = {**_ADDED_FIELDS, **values}
+    schedule = "constant" if values.get("preset") == "original" else "cosine"
+    values = {**_ADDED_FIELDS, "schedule": schedule, **values}
     for name in types.keys() - values.keys():
         raise _unusable(path, f"has no setting {name!r}")
     for name, value in values.items():
@@ -454,7 +462,7 @@ def contradictions(run: Config, asked: Config) -> list[tuple[str, Any, Any]]:
     fields = list(MATHEMATICS)
     if asked.dataset != "auto":
         fields.append("dataset")
-    if run.schedule == "one-cycle":
+    if run.schedule != "constant":
         fields += ["steps", "epochs"]
     elif asked.steps is not None:
         fields.append("epochs")  # `steps` overrides it: other epochs would be ignored silently.
@@ -470,7 +478,7 @@ def check_same_mathematics(run: Config, asked: Config, *, where: Path) -> None:
     """
     if rows := contradictions(run, asked):
         table = columns([("field", "run", "asked"), *(tuple(map(str, row)) for row in rows)])
-        is_longer = run.schedule == "one-cycle" and {"steps", "epochs"} & {name for name, _, _ in rows}
+        is_longer = run.schedule != "constant" and {"steps", "epochs"} & {name for name, _, _ in rows}
         further = (
             f"Its learning rate depends on its length. To train further, start a new run from its weights:\n"
             f"--init-from {where} --workdir DIR.\n"

@@ -76,7 +76,7 @@ def _row(event: dict[str, Any]) -> tuple[str, str, str, str]:
     """Return time, name, step and details of an event."""
     details = []
     if event["event"] == "resume":
-        details.append("exact" if event.get("exact") else f"numerically equivalent: {event.get('changed')}")
+        details.append("exact" if event.get("exact") else f"not bit for bit: {event.get('changed')}")
     if event.get("lost_steps"):
         details.append(f"{event['lost_steps']} steps or more were lost and recomputed")
     names = ("signal", "outcome", "code", "error", "reason", "moved_to", "names", "text")

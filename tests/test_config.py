@@ -37,6 +37,7 @@ MATHEMATICS: dict[str, tuple[Any, Any]] = {
     "adam_b2": (0.9, 0.8),
     "label_smoothing": (0.0, 0.1),
     "shift_px": (0.0, 1.0),
+    "schedule": ("cosine", "linear"),
     "rotation_deg": (0.0, 1.0),
     "zoom": (0.0, 0.1),
     "average_decay": (0.0, 0.9),
@@ -104,9 +105,9 @@ def test_every_path_flag_is_in_the_table() -> None:
 @pytest.mark.parametrize(
     ("args", "preset", "model", "epochs"),
     [
-        ([], "fast", "cnn", 1.5),
-        (["--dataset", "digits"], "fast", "cnn", 15),
-        (["--model", "cnn-large"], "fast", "cnn-large", 1.5),
+        ([], "fast", "cnn", 1),
+        (["--dataset", "digits"], "fast", "cnn", 10),
+        (["--model", "cnn-large"], "fast", "cnn-large", 1),
         (["--preset", "accurate"], "accurate", "cnn-large", 10),
         (["--model", "original-power", "--dataset", "digits"], "original", "original-power", 100),
         (["--preset", "accurate", "--model", "original"], "accurate", "original", 10),
@@ -253,7 +254,7 @@ def test_help_describes_every_flag_in_80_columns(capsys, monkeypatch) -> None:
     for name, section in sections.items():
         assert re.search(r"[A-Z][^.]+\.", section), f"{name} has no sentence"
         assert re.search(r"\(default: [^)]+\)", section), f"{name} has no default"
-    assert "(default: 1.5 for fast, 10 for accurate, 10 for original)" in sections["--epochs"]
+    assert "(default: 1 for fast, 10 for accurate, 10 for original)" in sections["--epochs"]
 
 
 @pytest.mark.parametrize("args", [["--help"], ["--stepz", "1"]])
@@ -358,16 +359,17 @@ def test_an_unreadable_config_file_is_refused(tmp_path: Path) -> None:
 
 
 # Fields that were added after the first version, with the value that means what runs did before.
-OLD_VALUES = {"init_from": None, "fsdp": 1}
+OLD_VALUES = {"init_from": None, "fsdp": 1, "schedule": "cosine"}
 
 
-@pytest.mark.parametrize("field", OLD_VALUES)
-def test_a_run_of_a_version_without_a_setting_has_its_old_meaning(field: str, tmp_path: Path) -> None:
-    older = {name: value for name, value in FULL.to_json().items() if name != field}
-    (tmp_path / "config.json").write_text(json.dumps(older))
-    run = configs.load(tmp_path / "config.json")
-    assert getattr(run, field) == OLD_VALUES[field]
-    assert run.to_json() == {**FULL.to_json(), field: OLD_VALUES[field]}
+@pytest.mark.parametrize(
+    ("preset", "field", "old"),
+    [*(("fast", *pair) for pair in OLD_VALUES.items()), ("original", "schedule", "constant")],
+)
+def test_a_run_of_a_version_without_a_setting_has_its_old_meaning(preset, field, old, tmp_path: Path) -> None:
+    values = {**FULL.to_json(), "preset": preset}
+    (tmp_path / "config.json").write_text(json.dumps({name: value for name, value in values.items() if name != field}))
+    assert configs.load(tmp_path / "config.json").to_json() == {**values, field: old}
 
 
 def test_missing_and_unknown_settings_are_named(tmp_path: Path) -> None:
@@ -422,7 +424,7 @@ def test_cadence_and_housekeeping_may_change() -> None:
 
 
 def test_the_length_may_change_only_at_a_constant_learning_rate() -> None:
-    one_cycle, constant = Config(preset="fast", steps=3, epochs=4), Config(preset="original", steps=3, epochs=4)
+    one_cycle, constant = (Config(schedule=name, steps=3, epochs=4) for name in ("cosine", "constant"))
     change = {"steps": 5, "epochs": 6}
     asked = dataclasses.replace(one_cycle, **change)
     assert configs.contradictions(one_cycle, asked) == [("steps", 3, 5), ("epochs", 4, 6)]
@@ -506,7 +508,7 @@ def test_a_new_run_has_the_preset_and_name_of_its_dataset(here: Path) -> None:
 def test_auto_becomes_the_dataset_that_there_is(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "resolve", lambda name, data_dir, *, notify: "digits")
     config, workdir = find_run("--fresh")  # There is nothing to move aside.
-    assert (config.dataset, workdir, config.epochs) == ("digits", Path("runs/digits"), 15)
+    assert (config.dataset, workdir, config.epochs) == ("digits", Path("runs/digits"), 10)
     assert contents(here).keys() == {Path("runs/digits/lock")}
 
 

@@ -33,7 +33,7 @@ class Attempt:
     last_step: int
     began_s: float | None = None
     ended_s: float | None = None  # the last known time
-    resume: Literal["", "exact", "numerically equivalent"] = ""
+    resume: Literal["", "exact", "not bit for bit"] = ""
     changed: list[str] = field(default_factory=list)
     recomputed_steps: int = 0  # steps of an earlier attempt that this attempt makes again
     lost_steps: int = 0  # steps of this attempt that a later attempt recomputes
@@ -114,7 +114,7 @@ def _read_attempt(events: list[dict[str, Any]]) -> Attempt:
             attempt.first_step = event["step"]
             attempt.recomputed_steps = int(as_number(event.get("lost_steps")) or 0)
         if name == "resume":
-            attempt.resume = "exact" if event.get("exact") is True else "numerically equivalent"
+            attempt.resume = "exact" if event.get("exact") is True else "not bit for bit"
             changed = event.get("changed")
             attempt.changed = [as_text(text) for text in changed[:20]] if isinstance(changed, list) else []
         elif name == "signal":

@@ -191,7 +191,7 @@ def restore(
         terminal.info(f"{recorder.workdir} is finished; --fresh starts over, --workdir DIR starts another run")
         return restored
     lost = f"; {lost_steps} steps or more after it are recomputed" if lost_steps else ""
-    exactness = f"numerically equivalent, not bit for bit, because of {'; '.join(changed)}" if changed else "exact"
+    exactness = f"not bit for bit, because of {'; '.join(changed)}" if changed else "exact"
     terminal.info(
         f"resumed {trainer.config.model} on {dataset.name} from step {restored.step} of {trainer.total_steps} "
         f"(saved because: {reason}{lost}): {exactness}"
