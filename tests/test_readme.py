@@ -49,7 +49,7 @@ def test_orbax_alone_reads_a_checkpoint(reference, shared_folder, tmp_path):
     checkpoints = shared_folder / "reference" / "checkpoints"
     lines = [f"print(sorted({line}))" if line.startswith(("ocp.", "v1.")) else line for line in ORBAX.splitlines()]
     head = f"from pathlib import Path\nimport sys\ncheckpoints = Path({str(checkpoints)!r})\n"
-    program = head + "\n".join(lines).replace("702", "200") + "\nassert 'mnist_jax' not in sys.modules"
+    program = head + "\n".join(lines).replace("468", "200") + "\nassert 'mnist_jax' not in sys.modules"
     ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
     state, items, loaded = ended.stdout.splitlines()
     assert "'params'" in state
