@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mnist_jax.config import Config
 from mnist_jax.runtime import devices
@@ -65,17 +65,8 @@ def train_steps(
     gradient = _gradient_over_devices(model, config.label_smoothing, mesh)
 
     def update(_: jax.Array, carried: tuple[TrainState, jax.Array]) -> tuple[TrainState, jax.Array]:
-        """Make one update: images by `data.order` and the step, random numbers by `state.rng` and the step."""
         state, correct = carried
-        first = state.step % (data.order.size // config.batch_size) * config.batch_size
-        rows = jax.lax.dynamic_slice_in_dim(data.order, first, config.batch_size)
-        rows = jax.lax.with_sharding_constraint(rows, on_batch)
-        dropout_key, augment_key = jax.random.split(jax.random.fold_in(state.rng, state.step))
-        amounts = {"shift_px": config.shift_px, "rotation_deg": config.rotation_deg, "zoom": config.zoom}
-        images = augment(data.images[rows], augment_key, **amounts)
-        # Drawn for the whole batch, so that the random numbers do not depend on the number of devices.
-        kept_units = model.draw_dropout(dropout_key, config.batch_size)
-        batch = jax.lax.with_sharding_constraint((images, data.labels[rows], kept_units), on_batch)
+        batch = _draw_batch(state, data, config, model, on_batch)
         variables = jax.lax.with_sharding_constraint(state.variables, on_all)  # Each device computes with all of them.
         loss, gradients, batch_stats, correct_here = gradient(variables, *batch)
         gradients = jax.lax.with_sharding_constraint(gradients, devices.split_over_fsdp(gradients, mesh))
@@ -98,6 +89,23 @@ def train_steps(
     state, correct = jax.lax.fori_loop(0, n, update, (state, none))
     state = state.replace(metrics=state.metrics.replace(correct=state.metrics.correct + jnp.sum(correct)))
     return state, state.metrics
+
+
+def _draw_batch(
+    state: TrainState, data: TrainData, config: Config, model: Network, sharding: NamedSharding
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Return images, labels and kept hidden units of the next update, sharded: a function of data, rng and step.
+
+    The random numbers are drawn for the whole batch, so that they do not depend on the number of devices.
+    """
+    first = state.step % (data.order.size // config.batch_size) * config.batch_size
+    rows = jax.lax.dynamic_slice_in_dim(data.order, first, config.batch_size)
+    rows = jax.lax.with_sharding_constraint(rows, sharding)
+    dropout_key, augment_key = jax.random.split(jax.random.fold_in(state.rng, state.step))
+    amounts = {"shift_px": config.shift_px, "rotation_deg": config.rotation_deg, "zoom": config.zoom}
+    images = augment(data.images[rows], augment_key, **amounts)
+    kept_units = model.draw_dropout(dropout_key, config.batch_size)
+    return jax.lax.with_sharding_constraint((images, data.labels[rows], kept_units), sharding)
 
 
 def _gradient_over_devices(
