@@ -414,6 +414,7 @@ def from_json(values: Any, path: Path | str) -> Config:
     if not isinstance(values, dict):
         raise _unusable(path, "is not a JSON object")
     types = {name: kind for name, kind in typing.get_type_hints(Config).items() if name not in _NOT_OF_THE_RUN}
+    # In versions before 0.5 the preset decided.
     schedule = "constant" if values.get("preset") == "original" else "cosine"
     values = {**_ADDED_FIELDS, "schedule": schedule, **values}
     for name in types.keys() - values.keys():

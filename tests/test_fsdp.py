@@ -68,7 +68,7 @@ def train_with(counts: list[int]) -> list[dict[str, Any]]:
         *training, images, labels = trainer.put(digits)
         state = trainer.init_state()
         digests = [json_sha256(digest_leaves(state))]
-        state, sums = trainer.train_steps(state, TrainData(*training, trainer.epoch_order(np.int32(0))), np.int32(5))
+        state, sums = trainer.train_steps(state, TrainData(*training, trainer.epoch_order(0)), np.int32(5))
         digests.append(json_sha256(digest_leaves(state.replace(average=None))))
         leaves, abstract = jax.tree.leaves(state), jax.tree.leaves(trainer.abstract_state)
         evaluation, _ = trainer.evaluate(state.eval_variables, images, labels, np.int32(0))
@@ -81,6 +81,8 @@ def train_with(counts: list[int]) -> list[dict[str, Any]]:
                 "digests": digests,
                 "losses": [float(sums.loss), float(evaluation.loss)],
                 "messages": re.findall(r" (all-\w+|reduce-scatter|collective-\w+)\(", trainer.train_steps.as_text()),
+                "vectors": re.findall(r"= (f32\[\d+\])\S* all-reduce\(", trainer.train_steps.as_text()),
+                "params": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
                 "split variables": sum(
                     not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.variables)
                 ),
@@ -111,6 +113,7 @@ def test_devices_exchange_one_array_of_gradients_and_the_statistics_of_the_batch
     whole, split = trained
     # The gradients; statistics and their gradients of two normalizations; the correct predictions of a call.
     assert whole["messages"] == ["all-reduce"] * (1 + 2 * 2 + 1)
+    assert whole["vectors"] == split["vectors"] == [f"f32[{whole['params'] + 1}]"]  # the gradients and the loss
     assert split["messages"].count("all-gather") == split["split variables"] > 5
     assert [name for name in split["messages"] if name != "all-gather"] == whole["messages"]
 

@@ -235,6 +235,23 @@ def test_the_power_model_is_finite_on_empty_images_and_over_updates():
     assert all(np.any(leaf) for leaf in jax.tree.leaves(gradients))
 
 
+def test_dropout_keeps_a_share_of_the_units_and_scales_them():
+    model = Network(**{**SMALL, "hidden": 50}, dropout=0.2)
+    plain, variables = model.clone(dropout=0.0), draw_variables(model)
+    kept = model.draw_dropout(jax.random.key(0), len(IMAGES))
+    assert 0.7 < np.mean(kept) < 0.9
+    assert plain.draw_dropout(jax.random.key(0), len(IMAGES)) is None
+
+    found = model.apply(variables, IMAGES, train=True, kept_units=kept)
+    _, seen = plain.apply(variables, IMAGES, train=False, capture_intermediates=True, mutable=["intermediates"])
+    hidden = jax.nn.relu(seen["intermediates"]["dense1"]["__call__"][0])
+    logits = variables["params"]["logits"]
+    wanted = np.where(kept, hidden / 0.8, 0) @ logits["kernel"] + logits["bias"]
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(TypeError, match="kept_units"):
+        model.apply(variables, IMAGES, train=True)  # without the units to keep
+
+
 def test_batch_normalization_uses_the_batch_only_in_training():
     model = Network(**SMALL, batch_norm=True)
     variables = draw_variables(model)

@@ -81,9 +81,10 @@ def test_the_one_cycle_rises_to_the_learning_rate_and_falls(name, total_steps):
     assert 0 < rates[-1] < rates[peak] * 2 / total_steps
 
 
-def test_the_shortest_trainings_have_a_learning_rate():
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_the_shortest_trainings_have_a_learning_rate(name):
     for total_steps in (1, 2, 3, 4):
-        schedule = train_state.make_schedule(CONFIG, total_steps)
+        schedule = train_state.make_schedule(dataclasses.replace(CONFIG, schedule=name), total_steps)
         rates = [float(schedule(step)) for step in range(total_steps)]
         assert all(0 < rate <= CONFIG.learning_rate * (1 + 1e-6) for rate in rates)
 

@@ -165,7 +165,7 @@ def test_four_devices_share_each_batch_and_train_like_one():
     # The same dropout masks, and normalization by the whole batch: only the order of float32 sums differs.
     assert abs(one["first losses"][0] - one["first losses"][1]) > 1e-3 * one["first losses"][0]
     np.testing.assert_allclose(found["first losses"], one["first losses"], rtol=1e-5)
-    # Adam divides by the size of the gradients, and 20 updates of 7e-3 make the roundings some thousand times larger.
+    # Adam divides by the size of the gradients, and 20 updates make the roundings some thousand times larger.
     np.testing.assert_allclose(found["loss"], one["loss"], rtol=1e-4)
     np.testing.assert_allclose(found["evaluation"][0], one["evaluation"][0], rtol=1e-3)
     assert found["evaluation"][2] == one["evaluation"][2] == 359

@@ -36,7 +36,8 @@ def fit(config: Config, *, workdir: Path | str, stop: StopSignal | None = None) 
         result = mnist_jax.fit(mnist_jax.Config(dataset="digits", steps=200), workdir="runs/notebook")
 
     Args:
-        config: what the run is. To resume, only settings that do not change the numbers may differ from the run's.
+        config: what the run is; `Config.of_preset` has the values of a preset. To resume, only settings that do not
+            change the numbers may differ from the run's. The defaults of `Config` may differ between versions.
         workdir: the run directory.
         stop: receives stop requests; created if it is None.
 

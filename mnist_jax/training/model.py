@@ -75,7 +75,7 @@ class Network(nn.Module):
         Args:
             images: [N, H, W, C], uint8 or floats in [0, 1]; H and W must be `min_side_px` or more.
             train: use the statistics of the batch, and drop units.
-            kept_units: [N, hidden] bool, from `draw_dropout`; ignored in evaluation.
+            kept_units: [N, hidden] bool, from `draw_dropout`; needed in training if `dropout` is above 0.
 
         Returns:
             [N, classes] float32.
@@ -84,10 +84,11 @@ class Network(nn.Module):
         x = self._normalize_pixels(x, from_batch=self.batch_statistics and train)
 
         def normalize(x: Array, name: str) -> Array:
+            if not self.batch_norm:
+                return x
             # Flax's type says one axis. Its only use is in `lax.pmean`, which takes several.
             axes: Any = self.batch_axes or None
-            norm = nn.BatchNorm(use_running_average=not train, axis_name=axes, name=name)
-            return norm(x) if self.batch_norm else x
+            return nn.BatchNorm(use_running_average=not train, axis_name=axes, name=name)(x)
 
         use_bias = not self.batch_norm  # The normalization has a bias of its own.
         for number, (features, size) in enumerate(zip(self.features, self.kernel_sizes, strict=True), start=1):
@@ -96,7 +97,9 @@ class Network(nn.Module):
             x = self.activation(normalize(x, f"conv{number}_norm"))
         x = nn.Dense(self.hidden, use_bias, name="dense1")(x.reshape(x.shape[0], -1))
         x = self.activation(normalize(x, "dense1_norm"))
-        if train and kept_units is not None:
+        if train and self.dropout:
+            if kept_units is None:
+                raise TypeError(f"dropout={self.dropout} needs kept_units in training; see draw_dropout")
             x = jnp.where(kept_units, x / (1 - self.dropout), 0)
         return self.logits_activation(nn.Dense(self.classes, name="logits")(x))
 
