@@ -66,7 +66,7 @@ def _share_between_processes() -> None:
         else:
             by_topology(digest, accelerators, *others)
 
-    if by_topology.__module__ != __name__:  # It is replaced once.
+    if by_topology.__module__ != __name__:  # It is replaced once. The types differ: ours passes on what JAX's takes.
         cache_key._hash_accelerator_config = hash_accelerators  # type: ignore[assignment]
 
 
