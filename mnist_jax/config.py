@@ -21,7 +21,9 @@ import tyro
 
 T = TypeVar("T")
 DatasetName = Literal["auto", "mnist", "fashion_mnist", "kmnist", "digits", "idx"]
-ModelName = Literal["cnn", "cnn-large", "original", "original-dropout", "original-normalized", "original-power"]
+ModelName = Literal[
+    "cnn", "cnn-tiny", "cnn-large", "original", "original-dropout", "original-normalized", "original-power"
+]
 PreemptionNotice = Literal["auto", "gcp", "aws", "azure", "none"]
 PresetName = Literal["fast", "accurate", "original"]
 ScheduleName = Literal["linear", "cosine", "constant"]

@@ -50,8 +50,9 @@ def environment(tmp_path_factory, shared_folder) -> dict[str, str]:
     programs, made = home / "mnist_jax", shared_folder / "programs"
     with FileLock(shared_folder / "programs.lock"):
         if not made.exists():
-            ended = Run(home / "digits", _isolated(home)).finish(*DIGITS, "--steps", "3")
-            assert ended.code == 0, ended.err
+            for name, flags in (("plain", ()), ("averaged", AVERAGED)):
+                ended = Run(home / name, _isolated(home)).finish(*DIGITS, *flags, "--steps", "3")
+                assert ended.code == 0, ended.err
             shutil.copytree(programs, made)
     shutil.copytree(made, programs, dirs_exist_ok=True)
     return _isolated(home)
@@ -82,8 +83,9 @@ REFERENCE = (
     *(*data_flags(), "--steps", "200"),
     *("--log-every-steps", "20", "--eval-every-steps", "100", "--checkpoint-every-s", "0.5"),
 )
+AVERAGED = ("--average-decay", "0.9")
 SMALL = (
-    *("--dataset", "digits", "--steps", "40", "--batch-size", "64", "--average-decay", "0.9", "--keep", "9"),
+    *(*DIGITS, *AVERAGED, "--steps", "40", "--keep", "9"),
     *("--log-every-steps", "10", "--eval-every-steps", "20", "--checkpoint-every-steps", "10"),
 )
 
@@ -159,6 +161,16 @@ def _variables_are_restored() -> Iterator[None]:
         for name in ("XLA_FLAGS", "PJRT_NPROC"):
             patch.setenv(name, os.environ.get(name, ""))
         yield
+
+
+@pytest.fixture(scope="module")
+def no_optimizations() -> Iterator[None]:
+    """Compile quickly, for tests of values that compile many programs and run each once."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

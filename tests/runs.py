@@ -14,11 +14,21 @@ from typing import Any
 
 from forked import ForkedProcess, can_fork
 
+from mnist_jax.config import PRESETS
 from mnist_jax.records.metrics import read_events
 
 DEADLINE_S = 120
-# The learning rate is constant, so runs of any length share their compiled programs.
-DIGITS = ("--dataset", "digits", "--schedule", "constant")
+# The usual small run: a model that compiles fast, and a constant learning rate, so that runs of any length share their
+# compiled programs. An epoch has 22 steps.
+DIGITS_CONFIG: dict[str, Any] = {
+    **PRESETS["fast"],
+    "preset": "fast",
+    "dataset": "digits",
+    "model": "cnn-tiny",
+    "schedule": "constant",
+    "batch_size": 64,
+}
+DIGITS = ("--dataset", "digits", "--model", "cnn-tiny", "--schedule", "constant", "--batch-size", "64")
 Process = subprocess.Popen[str] | ForkedProcess
 
 

@@ -5,6 +5,8 @@ from scipy import ndimage
 
 from mnist_jax.training import augment, data
 
+pytestmark = pytest.mark.usefixtures("no_optimizations")
+
 SIZE = 100  # The same in all tests: without jit, each operation is compiled once for all amounts.
 
 

@@ -111,7 +111,7 @@ def test_file_holds_the_classifier_of_the_run(small_run, tmp_path):
     _, metadata = read(out.read_bytes())
     assert metadata["state_sha256"] == end["state_sha256"]
     assert metadata["test_accuracy"] == str(end["test_accuracy"])
-    assert (metadata["step"], metadata["model"], metadata["dataset"]) == ("40", "cnn", "digits")
+    assert (metadata["step"], metadata["model"], metadata["dataset"]) == ("40", "cnn-tiny", "digits")
     assert json.loads(metadata["class_names"]) == list("0123456789")
     assert [path.name for path in tmp_path.iterdir()] == ["weights.safetensors"]
 

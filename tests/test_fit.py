@@ -11,6 +11,7 @@ import nbformat
 import numpy as np
 import pytest
 from nbclient import NotebookClient
+from runs import DIGITS_CONFIG
 
 import mnist_jax
 from mnist_jax.config import Config, ConfigError
@@ -19,7 +20,7 @@ from mnist_jax.training import data
 from mnist_jax.training.dispatch import Dispatcher
 from mnist_jax.training.fit import Result
 
-CONFIG = Config(dataset="digits", steps=40, batch_size=64, log_every_steps=10, eval_every_steps=20)
+CONFIG = Config(**DIGITS_CONFIG, steps=40, log_every_steps=10, eval_every_steps=20)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def test_load_predicts(whole, tmp_path):
     assert np.mean(predictions == digits.test_labels[:20]) > 0.8
 
 
-CELL = """
+CELL = f"""
 import os, signal, threading
 import mnist_jax
 from mnist_jax.training.dispatch import Dispatcher
@@ -86,7 +87,7 @@ def interrupt(self, advance=Dispatcher.advance):
     return advance(self)
 
 Dispatcher.advance = interrupt
-config = mnist_jax.Config(dataset="digits", steps=40, batch_size=64, log_every_steps=10, eval_every_steps=20)
+config = mnist_jax.Config(**{DIGITS_CONFIG}, steps=40, log_every_steps=10, eval_every_steps=20)
 result = mnist_jax.fit(config, workdir="run")
 print("RESULT", result.step, result.is_stopped, result.state_sha256)
 """

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
-from runs import act_at, in_new_process
+from runs import DIGITS_CONFIG, act_at, in_new_process
 
 from mnist_jax import replay
 from mnist_jax.checkpoint.checkpoint import Checkpoint
@@ -30,7 +30,7 @@ from mnist_jax.training.train_step import TrainData
 from mnist_jax.training.trainer import Trainer
 
 EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-CONFIG = Config(dataset="digits", steps=30, batch_size=32, average_decay=0.9, log_every_steps=10, fsdp=4)
+CONFIG = Config(**DIGITS_CONFIG, steps=30, average_decay=0.9, log_every_steps=10, fsdp=4)
 STOP_AT = 15
 
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from runs import Run, act_at
+from runs import DIGITS_CONFIG, Run, act_at
 
 from mnist_jax import status, train
 from mnist_jax.config import Config
@@ -26,9 +26,8 @@ pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
 SMALL = Config(
-    dataset="digits",
+    **DIGITS_CONFIG,
     steps=40,
-    batch_size=64,
     average_decay=0.9,
     log_every_steps=2,
     eval_every_steps=20,

@@ -23,7 +23,7 @@ import pytest
 import tensorstore
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import Run, snapshot
+from runs import DIGITS_CONFIG, Run, snapshot
 from tampering import (
     change_manifest,
     read_hashes,
@@ -52,7 +52,7 @@ pytestmark = [
     pytest.mark.timeout(120),  # Opening a pipe would block forever.
 ]
 
-CONFIG = Config(dataset="digits", steps=40, batch_size=64, log_every_steps=10, checkpoint_every_steps=10)
+CONFIG = Config(**DIGITS_CONFIG, steps=40, log_every_steps=10, checkpoint_every_steps=10)
 START = ("--dataset", "digits", "--lock-wait-s", "0")
 
 

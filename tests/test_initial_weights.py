@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import SMALL
 from runs import Run, act_at, signal_here
 from several import start as start_several
 from tampering import read_metadata
@@ -24,11 +25,7 @@ from mnist_jax.training.recorder import Recorder
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
-# The programs of `small_run`, whose weights are averaged. Its best checkpoint is that of step 40 or 20.
-FLAGS = (
-    *("--dataset", "digits", "--steps", "40", "--batch-size", "64", "--average-decay", "0.9", "--keep", "9"),
-    *("--log-every-steps", "10", "--eval-every-steps", "20", "--checkpoint-every-steps", "10"),
-)
+FLAGS = SMALL  # The weights of `small_run` are averaged. Its best checkpoint is that of step 40 or 20.
 
 
 def start(workdir: Path, *args: object) -> int:
@@ -90,7 +87,7 @@ def test_stopped_run_without_its_parent_resumes_exactly(child, small_copy, tmp_p
     shutil.rmtree(run / "checkpoints" / "5")  # Only the checkpoint of step 0 is left.
     shutil.rmtree(small_copy)
     assert start(run, *args) == 0
-    assert "resumed cnn on digits from step 0 of 40 (saved because: initial weights" in capsys.readouterr().out
+    assert "resumed cnn-tiny on digits from step 0 of 40 (saved because: initial weights" in capsys.readouterr().out
     assert result(run) == result(child)
     assert [event["exact"] for event in Run(run).events("resume")] == [True]
     assert read_metadata(run / "checkpoints" / "40")["parent"]["run"] == str(small_copy)
@@ -160,6 +157,8 @@ def test_another_parent_contradicts_the_run(child, small_run, capsys):
 
 
 def test_finished_run_continues_as_a_new_run(small_copy, capsys):
+    config = configs.load(small_copy / "config.json")
+    configs.save(Config(**{**vars(config), "schedule": "linear"}), small_copy / "config.json")
     assert start(small_copy, "--steps", "80") == 2
     assert f"--init-from {small_copy} --workdir DIR" in capsys.readouterr().err
     assert start(small_copy, "--seed", "80") == 2

@@ -213,7 +213,7 @@ def test_every_layout_trains_to_the_same_state(registered, here, in_this_process
     write_keras(Path("~/.keras/datasets").expanduser())
     ends = []
     for flags in (["--data-dir", "~/../torch"], []):
-        args = ["--steps", "3", "--batch-size", "64", "--workdir", f"run{len(ends)}", *flags]
+        args = ["--model", "cnn-tiny", "--steps", "3", "--workdir", f"run{len(ends)}", *flags]
         assert train.main(args) == 0
         out, err = capsys.readouterr()
         assert "reading mnist from" in err

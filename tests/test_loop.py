@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from runs import DIGITS_CONFIG
 
 from mnist_jax import train
 from mnist_jax.checkpoint import integrity
@@ -31,7 +32,7 @@ from mnist_jax.training.remote_copies import RemoteCopies
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
-DEFAULTS = {"dataset": "digits", "steps": 40, "log_every_steps": 10, "checkpoint_every_steps": 10, "batch_size": 64}
+DEFAULTS = {**DIGITS_CONFIG, "steps": 40, "log_every_steps": 10, "checkpoint_every_steps": 10}
 ONLY_AT_THE_END = {"checkpoint_every_steps": None, "eval_every_steps": 400}
 
 
@@ -229,21 +230,25 @@ def test_steps_lost_before_the_first_checkpoint_are_reported(tmp_path, monkeypat
 
 
 def test_failed_timed_save_is_retried_soon(tmp_path, monkeypatch):
-    failed, write_manifest = [], integrity.write_manifest
+    failed, written, write_manifest = [], [], integrity.write_manifest
 
     def fail_twice(directory, step, *args):
         if len(failed) < 2:
             failed.append(step)
             raise OSError(28, "No space left on device")
+        if not written:
+            os.kill(os.getpid(), signal.SIGTERM)
+        written.append(step)
         return write_manifest(directory, step, *args)
 
     monkeypatch.setattr(integrity, "write_manifest", fail_twice)
     monkeypatch.setattr(recorder, "RETRY_SAVE_S", 0.01)
-    assert attempt(tmp_path, **ONLY_AT_THE_END, checkpoint_every_s=0.05, steps=400) == 0
+    settings = {**ONLY_AT_THE_END, "eval_every_steps": 100_000, "log_every_steps": 1000, "checkpoint_every_s": 0.05}
+    assert attempt(tmp_path, **settings, steps=100_000) == 0
     assert [event["step"] for event in events(tmp_path, "save_failed")] == failed
     saved = events(tmp_path, "save")[0]
     assert saved["reason"] == "time"
-    assert failed[0] < failed[1] < saved["step"] < 400
+    assert failed[0] < failed[1] < saved["step"] == written[0]
 
 
 # With one step per interval each call ends one. The evaluation at the end waits for all calls in any case.

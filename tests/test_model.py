@@ -12,6 +12,8 @@ from mnist_jax.config import ModelName
 from mnist_jax.training import data
 from mnist_jax.training.model import MODELS, Network, conv, pool, pooled_conv_of_one_channel, power_of_relu, slide
 
+pytestmark = pytest.mark.usefixtures("no_optimizations")
+
 DIGITS = data.load("digits", notify=print)
 IMAGES, LABELS = DIGITS.train_images[:8], DIGITS.train_labels[:8]
 SMALL = {"features": (2,), "kernel_sizes": (5,), "hidden": 4}
@@ -107,7 +109,7 @@ def test_pooled_conv_and_its_gradients_are_those_of_xla(function, size, margin, 
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max())
 
 
-@pytest.mark.parametrize(("name", "side_px"), [("cnn", 12), ("cnn-large", 20), ("original", 4)])
+@pytest.mark.parametrize(("name", "side_px"), [("cnn", 12), ("cnn-tiny", 6), ("cnn-large", 20), ("original", 4)])
 def test_an_image_has_a_smallest_size_and_any_number_of_classes(name, side_px):
     model = MODELS[name].clone(for_cpu=True, classes=7)
     assert model.min_side_px == side_px
@@ -159,6 +161,11 @@ def test_the_layers_of_the_models_are_these():
         "conv2": {"kernel": (3, 3, 8, 32), "bias": (32,)},  # 12 - 2 = 10 -> 5 pixels
         "dense1": {"kernel": (5 * 5 * 32, 64), "bias": (64,)},
         "logits": {"kernel": (64, 10), "bias": (10,)},
+    }
+    assert shapes("cnn-tiny") == {
+        "conv1": {"kernel": (5, 5, 1, 8), "bias": (8,)},  # 28 - 4 = 24 -> 12 pixels
+        "dense1": {"kernel": (12 * 12 * 8, 32), "bias": (32,)},
+        "logits": {"kernel": (32, 10), "bias": (10,)},
     }
     assert shapes("cnn-large") == {
         "conv1": {"kernel": (5, 5, 1, 32)},  # 28 - 4 = 24 -> 12 pixels

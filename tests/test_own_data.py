@@ -19,7 +19,8 @@ from mnist_jax.training.data import FILES, DataError
 
 HEIGHT, WIDTH, CLASSES = 20, 25, 4
 FLAGS = (
-    *("--dataset", "idx", "--steps", "12", "--batch-size", "32", "--learning-rate", "0.02", "--shift-px", "1"),
+    *("--dataset", "idx", "--model", "cnn-tiny", "--steps", "12", "--batch-size", "32"),
+    *("--learning-rate", "0.02", "--shift-px", "1"),
     *("--log-every-steps", "4", "--eval-every-steps", "6", "--checkpoint-every-steps", "4", "--keep", "9"),
 )
 
@@ -144,7 +145,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_images_that_are_too_small_for_the_model_are_refused(tmp_path: Path, in_this_process, capsys) -> None:
     small = {f"{split}_images": ARRAYS[f"{split}_images"][:, :11] for split in ("train", "test")}
     write(tmp_path / "files", **small)
-    assert start(tmp_path / "run", *FLAGS, "--data-dir", str(tmp_path / "files")) == 2
+    assert start(tmp_path / "run", *FLAGS, "--model", "cnn", "--data-dir", str(tmp_path / "files")) == 2
     assert re.search(r"model=cnn needs images of 12 pixels .* 11×25; use another --model", capsys.readouterr().err)
     assert not (tmp_path / "run" / "config.json").exists()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import act_at, signal_here, snapshot
+from runs import DIGITS_CONFIG, act_at, signal_here, snapshot
 
 from mnist_jax import replay, train
 from mnist_jax.checkpoint.checkpoint import Checkpoint
@@ -23,9 +23,8 @@ pytestmark = pytest.mark.usefixtures("in_this_process")
 
 # 22 steps an epoch. The signal arrives in the middle of a log interval.
 CONFIG = Config(
-    dataset="digits",
+    **DIGITS_CONFIG,
     steps=40,
-    batch_size=64,
     average_decay=0.9,
     log_every_steps=10,
     checkpoint_every_steps=10,
@@ -85,7 +84,7 @@ def test_different_leaf_is_named(run_copy, capsys):
     code, out, _ = run(run_copy, "--from", 30, capsys=capsys)
     assert code == 1
     assert out.partition("\n")[2] == (
-        "not identical:\n  leaf params.dense1.bias differs in 3 of 64 values, by 2.5 at most\n"
+        "not identical:\n  leaf params.dense1.bias differs in 3 of 32 values, by 2.5 at most\n"
     )
     assert run(run_copy, "--from", 20, "--to", 30, capsys=capsys)[0] == 0
 

@@ -98,7 +98,7 @@ def test_page_is_self_contained(page, folder):
 
 def test_page_has_the_facts_of_the_run(page, small_run):
     [end] = small_run.events("exit")
-    assert "cnn on digits, preset fast, seed 0" in page.text
+    assert "cnn-tiny on digits, preset fast, seed 0" in page.text
     assert "step 40 of 40" in page.text
     assert f"{end['test_accuracy']:.2%} at step 40" in page.text
     assert end["state_sha256"] in page.text

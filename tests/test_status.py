@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import Run, end, snapshot
+from runs import DIGITS, Run, end, snapshot
 from tampering import HOSTILE_EVENTS, read_metadata, write_metadata
 
 from mnist_jax import status, train
@@ -172,9 +172,7 @@ def test_status_writes_nothing(small_copy, tmp_path, capsys):
 
 def test_status_beside_a_running_training(new_run):
     run, found = new_run(), []
-    # The compiled program is that of `small_run`.
-    digits = ("--dataset", "digits", "--steps", "40", "--batch-size", "64", "--average-decay", "0.9")
-    process = run.start(*digits, "--checkpoint-every-steps", "5", "--keep", "2")
+    process = run.start(*DIGITS, "--steps", "40", "--checkpoint-every-steps", "5", "--keep", "2")
     assert run.wait_for(lambda: len(run.events("save")) > 0, process)
     while process.poll() is None:
         found.append(run_status.examine(run.workdir, verify=len(found) % 4 == 0))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from object_store import closed_port, s3_environment, s3_server
-from runs import Ended, Run, end, stop
+from runs import DIGITS, Ended, Run, end, stop
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mnist_jax import cli, train
@@ -28,9 +28,12 @@ from mnist_jax.training import data
 from mnist_jax.training.model import MODELS, Network
 from mnist_jax.training.recorder import Recorder
 
-SETTINGS = "--dataset digits --steps 40 --batch-size 64 --log-every-steps 10 --eval-every-steps 20"
-FLAGS = (*SETTINGS.split(), "--checkpoint-every-steps", "10")
-ACCURATE = (*FLAGS, "--preset", "accurate", "--steps", "4", "--log-every-steps", "2", "--eval-every-steps", "3")
+CADENCE = ("--log-every-steps", "10", "--eval-every-steps", "20", "--checkpoint-every-steps", "10")
+FLAGS = (*DIGITS, "--steps", "40", *CADENCE)
+ACCURATE = (
+    *(*FLAGS, "--preset", "accurate", "--model", "cnn-large"),
+    *("--steps", "4", "--log-every-steps", "2", "--eval-every-steps", "3"),
+)
 
 
 def start(workdir: Path, *args: str) -> int:
@@ -137,8 +140,7 @@ def test_flags_must_not_contradict_the_run(copied, capsys):
 
 
 def test_a_length_below_what_is_done_is_refused(in_this_process, tmp_path, capsys):
-    flags = ("--dataset", "digits", "--preset", "original", "--model", "cnn", "--batch-size", "64")
-    assert start(tmp_path, *flags, "--epochs", "0.3") == 0
+    assert start(tmp_path, *DIGITS, "--epochs", "0.3") == 0
     before = (tmp_path / "config.json").read_bytes()
     capsys.readouterr()
     for asked, words in (("--steps=5", "steps=5 is below the 7 steps"), ("--epochs=0.2", "makes 4 steps, below the 7")):

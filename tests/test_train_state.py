@@ -10,6 +10,8 @@ from mnist_jax.config import Config
 from mnist_jax.training import train_state
 from mnist_jax.training.model import Network
 
+pytestmark = pytest.mark.usefixtures("no_optimizations")
+
 CONFIG = Config()
 TINY = Network(features=(), kernel_sizes=(), hidden=2, batch_norm=True)
 

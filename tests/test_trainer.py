@@ -17,7 +17,6 @@ from mnist_jax.training.train_step import TrainData
 from mnist_jax.training.trainer import Trainer
 
 DIGITS = data.load("digits", notify=print)
-MODELS["tiny"] = Network(features=(8,), kernel_sizes=(5,), hidden=32)
 # Each kind of convolution, dropout and normalization.
 MODELS["tiny-large"] = Network(
     features=(2, 3), kernel_sizes=(5, 3), unpooled=(2,), hidden=8, batch_norm=True, batch_statistics=True, dropout=0.5
@@ -50,7 +49,7 @@ def assert_equal(found: Any, wanted: Any) -> None:
 
 @pytest.fixture(scope="module")
 def trainer() -> Trainer:
-    return trainer_on(1, model="tiny")
+    return trainer_on(1, model="cnn-tiny")
 
 
 @pytest.fixture
@@ -72,7 +71,7 @@ def test_the_initial_state_is_as_the_abstract_state_says(trainer, initial):
 
 
 def test_compiled_functions_have_the_bits_of_the_pure_functions(trainer, state):
-    config, model = trainer.config, MODELS["tiny"].clone(for_cpu=True)
+    config, model = trainer.config, MODELS["cnn-tiny"].clone(for_cpu=True)
     schedule = train_state.make_schedule(config, trainer.total_steps)
     optimizer = train_state.make_optimizer(config, schedule)
     fixed = {"model": model, "mesh": trainer.mesh}

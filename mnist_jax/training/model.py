@@ -271,6 +271,7 @@ ORIGINAL = Network(features=(16, 32), kernel_sizes=(5, 5), hidden=1024, padding=
 
 MODELS: dict[str, Network] = {
     "cnn": Network(features=(8, 32), kernel_sizes=(5, 3), hidden=64),
+    "cnn-tiny": Network(features=(8,), kernel_sizes=(5,), hidden=32),
     "cnn-large": Network(
         features=(32, 64, 96, 128), kernel_sizes=(5, 3, 3, 3), unpooled=(2, 3), hidden=256, batch_norm=True, dropout=0.5
     ),
