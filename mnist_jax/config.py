@@ -152,7 +152,7 @@ class Config:
     eval_every_steps: Annotated[int | None, _flag("STEPS", "one epoch")] = None
     """Updates between evaluations on the test images. The last step is always evaluated."""
     checkpoint_every_s: Annotated[float, _flag("SECONDS")] = 30.0
-    """Seconds between checkpoints. A crash loses at most this much work."""
+    """Seconds between checkpoints. A crash loses about this much work."""
     checkpoint_every_steps: Annotated[int | None, _flag("STEPS", "none")] = None
     """Updates between checkpoints, in addition to --checkpoint-every-s."""
     keep: Annotated[int, _flag("N")] = 3

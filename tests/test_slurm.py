@@ -14,7 +14,10 @@ from runs import DIGITS, Run
 pytestmark = pytest.mark.skipif(bool(slurm.missing()), reason=slurm.missing())
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "slurm.sbatch"
-ARGS = (*DIGITS, "--steps", "150", "--log-every-steps", "5", "--eval-every-steps", "1000")
+ARGS = (
+    *(*DIGITS, "--steps", "150", "--log-every-steps", "5", "--eval-every-steps", "1000"),
+    *("--checkpoint-every-s", "1000"),  # A save is due after the pause otherwise, perhaps at the step of the final one.
+)
 
 
 def pause(run: Run) -> None:

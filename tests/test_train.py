@@ -293,7 +293,7 @@ def test_ctrl_c_twice_in_a_terminal_exits_at_once_with_130(reference, new_run):
 
 def test_output_that_cannot_be_written_is_no_error(new_run):
     run = new_run()
-    args = f"--workdir '{run.workdir}' --dataset digits --steps 3 --log-every-steps 1"
+    args = f"--workdir '{run.workdir}' {' '.join(DIGITS)} --steps 3 --log-every-steps 1"
     script = f"{sys.executable} -m mnist_jax.train {args} >/dev/full 2>&-"
     ended = subprocess.run(["bash", "-c", script], env={**os.environ, **run.environment}, timeout=120, check=False)
     assert ended.returncode == 0

@@ -36,8 +36,9 @@ class Agreement:
         """Compile the sum, unless there is one process. `stop` receives the signals of this process."""
         self._stop = stop
         self._index = jax.process_index()
-        self._row = next(row for row, device in enumerate(mesh.devices.flat) if device.process_index == self._index)
-        processes = len({device.process_index for device in mesh.devices.flat})
+        process_of_device = [device.process_index for device in mesh.devices.flat]
+        self._first_device = process_of_device.index(self._index)
+        processes = len({*process_of_device})
         self._is_alone = processes == 1
         self._requests = np.zeros((processes, 4), np.int32)
         self._own_stop = self._agreed_stop = False
@@ -114,7 +115,7 @@ class Agreement:
         """Return [devices, processes, 4]: the requests of this process on its first device, zeros on its others."""
 
         def part(index: Any) -> np.ndarray:
-            rows = range(self._abstract.shape[0])[index[0]]
-            return np.stack([self._requests * (row == self._row) for row in rows])
+            devices = range(self._abstract.shape[0])[index[0]]
+            return np.stack([self._requests * (device == self._first_device) for device in devices])
 
         return jax.make_array_from_callback(self._abstract.shape, self._abstract.sharding, part)

@@ -297,7 +297,7 @@ class ProcessGroup:
             elif self._stop.error is not None:
                 raise self._stop.error
             try:
-                # Python runs no signal handler during this wait, so it is short.
+                # The wait is short, so that the flag is checked often.
                 return json.loads(self._store.blocking_key_value_get(key, int(1000 * POLL_S)))
             except jax.errors.JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" not in str(error):

@@ -1,4 +1,4 @@
-"""The train state: all that changes from update to update, and so all that a checkpoint holds."""
+"""The train state: all that the next update needs besides config and dataset, and so all that a checkpoint holds."""
 
 from typing import Any
 
