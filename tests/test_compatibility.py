@@ -41,6 +41,19 @@ def test_an_environment_equals_itself():
     assert compatibility.diff_environment(metadata, environment) == []
 
 
+@pytest.mark.parametrize(
+    ("platform", "flags", "count"),
+    [
+        ("gpu", "--xla_gpu_deterministic_ops=true", 0),
+        ("gpu", "--xla_gpu_deterministic_ops=False --xla_dump_to=x", 1),
+        ("cpu", "--xla_gpu_deterministic_ops=false", 0),
+    ],
+)
+def test_kernels_that_are_not_deterministic_are_not_exact(platform, flags, count):
+    environment = {"devices": {"platform": platform, "xla_flags": flags}}
+    assert len(compatibility.diff_environment(environment, environment)) == count
+
+
 def test_the_environments_of_several_processes_are_compared():
     first = {"software": {"jax": "0.10.2"}, "settings": {}, "devices": {"cpu_threads": 2, "count": 3}}
     slower = {**first, "devices": {"cpu_threads": 1, "count": 3}}
