@@ -6,6 +6,7 @@ import signal
 
 import jax
 import pytest
+from conftest import ALL_THREADS
 from runs import DIGITS, end, in_new_process, stop
 
 from mnist_jax.checkpoint.integrity import CorruptCheckpointError, IncompatibleCheckpointError
@@ -170,7 +171,7 @@ def bound_to(cores: list[int]):
     not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs 2 cores, and to choose"
 )
 def test_a_run_resumed_on_one_core_keeps_its_bits(new_run):
-    whole, run = new_run("whole"), new_run()
+    whole, run = new_run("whole", **ALL_THREADS), new_run(**ALL_THREADS)
     cores = sorted(os.sched_getaffinity(0))[:2]
     with bound_to(cores):
         process = run.start(*ARGS, "--checkpoint-every-steps", "4")  # The saves make the run last.

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import ALL_THREADS
 from object_store import closed_port, s3_environment, s3_server
 from runs import DIGITS, Ended, Run, end, stop
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -212,7 +213,7 @@ def assert_ends_like(reference, run: Run, ended: Ended) -> None:
 
 
 def test_a_stopped_and_killed_run_ends_exactly_like_an_undisturbed_one(reference, new_run):
-    run, moments, args = new_run(), random.Random(0), reference.args
+    run, moments, args = new_run(**ALL_THREADS), random.Random(0), reference.args
     for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGINT):
         process = run.start(*args)
         args = ()  # The run knows its flags.
