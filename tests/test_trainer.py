@@ -192,11 +192,14 @@ def sha256_of_a_training() -> list[Any]:
     return [hashlib.sha256(b"".join(leaf.tobytes() for leaf in numbers(state))).hexdigest(), found]
 
 
-def test_programs_compiled_for_another_number_of_threads_have_the_same_bits(tmp_path):
-    shared, fresh = ({"JAX_COMPILATION_CACHE_DIR": str(tmp_path / name)} for name in ("shared", "fresh"))
-    one, two = ({"PJRT_NPROC": threads, "JAX_PLATFORMS": "cpu"} for threads in ("1", "2"))
-    in_new_process(sha256_of_a_training, **one, **shared)
-    from_cache, found = in_new_process(sha256_of_a_training, **two, **shared)
-    compiled, found_in_none = in_new_process(sha256_of_a_training, **two, **fresh)
+def test_programs_compiled_elsewhere_for_another_number_of_threads_have_the_same_bits(tmp_path):
+    def run(threads: int, name: str) -> list[Any]:
+        variables = {"PJRT_NPROC": str(threads), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / name)}
+        return in_new_process(sha256_of_a_training, JAX_PLATFORMS="cpu", **variables)
+
+    run(1, "cache")
+    (tmp_path / "cache").rename(tmp_path / "moved")
+    from_cache, found = run(2, "moved")
+    compiled, found_in_none = run(2, "fresh")
     assert (found, found_in_none) == (1, 0)
     assert from_cache == compiled

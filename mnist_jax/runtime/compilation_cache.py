@@ -31,6 +31,9 @@ def enable() -> None:
     _share_between_processes()
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    # By default JAX passes a directory for XLA's autotuning results as an option of each program (0.10). The name of a
+    # program depends on its options, so programs would not be found in a cache that was copied or mounted elsewhere.
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 def write_digests() -> None:
