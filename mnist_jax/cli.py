@@ -109,7 +109,7 @@ def report(error: Exception, warn: Callable[[str], None], *, who: str = "", is_t
 
 
 def to_json(value: Any) -> str:
-    """Return a value as JSON. Numbers that JSON has no word for, such as NaN in a damaged file, become null."""
+    """Return a value as JSON. Numbers that JSON has no word for, such as NaN in a corrupt file, become null."""
 
     def finite(value: Any) -> Any:
         if isinstance(value, Mapping):

@@ -272,11 +272,19 @@ def test_timed_save_waits_for_no_call_in_flight(tmp_path, monkeypatch, log_every
 
 
 def test_next_timed_save_is_earlier_by_the_duration_of_the_last(tmp_path, monkeypatch):
-    results = Checkpointer.results
-    monkeypatch.setattr(Checkpointer, "results", lambda self: [s._replace(seconds=999.999) for s in results(self)])
-    settings = {"checkpoint_every_steps": None, "checkpoint_every_s": 1000, "eval_every_steps": 10, "steps": 400}
-    assert attempt(tmp_path, **settings) == 0
-    assert "time" in [event["reason"] for event in events(tmp_path, "save")]
+    results, reasons = Checkpointer.results, []
+
+    def results_of_long_saves(self):
+        saves = results(self)
+        if "time" in [save.metadata["reason"] for save in saves] and "time" not in reasons:
+            os.kill(os.getpid(), signal.SIGTERM)
+        reasons.extend(save.metadata["reason"] for save in saves)
+        return [save._replace(seconds=999.999) for save in saves]
+
+    monkeypatch.setattr(Checkpointer, "results", results_of_long_saves)
+    settings = {"checkpoint_every_steps": None, "checkpoint_every_s": 1000, "log_every_steps": 1000}
+    assert attempt(tmp_path, **settings, eval_every_steps=200, steps=20_000) == 0
+    assert "time" in reasons
 
 
 def test_best_checkpoint_is_kept_after_a_resume(tmp_path, monkeypatch):
