@@ -71,7 +71,7 @@ def replay(options: Options, stop: StopSignal, terminal: Terminal) -> list[str]:
     terminal.info(f"training from step {step} to step {last} again")
     environment = compatibility.describe_environment(fsdp=trainer.config.fsdp)
     for change in compatibility.diff_environment(metadata, environment):
-        terminal.warn(f"warning: the bits may differ because this changed: {change}")
+        terminal.warn(f"warning: the bits may differ: {change}")
     while step < last:
         n = min(MAX_STEPS_PER_CALL, trainer.next_boundary(step) - step, last - step)
         state, _ = trainer.advance(state, device_data, step=step, n=n)

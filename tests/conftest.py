@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from filelock import FileLock
 from hypothesis import settings
-from runs import DIGITS, Run
+from runs import ALL_THREADS, AVERAGED, DIGITS, SMALL, Run
 
 from mnist_jax.config import MATHEMATICS
 
 settings.register_profile("suite", deadline=None)  # Other tests run at the same time.
 settings.load_profile("suite")
 # XLA's threads wait actively, and here several processes share few cores: with one thread each they take an eighth less
-# processor time. `ALL_THREADS` are variables for those runs that use all cores, as a user's does.
+# processor time. Runs with `ALL_THREADS` use all cores, as a user's do.
 os.environ.setdefault("PJRT_NPROC", "1")
 os.environ.pop("PYTHONUNBUFFERED", None)  # Tests of a closed pipe need buffered output.
 # A shell's `&` and `nohup` ignore these signals, and child processes inherit that.
@@ -85,12 +85,6 @@ def data_flags() -> tuple[str, ...]:
 REFERENCE = (
     *(*data_flags(), "--steps", "200"),
     *("--log-every-steps", "20", "--eval-every-steps", "100", "--checkpoint-every-s", "0.5"),
-)
-ALL_THREADS = {"PJRT_NPROC": ""}
-AVERAGED = ("--average-decay", "0.9")
-SMALL = (
-    *(*DIGITS, *AVERAGED, "--steps", "40", "--keep", "9"),
-    *("--log-every-steps", "10", "--eval-every-steps", "20", "--checkpoint-every-steps", "10"),
 )
 
 
@@ -169,12 +163,14 @@ def _variables_are_restored() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def no_optimizations() -> Iterator[None]:
-    """Compile quickly, for tests of values that compile many programs and run each once."""
+    """Compile quickly on CPUs, for tests of values that compile many programs and run each once."""
     import jax
 
-    jax.config.update("jax_disable_most_optimizations", True)
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu" or before)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()  # Other tests compile their own programs.
 
 
 @pytest.fixture(scope="module")

@@ -20,15 +20,15 @@ from mnist_jax.records.metrics import read_events
 DEADLINE_S = 120
 # The usual small run: a model that compiles fast, and a constant learning rate, so that runs of any length share their
 # compiled programs. An epoch has 22 steps.
-DIGITS_CONFIG: dict[str, Any] = {
-    **PRESETS["fast"],
-    "preset": "fast",
-    "dataset": "digits",
-    "model": "cnn-tiny",
-    "schedule": "constant",
-    "batch_size": 64,
-}
-DIGITS = ("--dataset", "digits", "--model", "cnn-tiny", "--schedule", "constant", "--batch-size", "64")
+_CHOICES = {"dataset": "digits", "model": "cnn-tiny", "schedule": "constant", "batch_size": 64}
+DIGITS = tuple(word for name, value in _CHOICES.items() for word in (f"--{name.replace('_', '-')}", str(value)))
+DIGITS_CONFIG: dict[str, Any] = {**PRESETS["fast"], "preset": "fast", **_CHOICES}  # the same for `Config`
+AVERAGED = ("--average-decay", "0.9")
+SMALL = (
+    *(*DIGITS, *AVERAGED, "--steps", "40", "--keep", "9"),
+    *("--log-every-steps", "10", "--eval-every-steps", "20", "--checkpoint-every-steps", "10"),
+)
+ALL_THREADS = {"PJRT_NPROC": ""}  # variables of a run that uses all cores, unlike most runs of the tests
 Process = subprocess.Popen[str] | ForkedProcess
 
 

@@ -6,8 +6,7 @@ import signal
 
 import jax
 import pytest
-from conftest import ALL_THREADS
-from runs import DIGITS, end, in_new_process, stop
+from runs import ALL_THREADS, DIGITS, end, in_new_process, stop
 
 from mnist_jax.checkpoint.integrity import CorruptCheckpointError, IncompatibleCheckpointError
 from mnist_jax.training import compatibility
@@ -46,12 +45,13 @@ def test_an_environment_equals_itself():
     ("platform", "flags", "count"),
     [
         ("gpu", "--xla_gpu_deterministic_ops=true", 0),
-        ("gpu", "--xla_gpu_deterministic_ops=False --xla_dump_to=x", 1),
+        ("gpu", "--xla_gpu_deterministic_ops=true --xla_gpu_deterministic_ops=False --xla_dump_to=x", 1),
+        ("gpu", "--xla_gpu_deterministic_ops=false --xla_gpu_exclude_nondeterministic_ops=true", 0),
         ("cpu", "--xla_gpu_deterministic_ops=false", 0),
     ],
 )
 def test_kernels_that_are_not_deterministic_are_not_exact(platform, flags, count):
-    environment = {"devices": {"platform": platform, "xla_flags": flags}}
+    environment = {"devices": {"platform": platform, "xla_flags": "", "xla_flags of process 1": flags}}
     assert len(compatibility.diff_environment(environment, environment)) == count
 
 
@@ -173,8 +173,9 @@ def bound_to(cores: list[int]):
 def test_a_run_resumed_on_one_core_keeps_its_bits(new_run):
     whole, run = new_run("whole", **ALL_THREADS), new_run(**ALL_THREADS)
     cores = sorted(os.sched_getaffinity(0))[:2]
+    args = (*ARGS, "--model", "cnn", "--batch-size", "128")  # Its operations are divided among threads.
     with bound_to(cores):
-        process = run.start(*ARGS, "--checkpoint-every-steps", "4")  # The saves make the run last.
+        process = run.start(*args, "--checkpoint-every-steps", "4")  # The saves make the run last.
     assert run.wait_for(lambda: len(run.events("save")) > 0, process)
     stopped = stop(process, signal.SIGTERM)
     assert stopped.last_line.startswith("stopped ")
@@ -182,7 +183,7 @@ def test_a_run_resumed_on_one_core_keeps_its_bits(new_run):
         process = run.start()
     ended = end(process)
     with bound_to(cores):
-        process = whole.start(*ARGS)
+        process = whole.start(*args)
     expected = end(process)
     assert run.events("resume")[-1]["step"] == int(stopped.fields["step"])
     assert run.events("resume")[-1]["exact"]

@@ -20,11 +20,12 @@ from faults import (
     start_at_once,
     stop_in,
 )
+from runs import ALL_THREADS
 
 
 @pytest.fixture(scope="module")
 def campaign(tmp_path_factory, environment) -> Campaign:
-    return prepare(tmp_path_factory.mktemp("campaign"), environment)
+    return prepare(tmp_path_factory.mktemp("campaign"), {**environment, **ALL_THREADS})
 
 
 def assert_survived(results: list[Result]) -> None:

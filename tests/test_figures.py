@@ -90,6 +90,20 @@ def test_each_mistake_is_drawn():
         assert 5.5 < top / bottom < 6.5  # six in the first row, one in the second
 
 
+def test_an_image_that_is_not_square_keeps_its_form_below_its_caption():
+    image = np.full((20, 40, 1), 255, np.uint8)
+    plain, captioned = (
+        figures.plot_mistakes([image], [caption], dark=False) for caption in ("", "Ankle boot, predicted Sneaker (97%)")
+    )
+    black = pixels(plain)[..., 0] == 0
+    rows, columns = (np.flatnonzero(black.any(axis=axis)) for axis in (1, 0))
+    assert black[np.ix_(rows, columns)].all()
+    assert len(columns) / len(rows) == pytest.approx(2, abs=0.05)
+    assert len(pixels(captioned)) > len(pixels(plain)) + 20  # pixels for two lines
+    below = pixels(captioned)[-len(rows) - 8 :, : columns[-1] + 1, 0] == 0
+    assert below.sum() == pytest.approx(black.sum(), rel=0.05)  # The caption covers none of the image.
+
+
 def test_style_files_of_the_user_are_ignored(tmp_path, light):
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nlines.linewidth: 9\nfont.size: 30\n")
     script = "import sys, test_figures; sys.stdout.buffer.write(test_figures.plot(4))"

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL
-from runs import Run, act_at, signal_here
+from runs import SMALL, Run, act_at, signal_here
 from several import start as start_several
 from tampering import read_metadata
 

@@ -243,12 +243,12 @@ def test_failed_timed_save_is_retried_soon(tmp_path, monkeypatch):
 
     monkeypatch.setattr(integrity, "write_manifest", fail_twice)
     monkeypatch.setattr(recorder, "RETRY_SAVE_S", 0.01)
-    settings = {**ONLY_AT_THE_END, "eval_every_steps": 100_000, "log_every_steps": 1000, "checkpoint_every_s": 0.05}
-    assert attempt(tmp_path, **settings, steps=100_000) == 0
-    assert [event["step"] for event in events(tmp_path, "save_failed")] == failed
+    settings = {"checkpoint_every_steps": None, "checkpoint_every_s": 1000, "log_every_steps": 1000}
+    assert attempt(tmp_path, **settings, eval_every_steps=200, steps=20_000) == 0
+    assert [event["step"] for event in events(tmp_path, "save_failed")] == failed == [200, failed[1]]
     saved = events(tmp_path, "save")[0]
     assert saved["reason"] == "time"
-    assert failed[0] < failed[1] < saved["step"] == written[0]
+    assert 200 < failed[1] < saved["step"] == written[0]
 
 
 # With one step per interval each call ends one. The evaluation at the end waits for all calls in any case.

@@ -11,7 +11,7 @@ import time
 
 import pytest
 from filelock import FileLock
-from runs import DIGITS, Ended, Run, end, in_new_process
+from runs import ALL_THREADS, DIGITS, Ended, Run, end, in_new_process
 from several import Several, free_port, start
 
 from mnist_jax import cli
@@ -23,14 +23,14 @@ from mnist_jax.runtime.preemption import StoppedError, StopSignal
 from mnist_jax.training import setup
 from mnist_jax.training.dispatch import Dispatcher
 
-ARGS = (*DIGITS, "--steps", "60", "--log-every-steps", "5", "--eval-every-steps", "25")
+ARGS = (*DIGITS, "--steps", "200", "--log-every-steps", "5", "--eval-every-steps", "75")
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(shared_folder, environment) -> Run:
     """A finished run of two processes, made once for all workers."""
-    run = Run(shared_folder / "undisturbed", environment)
+    run = Run(shared_folder / "undisturbed", {**environment, **ALL_THREADS})
     with FileLock(shared_folder / "undisturbed.lock"):
         if not run.events("exit"):
             check_codes(start(run, 2, *ARGS), 0)
@@ -64,7 +64,7 @@ def wait_for_another_line(several: Several) -> None:
 
 def test_interrupted_run_ends_like_an_undisturbed_one(new_run, undisturbed, tmp_path):
     """The state of this run is split over the processes, which changes no bit on CPUs."""
-    run, mirror = new_run(), ("--mirror", (tmp_path / "copy").as_uri())
+    run, mirror = new_run(**ALL_THREADS), ("--mirror", (tmp_path / "copy").as_uri())
     several = start(run, 2, *ARGS, *mirror, "--fsdp", "2")
     wait_for_another_line(several)
     several.signal(signal.SIGTERM, 1)
@@ -124,7 +124,7 @@ def test_diverged_run_fails_on_all_processes(new_run):
 def test_run_of_two_resumes_on_one(new_run, undisturbed):
     run = new_run()
     shutil.copytree(undisturbed.workdir, run.workdir)
-    shutil.rmtree(run.workdir / "checkpoints" / "60")
+    shutil.rmtree(run.workdir / "checkpoints" / "200")
     ended = run.finish(*ARGS)
     assert ended.code == 0, ended.err
     assert run.events("resume")[-1]["exact"] is False

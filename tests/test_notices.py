@@ -11,9 +11,8 @@ from typing import get_args
 import faults
 import metadata_server
 import pytest
-from conftest import SMALL
 from metadata_server import MetadataServer, event
-from runs import DIGITS, Run, act_at
+from runs import DIGITS, SMALL, Run, act_at
 from several import Several, free_port
 
 from mnist_jax import status, train

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(bool(slurm.missing()), reason=slurm.missing())
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "slurm.sbatch"
 ARGS = (
-    *(*DIGITS, "--steps", "150", "--log-every-steps", "5", "--eval-every-steps", "1000"),
+    *(*DIGITS, "--steps", "1000", "--log-every-steps", "5", "--eval-every-steps", "1000"),
     *("--checkpoint-every-s", "1000"),  # A save is due after the pause otherwise, perhaps at the step of the final one.
 )
 
@@ -65,4 +65,4 @@ def test_job_is_preempted_timed_out_and_finished(tmp_path, new_run):
     resumes = [(event["saved_because"], event["exact"], event["lost_steps"]) for event in run.events("resume")]
     assert resumes == [("signal SIGTERM", True, 0)] * 2
     lines = [json.loads(line) for line in run.metrics().splitlines()]
-    assert [line["step"] for line in lines if line["split"] == "train"] == list(range(5, 151, 5))
+    assert [line["step"] for line in lines if line["split"] == "train"] == list(range(5, 1001, 5))

@@ -172,7 +172,7 @@ def test_status_writes_nothing(small_copy, tmp_path, capsys):
 
 def test_status_beside_a_running_training(new_run):
     run, found = new_run(), []
-    process = run.start(*DIGITS, "--steps", "40", "--checkpoint-every-steps", "5", "--keep", "2")
+    process = run.start(*DIGITS, "--steps", "80", "--checkpoint-every-steps", "5", "--keep", "2")
     assert run.wait_for(lambda: len(run.events("save")) > 0, process)
     while process.poll() is None:
         found.append(run_status.examine(run.workdir, verify=len(found) % 4 == 0))

@@ -14,9 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ALL_THREADS
 from object_store import closed_port, s3_environment, s3_server
-from runs import DIGITS, Ended, Run, end, stop
+from runs import ALL_THREADS, DIGITS, Ended, Run, end, stop
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mnist_jax import cli, train
@@ -32,7 +31,7 @@ from mnist_jax.training.recorder import Recorder
 CADENCE = ("--log-every-steps", "10", "--eval-every-steps", "20", "--checkpoint-every-steps", "10")
 FLAGS = (*DIGITS, "--steps", "40", *CADENCE)
 ACCURATE = (
-    *(*FLAGS, "--preset", "accurate", "--model", "cnn-large"),
+    *(*FLAGS, "--preset", "accurate", "--model", "cnn-large", "--schedule", "cosine"),
     *("--steps", "4", "--log-every-steps", "2", "--eval-every-steps", "3"),
 )
 

@@ -188,9 +188,9 @@ def plot_mistakes(images: Sequence[np.ndarray], captions: Sequence[str], *, dark
         for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
             row, column = divmod(number, 6)
             middle_in, bottom_in = (column + 0.5) * width_in, (row + 1) * height_in - 0.05
-            high_in, wide_in = (0.94 * width_in * side / max(image.shape) for side in image.shape[:2])
-            top_in = bottom_in - high_in
-            extent = (middle_in - wide_in / 2, middle_in + wide_in / 2, bottom_in, top_in)
+            image_height_in, image_width_in = (0.94 * width_in * side / max(image.shape) for side in image.shape[:2])
+            top_in = bottom_in - image_height_in
+            extent = (middle_in - image_width_in / 2, middle_in + image_width_in / 2, bottom_in, top_in)
             axes.imshow(image[..., 0], cmap="gray" if dark else "gray_r", vmin=0, vmax=255, extent=extent)
             axes.text(middle_in, top_in - 0.04, caption, ha="center", va="bottom")
         axes.set(xlim=(0, WIDTH_IN), ylim=(height_in * rows, 0), aspect="auto")

@@ -33,7 +33,8 @@ def enable() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     # By default JAX passes a directory for XLA's autotuning results as an option of each program (0.10). The name of a
     # program depends on its options, so programs would not be found in a cache that was copied or mounted elsewhere.
-    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+    if "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES" not in os.environ:
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 def write_digests() -> None:

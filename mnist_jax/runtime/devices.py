@@ -5,6 +5,7 @@ This file needs nothing else of the package; copy it into your own project.
 
 import os
 import platform
+import re
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -160,6 +161,13 @@ def enable_determinism() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_gpu_deterministic_ops" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+
+
+def are_deterministic(xla_flags: str) -> bool:
+    """Return whether XLA_FLAGS leave only deterministic kernels on a GPU; of a repeated flag the last one counts."""
+    values = dict(re.findall(r"--(xla_gpu_\w+)=(\w+)", xla_flags.lower()))
+    is_off = values.get("xla_gpu_deterministic_ops") in ("false", "0")
+    return not is_off or values.get("xla_gpu_exclude_nondeterministic_ops") in ("true", "1")
 
 
 def on_local_cpu() -> SingleDeviceSharding:

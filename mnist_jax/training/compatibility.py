@@ -40,8 +40,6 @@ _NO_NUMBERS = re.compile(
     "cache|log|dump|traceback|timeout|cross_host|proxy|pprint|leak|explain|captured|embedded|source|export|serializ"
     "|visible|preemption|recoverab|distributed|mock|transfer_guard|check|profil|xla_backend|platform|collectives"
 )
-# What a user may write to get faster kernels.
-_NOT_DETERMINISTIC = re.compile("--xla_gpu_deterministic_ops=(false|0)", re.IGNORECASE)
 
 
 def prepare_jax(cpu_threads: int | None) -> None:
@@ -240,7 +238,7 @@ def check_length(step: int, config: Config, train_size: int) -> None:
 def diff_environment(metadata: Mapping[str, Any], environment: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return what differs from the environment in `metadata`. If nothing does, the run resumes bit for bit.
 
-    Kernels that are not deterministic are also listed: with them no two attempts have the same bits.
+    Kernels that are not deterministic are also listed: with them each attempt may have other bits.
     """
 
     def value(described: Mapping[str, Any], name: str) -> Any:
@@ -252,7 +250,8 @@ def diff_environment(metadata: Mapping[str, Any], environment: Mapping[str, Mapp
         for name in sorted(metadata[part].keys() | environment[part].keys())
         if value(metadata[part], name) != value(environment[part], name)
     ]
-    described = environment.get("devices", {})
-    if described.get("platform") == "gpu" and _NOT_DETERMINISTIC.search(described["xla_flags"]):
-        differences.append("XLA_FLAGS allows kernels that are not deterministic")
+    described = environment["devices"]
+    flags = [value for name, value in described.items() if name.startswith("xla_flags")]  # of each process
+    if described.get("platform") != "cpu" and not all(map(devices.are_deterministic, flags)):
+        differences.append("devices xla_flags allow kernels that are not deterministic")
     return differences
