@@ -243,6 +243,7 @@ def test_failed_timed_save_is_retried_soon(tmp_path, monkeypatch):
 
     monkeypatch.setattr(integrity, "write_manifest", fail_twice)
     monkeypatch.setattr(recorder, "RETRY_SAVE_S", 0.01)
+    monkeypatch.setattr(dispatch, "means", lambda sums: (1.0, 0.5))  # Only the first evaluation is the best so far.
     settings = {"checkpoint_every_steps": None, "checkpoint_every_s": 1000, "log_every_steps": 1000}
     assert attempt(tmp_path, **settings, eval_every_steps=200, steps=20_000) == 0
     assert [event["step"] for event in events(tmp_path, "save_failed")] == failed == [200, failed[1]]

@@ -122,7 +122,7 @@ def test_diverged_run_fails_on_all_processes(new_run):
 
 
 def test_run_of_two_resumes_on_one(new_run, undisturbed):
-    run = new_run()
+    run = new_run(**ALL_THREADS)
     shutil.copytree(undisturbed.workdir, run.workdir)
     shutil.rmtree(run.workdir / "checkpoints" / "200")
     ended = run.finish(*ARGS)
