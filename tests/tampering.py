@@ -47,6 +47,13 @@ def update_files(checkpoint: Path) -> None:
     change_manifest(checkpoint, files=files)
 
 
+def flip_bit(path: Path) -> None:
+    """Change one bit in the middle of a file, as a disk does; no digest is corrected."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 def write_file(checkpoint: Path, name: str, content: bytes | str) -> None:
     """Write a file of a checkpoint, and correct its digest in the manifest."""
     content = content.encode() if isinstance(content, str) else content

@@ -24,7 +24,7 @@ import pytest
 import tensorstore
 from flax import nnx
 from flax.training.train_state import TrainState
-from tampering import change_manifest, write_file
+from tampering import change_manifest, flip_bit, write_file
 
 from mnist_jax.checkpoint import integrity
 from mnist_jax.checkpoint.checkpoint import Checkpoint, list_checkpoints
@@ -528,12 +528,6 @@ def largest_file(path: Path) -> Path:
     """Return the largest file of the leaves; how Orbax divides them differs."""
     files = [file for file in (path / "state").rglob("*") if file.is_file() and not file.name.startswith("hashes.")]
     return max(files, key=lambda file: file.stat().st_size)
-
-
-def flip_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 def replace_file_by_link(path: Path) -> None:
