@@ -238,7 +238,7 @@ def check_length(step: int, config: Config, train_size: int) -> None:
 def diff_environment(metadata: Mapping[str, Any], environment: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return what differs from the environment in `metadata`. If nothing does, the run resumes bit for bit.
 
-    Kernels that are not deterministic are also listed: with them each attempt may have other bits.
+    Nondeterministic kernels are also listed, because with them each attempt may compute different bits.
     """
 
     def value(described: Mapping[str, Any], name: str) -> Any:
