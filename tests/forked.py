@@ -1,4 +1,4 @@
-"""Processes of the training command that start with all modules imported, which saves seconds on two cores.
+"""Processes that start with all modules imported, which saves seconds on two cores.
 
 They are real processes, forked from a server that has imported JAX but not initialized it. Claims about what happens
 before `mnist_jax.train.main` need a new interpreter.
@@ -9,10 +9,13 @@ import os
 import signal
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from subprocess import TimeoutExpired
+from typing import Any
 
 # Variables that may differ from the environment of the server, because nothing reads them before `main`. Those that
 # begin with KMP_ are set by scikit-learn in the process of the tests.
@@ -20,22 +23,31 @@ READ_LATE = {
     *("HOME", "XDG_CACHE_HOME", "http_proxy", "https_proxy", "grpc_proxy", "TMPDIR", "MPLBACKEND"),
     *("XLA_FLAGS", "XLA_PYTHON_CLIENT_PREALLOCATE", "PJRT_NPROC", "NPROC"),
 }
-# Modules that the command may need.
+# Modules that the command and the tests may need.
 PRELOADED = [
-    *("mnist_jax.train", "mnist_jax.training.loop"),
+    *("mnist_jax.train", "mnist_jax.training.loop", "pytest"),
     *("tensorboard.compat.proto.event_pb2", "tensorboard.summary.writer.record_writer"),
 ]
 
 _server_environment: dict[str, str] | None = None
 
 
-def can_fork(environment: dict[str, str]) -> bool:
-    """Return whether a process with this environment can be forked from the server."""
+def _server() -> ForkServerContext:
+    """Return the server. It starts with the first process, in the environment of this moment."""
     global _server_environment
-    if sys.platform != "linux":
-        return False
+    context = multiprocessing.get_context("forkserver")
     if _server_environment is None:
         _server_environment = dict(os.environ)
+        context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def can_fork(environment: dict[str, str]) -> bool:
+    """Return whether a process of the command with this environment can be forked from the server."""
+    if sys.platform != "linux":
+        return False
+    _server()
+    assert _server_environment is not None
     wanted = {**os.environ, **environment}
     names = wanted.keys() | _server_environment.keys()
     return all(
@@ -49,8 +61,7 @@ class ForkedProcess:
 
     def __init__(self, arguments: list[str], environment: dict[str, str], faults: str | None = None) -> None:
         """Start the command; `faults` is an argument of `faults.drive`."""
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        context = _server()
         ends = [context.Pipe(duplex=False) for _ in range(2)]
         self._process: ForkServerProcess = context.Process(
             target=_run_command,
@@ -131,9 +142,7 @@ def _run_command(
     err: Connection,
 ) -> None:
     """Run as `python -m mnist_jax.train` does after its imports."""
-    os.sched_setaffinity(0, cores)  # The server may have others.
-    os.environ.clear()
-    os.environ.update(environment)
+    _become(environment, cores)
     for number, end in ((1, out), (2, err)):
         os.dup2(end.fileno(), number)
         end.close()
@@ -147,3 +156,37 @@ def _run_command(
 
         train.exit_process(drive(faults, arguments))
     train.exit_process(train.main(arguments))
+
+
+def call(function: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str]) -> Any:
+    """Call a function of a test file in a process with this environment, and return its result.
+
+    JAX has read its own variables before: the function must set those that differ.
+    """
+    receiver, sender = _server().Pipe(duplex=False)
+    cores = os.sched_getaffinity(0)
+    process = _server().Process(target=_call, args=(sender, function, arguments, environment, cores), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        assert receiver.poll(120), f"{function.__name__} does not end"
+        result, error = receiver.recv()
+    finally:
+        process.kill()
+        process.join()
+    assert not error, error
+    return result
+
+
+def _call(sender: Connection, function: Any, arguments: Any, environment: dict[str, str], cores: set[int]) -> None:
+    _become(environment, cores)
+    try:
+        sender.send((function(*arguments), ""))
+    except BaseException:
+        sender.send((None, traceback.format_exc()))
+
+
+def _become(environment: dict[str, str], cores: set[int]) -> None:
+    os.sched_setaffinity(0, cores)  # The server may have others.
+    os.environ.clear()
+    os.environ.update(environment)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import forked
 from forked import ForkedProcess, can_fork
 
 from mnist_jax.config import PRESETS
@@ -166,23 +167,22 @@ def in_new_process(function: Callable[..., Any], *arguments: Any, **variables: s
     """Call a function of a test file in a new process, in which JAX is not initialized, and return its result.
 
     Args:
-        function: takes and returns JSON values.
+        function: takes and returns values that can be pickled.
         arguments: its arguments.
         variables: set in the environment, from which `THREAD_VARIABLES` are removed first.
     """
-    name = function.__name__
-    script = f"import json, sys; from {function.__module__} import {name} as f; print(json.dumps(f(*{arguments!r})))"
     inherited = {name: value for name, value in os.environ.items() if name not in THREAD_VARIABLES}
-    process = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=Path(__file__).parent,
-        env={**inherited, **variables},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout.splitlines()[-1])
+    settings = {name: value for name, value in variables.items() if name.startswith("JAX_")}
+    return forked.call(_set_and_call, (settings, function, arguments), {**inherited, **variables})
+
+
+def _set_and_call(settings: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    import jax
+
+    for name, value in settings.items():
+        if name.lower() in jax.config.values:  # Others are read when they are needed.
+            jax.config.update(name.lower(), value)
+    return function(*arguments)
 
 
 def snapshot(directory: Path) -> dict[str, tuple[int, int, str | bytes]]:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from filelock import FileLock
@@ -289,11 +290,9 @@ def test_port_in_use_is_reported(host, environment):
     assert code == 69
     assert f"port {port}" in message
     if ":" in host:  # All other tests connect with IPv4.
-        script = f"import sys, test_multihost as t; print(t.connect({address!r}, 2, int(sys.argv[1])))"
-        variables = {**os.environ, **environment, "PYTHONPATH": f"{os.path.dirname(__file__)}:{os.getcwd()}"}
-        processes = [subprocess.Popen([sys.executable, "-c", script, i], env=variables, **PIPES) for i in "01"]
-        ended = [end(process) for process in processes]
-        assert [one.out for one in ended] == ["[2, '']\n"] * 2, ended
+        with ThreadPoolExecutor() as pool:
+            connected = [pool.submit(in_new_process, connect, address, 2, index, **environment) for index in range(2)]
+            assert [one.result() for one in connected] == [[2, ""]] * 2
 
 
 # Errors
