@@ -4,14 +4,14 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import several
 from filelock import FileLock
 from hypothesis import settings
-from runs import ALL_THREADS, AVERAGED, DIGITS, SMALL, Run
+from runs import ALL_THREADS, AVERAGED, DIGITS, REFERENCE, SMALL, Run, end
 
 from mnist_jax.config import MATHEMATICS
 
@@ -50,58 +50,23 @@ def environment(tmp_path_factory, shared_folder) -> dict[str, str]:
     Each worker has its own copy of the cache, because JAX's cache is not safe with several writers.
     """
     home = tmp_path_factory.mktemp("home")
-    programs, made = home / "mnist_jax", shared_folder / "programs"
+    made = shared_folder / "programs"
     with FileLock(shared_folder / "programs.lock"):
         if not made.exists():
-            for name, flags in (("plain", ()), ("averaged", AVERAGED)):
-                ended = Run(home / name, _isolated(home)).finish(*DIGITS, *flags, "--steps", "3")
-                assert ended.code == 0, ended.err
-            shutil.copytree(programs, made)
-    shutil.copytree(made, programs, dirs_exist_ok=True)
+            args = (*DIGITS, "--steps", "3")
+            one, averaged, two = (Run(home / name / "run", _isolated(home / name)) for name in ("1", "averaged", "2"))
+            started = [one.start(*args), averaged.start(*args, *AVERAGED), *several.start(two, *args).processes]
+            ended = [end(process) for process in started]
+            assert [one.code for one in ended] == [0] * 4, ended
+            for run in (one, averaged, two):
+                shutil.copytree(run.workdir.with_name("mnist_jax"), made, dirs_exist_ok=True)
+    shutil.copytree(made, home / "mnist_jax")
     return _isolated(home)
 
 
 def _isolated(home: Path) -> dict[str, str]:
     closed_port = "http://127.0.0.1:9"
     return {"HOME": str(home), "XDG_CACHE_HOME": str(home), "http_proxy": closed_port, "https_proxy": closed_port}
-
-
-@dataclass
-class Reference:
-    """A small training, and the result of an uninterrupted run of it."""
-
-    args: tuple[str, ...]
-    sha256: str
-    metrics: bytes
-
-
-def data_flags() -> tuple[str, ...]:
-    """Return the flags for real MNIST, or for the built-in digits if `MNIST_DIR` is not set."""
-    if "MNIST_DIR" in os.environ:
-        return ("--data-dir", str(Path(os.environ["MNIST_DIR"]).absolute()))
-    return ("--dataset", "digits")
-
-
-REFERENCE = (
-    *(*data_flags(), "--steps", "200"),
-    *("--log-every-steps", "20", "--eval-every-steps", "100", "--checkpoint-every-s", "0.5"),
-)
-
-
-def make_reference(workdir: Path, environment: dict[str, str], *args: str) -> Reference:
-    """Return the result of an uninterrupted run; all workers that name the same directory share the run."""
-    run = Run(workdir, environment)
-    with FileLock(workdir.with_name(f"{workdir.name}.lock")):
-        if not run.events("exit"):
-            ended = run.finish(*args)
-            assert ended.code == 0, ended.err
-    return Reference(args, run.events("exit")[-1]["state_sha256"], run.metrics())
-
-
-@pytest.fixture(scope="session")
-def reference(environment, shared_folder) -> Reference:
-    """A training with the default preset and all cores."""
-    return make_reference(shared_folder / "reference", {**environment, **ALL_THREADS}, *REFERENCE)
 
 
 @pytest.fixture(scope="session")
@@ -112,28 +77,42 @@ def shared_folder(tmp_path_factory, worker_id) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained_run(shared_folder, environment, mnist_dir) -> Run:
-    """A finished default run on MNIST, shared by all workers. Read-only."""
-    run = Run(shared_folder / "trained", {**environment, **ALL_THREADS})
-    with FileLock(shared_folder / "trained.lock"):
-        if not run.events("exit"):
-            ended = run.finish("--data-dir", str(mnist_dir))
-            assert ended.code == 0, ended.err
-    return run
+def finished_once(shared_folder, environment) -> Callable[..., Run]:
+    """Return a function that returns a finished run, made once for all workers. Read-only."""
+
+    def start_one(run: Run, *args: str) -> several.Several:
+        return several.Several(run, [run.start(*args)])
+
+    def finish(name: str, *args: str, start: Callable[..., several.Several] = start_one, **variables: str) -> Run:
+        run = Run(shared_folder / name, {**environment, **variables})
+        with FileLock(shared_folder / f"{name}.lock"):
+            if not run.events("exit"):
+                for ended in start(run, *args).end():
+                    assert ended.code == 0, ended.err
+        return run
+
+    return finish
 
 
 @pytest.fixture(scope="session")
-def small_run(shared_folder, environment) -> Run:
-    """A finished run on the built-in digits with checkpoints 10, 20, 30 and 40, read-only, made once for all workers.
+def reference(finished_once) -> Run:
+    """A run with the flags `REFERENCE`: the default preset, and all cores."""
+    return finished_once("reference", *REFERENCE, **ALL_THREADS)
+
+
+@pytest.fixture(scope="session")
+def trained_run(finished_once, mnist_dir) -> Run:
+    """A default run on MNIST."""
+    return finished_once("trained", "--data-dir", str(mnist_dir), **ALL_THREADS)
+
+
+@pytest.fixture(scope="session")
+def small_run(finished_once) -> Run:
+    """A run on the built-in digits with checkpoints 10, 20, 30 and 40.
 
     The evaluation at step 20 uses averaged weights, as all evaluations do.
     """
-    run = Run(shared_folder / "small", environment)
-    with FileLock(shared_folder / "small.lock"):
-        if not run.events("exit"):
-            ended = run.finish(*SMALL)
-            assert ended.code == 0, ended.err
-    return run
+    return finished_once("small", *SMALL)
 
 
 @pytest.fixture
@@ -196,9 +175,10 @@ def _compile_once(compile_: Callable[[Any], None]) -> Callable[[Any], None]:
     from mnist_jax.training.model import MODELS
 
     def compile_once(self: Any) -> None:
-        settings = tuple(getattr(self.config, name) for name in MATHEMATICS)
-        sizes = self.total_steps, self.train_size, self.test_size, self.image_shape, self.classes
-        key = settings, MODELS[self.config.model], self.mesh, sizes
+        settings = tuple(getattr(self.config, name) for name in MATHEMATICS if name not in ("preset", "init_from"))
+        steps = None if self.config.schedule == "constant" else self.total_steps
+        sizes = self.train_size, self.test_size, self.image_shape, self.classes
+        key = settings, steps, MODELS[self.config.model], self.mesh, sizes
         if key not in _compiled:
             compile_(self)
             _compiled[key] = self

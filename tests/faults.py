@@ -40,7 +40,7 @@ from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 from runs import DIGITS, Ended, Process, Run, end
-from several import Several, free_port
+from several import start as start_several
 
 from mnist_jax.runtime.preemption import STOP_SIGNALS
 
@@ -83,7 +83,7 @@ class Campaign:
     def whole_of_two(self) -> Run:
         """The same training by two processes, whose sums are rounded in another order."""
         run = Run(self.root / "whole of two", self.environment)
-        ended = start_two(run, *self.args).end()
+        ended = start_several(run, *self.args).end()
         assert [one.code for one in ended] == [0, 0], ended
         return run
 
@@ -113,11 +113,6 @@ def prepare(root: Path, environment: dict[str, str], data: tuple[str, ...] = DIG
     ended = whole.finish(*args)
     assert ended.code == 0, ended.err
     return Campaign(root, environment, args, whole)
-
-
-def start_two(run: Run, *args: str) -> Several:
-    flags = ("--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2", "--process-id")
-    return Several(run, [run.start(*flags, str(index), *args) for index in range(2)])
 
 
 class Found(NamedTuple):
@@ -336,7 +331,7 @@ def kill_one_of_two(campaign: Campaign, count: int, seed: int) -> list[Result]:
     chances = random.Random(f"{seed} of two")
 
     def attempt(run: Run, number: int) -> tuple[list[Ended], bool]:
-        several = start_two(run, *campaign.args, "--peer-timeout-s", "20")
+        several = start_several(run, *campaign.args, "--peer-timeout-s", "20")
         victim = (seed + number) % 2
         wait_for_save(campaign, run, several.processes[0], chances, LEFTOVERS)
         several.signal(signal.SIGKILL, victim)
@@ -368,7 +363,7 @@ def kill_runs(
                 assert {one.code for one in ended} <= {0, 69, -signal.SIGABRT, -signal.SIGKILL}, ended
             else:
                 run.faults, is_hit = (), False
-                ended = start_two(run, *campaign.args).end() if of_two else [campaign.resume(run)]
+                ended = start_several(run, *campaign.args).end() if of_two else [campaign.resume(run)]
                 assert not any(one.code for one in ended), ended
             result = judge_start(run, found)
             assert result.lost_steps <= 2 * SAVE_EVERY, result
@@ -759,6 +754,43 @@ def before_saves(action: Callable[[int, Path], object]) -> None:
         action(step, checkpointer.directory)
 
     before(Checkpointer, "save", act)
+
+
+def not_finite() -> None:
+    """Begin the training with parameters that are NaN."""
+    import jax
+
+    from mnist_jax.training.trainer import Trainer
+
+    advance = Trainer.advance
+
+    def advance_from_nan(self: Trainer, state: Any, data: Any, *, step: int, n: int) -> Any:
+        if step == 0:
+            state = state.replace(params=jax.tree.map(lambda leaf: leaf * float("nan"), state.params))
+        return advance(self, state, data, step=step, n=n)
+
+    Trainer.advance = advance_from_nan  # type: ignore[method-assign]
+
+
+def other_pixel() -> None:
+    """Load the dataset with one pixel changed."""
+    from mnist_jax.training import data
+
+    load = data.load
+
+    def load_and_change(*args: Any, **options: Any) -> data.Dataset:
+        dataset = load(*args, **options)
+        dataset.test_images[0, 0, 0] ^= 1
+        return dataset
+
+    data.load = load_and_change
+
+
+def log_programs() -> None:
+    """Log which compiled programs JAX finds in its cache, as JAX_DEBUG_LOG_MODULES does."""
+    import jax
+
+    jax.config.update("jax_debug_log_modules", "jax._src.compiler")
 
 
 def preempted_at(cloud: str, first_step: int) -> None:

@@ -32,7 +32,7 @@ PRELOADED = [
 _server_environment: dict[str, str] | None = None
 
 
-def _server() -> ForkServerContext:
+def server() -> ForkServerContext:
     """Return the server. It starts with the first process, in the environment of this moment."""
     global _server_environment
     context = multiprocessing.get_context("forkserver")
@@ -46,7 +46,7 @@ def can_fork(environment: dict[str, str]) -> bool:
     """Return whether a process of the command with this environment can be forked from the server."""
     if sys.platform != "linux":
         return False
-    _server()
+    server()
     assert _server_environment is not None
     wanted = {**os.environ, **environment}
     names = wanted.keys() | _server_environment.keys()
@@ -61,7 +61,7 @@ class ForkedProcess:
 
     def __init__(self, arguments: list[str], environment: dict[str, str], faults: str | None = None) -> None:
         """Start the command; `faults` is an argument of `faults.drive`."""
-        context = _server()
+        context = server()
         ends = [context.Pipe(duplex=False) for _ in range(2)]
         self._process: ForkServerProcess = context.Process(
             target=_run_command,
@@ -163,9 +163,9 @@ def call(function: Callable[..., Any], arguments: tuple[Any, ...], environment: 
 
     JAX has read its own variables before: the function must set those that differ.
     """
-    receiver, sender = _server().Pipe(duplex=False)
+    receiver, sender = server().Pipe(duplex=False)
     cores = os.sched_getaffinity(0)
-    process = _server().Process(target=_call, args=(sender, function, arguments, environment, cores), daemon=True)
+    process = server().Process(target=_call, args=(sender, function, arguments, environment, cores), daemon=True)
     process.start()
     sender.close()
     try:

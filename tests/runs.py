@@ -29,6 +29,11 @@ SMALL = (
     *(*DIGITS, *AVERAGED, "--steps", "40", "--keep", "9"),
     *("--log-every-steps", "10", "--eval-every-steps", "20", "--checkpoint-every-steps", "10"),
 )
+_MNIST = os.environ.get("MNIST_DIR")
+REFERENCE = (
+    *(("--data-dir", str(Path(_MNIST).absolute())) if _MNIST else ("--dataset", "digits")),
+    *("--steps", "200", "--log-every-steps", "20", "--eval-every-steps", "100", "--checkpoint-every-s", "0.5"),
+)
 ALL_THREADS = {"PJRT_NPROC": ""}  # variables of a run that uses all cores, unlike most runs of the tests
 Process = subprocess.Popen[str] | ForkedProcess
 

@@ -5,7 +5,8 @@ import random
 import signal
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from runs import DEADLINE_S, Ended, Process, Run, end
 
@@ -42,12 +43,10 @@ def free_port() -> int:
             return port
 
 
-def start(run: Run, count: int, *args: str, variables: dict[int, dict[str, str]] | None = None) -> Several:
-    """Start `count` processes, with additional environment variables by index."""
-    address = f"127.0.0.1:{free_port()}"
-    processes = []
-    for index in range(count):
-        group = ("--coordinator", address, "--num-processes", str(count), "--process-id", str(index))
-        own = Run(run.workdir, {**run.environment, **(variables or {}).get(index, {})})
+def start(run: Run, *args: str, **others: Any) -> Several:
+    """Start two processes. `others` are fields of `Run` that process 1 has in another form."""
+    address, processes = f"127.0.0.1:{free_port()}", []
+    for index, own in enumerate((replace(run), replace(run, **others))):
+        group = ("--coordinator", address, "--num-processes", "2", "--process-id", str(index))
         processes.append(own.start(*group, "--preempted-exit-code", SAVED, *args))
     return Several(run, processes)

@@ -6,7 +6,6 @@ import faulthandler
 import json
 import logging
 import math
-import multiprocessing
 import os
 import resource
 import signal
@@ -22,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from forked import PRELOADED
+from forked import server
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from several import free_port
@@ -46,8 +45,7 @@ class Group:
 
     def __init__(self, processes: int, devices: int) -> None:
         """Start them."""
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([*PRELOADED, "sharded"])  # The tests of a worker share one server.
+        context = server()
         self.name, self.size, self.is_broken = f"{processes}x{devices}", processes, False
         coordinator = f"127.0.0.1:{free_port()}"
         self._connections, self._processes = [], []
@@ -141,6 +139,7 @@ def host_state() -> dict[str, Any]:
         "keys": rng.integers(0, 2**32, (24, 2), np.uint32),
         "columns": np.zeros((0, 24), np.float32),
         "rows": np.zeros((0, 24), np.float32),
+        "joined": rng.integers(0, 2, (48, 3)).astype(bool),
         "step": 7,
         "rate": 0.5,
         "wide_host": rng.integers(0, 2**60, 10),
@@ -159,6 +158,7 @@ SPLIT = {
     "keys": P("fsdp"),
     "columns": P(None, "fsdp"),
     "rows": P("fsdp"),
+    "joined": P(("data", "fsdp")),
 }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import SMALL, Run, act_at, signal_here
+from runs import DIGITS, SMALL, Run, act_at, signal_here
 from several import start as start_several
 from tampering import flip_bit, read_metadata
 
@@ -194,7 +194,8 @@ def test_replay_needs_the_saved_step_0(child, tmp_path, capsys):
 
 def test_several_processes_begin_with_the_same_weights(small_run, new_run):
     run = new_run()
-    ended = start_several(run, 2, *FLAGS, "--steps", "10", "--init-from", f"{small_run.workdir}@20").end()
+    flags = (*DIGITS, "--steps", "10", "--log-every-steps", "10", "--init-from", f"{small_run.workdir}@20")
+    ended = start_several(run, *flags).end()
     assert [one.code for one in ended] == [0, 0], "".join(one.err for one in ended)
     assert weights(run.workdir, 0) == weights(small_run.workdir, 20)
     assert run.steps() == [0, 10]

@@ -10,8 +10,8 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import faults
 import pytest
-from filelock import FileLock
 from runs import ALL_THREADS, DIGITS, Ended, Run, end, in_new_process
 from several import Several, free_port, start
 
@@ -29,13 +29,9 @@ PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
 
 @pytest.fixture(scope="module")
-def undisturbed(shared_folder, environment) -> Run:
-    """A finished run of two processes, made once for all workers."""
-    run = Run(shared_folder / "undisturbed", {**environment, **ALL_THREADS})
-    with FileLock(shared_folder / "undisturbed.lock"):
-        if not run.events("exit"):
-            check_codes(start(run, 2, *ARGS), 0)
-    return run
+def undisturbed(finished_once) -> Run:
+    """A run of two processes."""
+    return finished_once("undisturbed", *ARGS, start=start, **ALL_THREADS)
 
 
 def check_codes(several: Several, code: int):
@@ -66,18 +62,18 @@ def wait_for_another_line(several: Several) -> None:
 def test_interrupted_run_ends_like_an_undisturbed_one(new_run, undisturbed, tmp_path):
     """The state of this run is split over the processes, which changes no bit on CPUs."""
     run, mirror = new_run(**ALL_THREADS), ("--mirror", (tmp_path / "copy").as_uri())
-    several = start(run, 2, *ARGS, *mirror, "--fsdp", "2")
+    several = start(run, *ARGS, *mirror, "--fsdp", "2")
     wait_for_another_line(several)
     several.signal(signal.SIGTERM, 1)
     stopped = check_codes(several, 75)
     assert stopped.fields["signal"] == "SIGTERM"
     saves = len(run.events("save"))
     shutil.rmtree(run.workdir)  # It resumes from the remote copy.
-    several = start(run, 2, *ARGS, *mirror, "--checkpoint-every-steps", "10")
+    several = start(run, *ARGS, *mirror, "--checkpoint-every-steps", "10")
     wait_for(several, lambda: len(run.events("save")) > saves)
     several.signal(signal.SIGKILL, 0)
     check_lost(several.end(timeout_s=60)[1], -signal.SIGABRT)  # JAX's client may notice first that its server is gone.
-    several = start(run, 2, *ARGS, variables={1: {"JAX_DEBUG_LOG_MODULES": "jax._src.compiler"}})
+    several = start(run, *ARGS, faults=((faults.log_programs,),))
     first, second = several.end()
     assert (first.code, second.code) == (0, 0), second.err
     # Process 1 finds the programs that process 0 compiled in the start before.
@@ -93,8 +89,9 @@ def test_interrupted_run_ends_like_an_undisturbed_one(new_run, undisturbed, tmp_
 
 
 def test_save_signal_saves_and_silent_process_is_lost(new_run):
+    run = new_run()
     flags = (*ARGS, "--steps", "100000", "--eval-every-steps", "100000", "--peer-timeout-s", "3")
-    several = start(new_run(), 2, *flags, variables={1: {"PJRT_NPROC": "7"}})
+    several = start(run, *flags, environment={**run.environment, "PJRT_NPROC": "7"})
     for count, victim in enumerate((1, 0)):
         wait_for_another_line(several)
         several.signal(signal.SIGUSR2, victim)
@@ -117,7 +114,9 @@ def test_save_signal_saves_and_silent_process_is_lost(new_run):
 
 def test_diverged_run_fails_on_all_processes(new_run):
     cadence = ("--log-every-steps", "100000", "--eval-every-steps", "100000", "--checkpoint-every-steps", "3")
-    several = start(new_run(), 2, *DIGITS, "--steps", "100000", "--learning-rate", "1e30", *cadence)
+    run = new_run()
+    run.faults = ((faults.not_finite,),)
+    several = start(run, *DIGITS, "--steps", "100000", *cadence)
     assert "not finite" in check_codes(several, 1).err
     assert not several.run.events("save")
 
@@ -140,7 +139,7 @@ def test_run_of_two_resumes_on_one(new_run, undisturbed):
 @pytest.mark.parametrize(("phase", "victim"), [("data", 0), ("compile", 1)])
 def test_signal_before_training_stops_all(phase, victim, new_run, tmp_path):
     run = new_run(XDG_CACHE_HOME=str(tmp_path / "cold"))  # Compilation takes seconds.
-    several = start(run, 2, *ARGS)
+    several = start(run, *ARGS)
     assert run.wait_for_phase(phase, several.processes[0])
     several.signal(signal.SIGTERM, victim)
     stopped = check_codes(several, 75)
@@ -151,7 +150,7 @@ def test_signal_before_training_stops_all(phase, victim, new_run, tmp_path):
 @pytest.mark.parametrize("phase", ["data", "compile"])
 def test_process_killed_before_training_ends_the_other(phase, new_run, tmp_path):
     run = new_run(XDG_CACHE_HOME=str(tmp_path / "cold"))
-    several = start(run, 2, *ARGS, "--peer-timeout-s", "2")
+    several = start(run, *ARGS, "--peer-timeout-s", "2")
     assert run.wait_for_phase(phase, several.processes[0])
     several.signal(signal.SIGKILL, 1)
     check_lost(several.end()[0])
@@ -161,46 +160,33 @@ def test_process_killed_before_training_ends_the_other(phase, new_run, tmp_path)
 def test_usage_error_of_process_0_ends_all(new_run, undisturbed):
     run = new_run()
     shutil.copytree(undisturbed.workdir, run.workdir)
-    first, second = start(run, 2, *ARGS, "--seed", "1").end()
+    first, second = start(run, *ARGS, "--seed", "1").end()
     assert (first.code, second.code) == (2, 2)
     assert "would change its mathematics" in first.err
     assert "process 1 of 2: process 0 failed: " in second.err
 
 
-def with_mounts(*mounts: str) -> list[str]:
+def with_mount(mount: str) -> tuple[str, ...]:
     """Return the beginning of a command that sees other files, or skip the test if the user may not mount."""
-    prefix = ["unshare", "--mount", "sh", "-c", f'{" && ".join(mounts)} && exec "$0" "$@"']
+    prefix = ("unshare", "--mount", "sh", "-c", f'{mount} && exec "$0" "$@"')
     if subprocess.run([*prefix, "true"], capture_output=True).returncode:
         pytest.skip("this user may not mount a file system")
     return prefix
 
 
-def start_two_apart(run: Run, prefix: list[str], *args: str) -> Several:
-    """Start two processes, the second with a prefix of its command."""
-    group = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2", "--process-id"]
-    command = [sys.executable, "-m", "mnist_jax.train", "--workdir", str(run.workdir), *group, "1", *args]
-    second = subprocess.Popen([*prefix, *command], env={**os.environ, **run.environment}, **PIPES)
-    return Several(run, [run.start(*group, "0", *args), second])
-
-
-def test_different_data_ends_all(new_run, mnist_dir, tmp_path):
-    same, different = tmp_path / "same", tmp_path / "different"
-    for folder in (same, different):
-        shutil.copytree(mnist_dir, folder)
-    shutil.copy(different / "t10k-labels-idx1-ubyte.gz", different / "train-labels-idx1-ubyte.gz")
+def test_different_data_end_all(new_run):
     run = new_run()
-    prefix = with_mounts(f'mount --bind "{different}" "{same}"')
-    ended = start_two_apart(run, prefix, "--data-dir", str(same), "--steps", "10").end()
+    ended = start(run, *ARGS, faults=((faults.other_pixel,),)).end()
     assert [one.code for one in ended] == [2, 2]
-    assert "process 1 failed" in ended[0].err
+    assert "the dataset of process 1 differs" in ended[0].err
     assert not run.events("save")
 
 
 def test_run_directory_must_be_shared(new_run):
     run = new_run()
     run.workdir.mkdir()
-    prefix = with_mounts(f'mount -t tmpfs none "{run.workdir}"')
-    ended = start_two_apart(run, prefix, "--peer-timeout-s", "3", *ARGS).end()
+    prefix = with_mount(f'mount -t tmpfs none "{run.workdir}"')
+    ended = start(run, *ARGS, "--peer-timeout-s", "3", prefix=prefix).end()
     assert [one.code for one in ended] == [2, 2]
     assert all("--workdir" in one.err for one in ended)
     assert not run.events("phase")

@@ -13,7 +13,7 @@ import metadata_server
 import pytest
 from metadata_server import MetadataServer, event
 from runs import DIGITS, SMALL, Run, act_at
-from several import Several, free_port
+from several import start as start_several
 
 from mnist_jax import status, train
 from mnist_jax.config import PreemptionNotice
@@ -281,11 +281,8 @@ def test_run_stops_at_a_notice_and_resumes_exactly(
 def test_notice_of_one_process_stops_all(new_run):
     run = new_run()
     flags = (*DIGITS, "--steps", "100000", "--eval-every-steps", "100000", "--preemption-notice", "gcp")
-    group = ("--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2", "--process-id")
-    second = Run(run.workdir, run.environment, faults=((faults.preempted_at, "gcp", 20),))
-    processes = [one.start(*group, str(index), *flags) for index, one in enumerate((run, second))]
-    ended = Several(run, processes).end()
-    assert [one.code for one in ended] == [0, 0], ended
+    ended = start_several(run, *flags, faults=((faults.preempted_at, "gcp", 20),)).end()
+    assert [one.code for one in ended] == [75, 75], ended
     assert ended[0].fields["signal"] == "gcp-notice"
     assert int(ended[0].fields["step"]) >= 20
     assert run.events("save")[-1]["reason"] == "gcp notice"
