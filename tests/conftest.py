@@ -5,15 +5,12 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import several
 from filelock import FileLock
 from hypothesis import settings
-from runs import ALL_THREADS, AVERAGED, DIGITS, REFERENCE, SMALL, Run, end
-
-from mnist_jax.config import MATHEMATICS
+from runs import ALL_THREADS, AVERAGED, DIGITS, REFERENCE, SMALL, Run, compile_once, end
 
 settings.register_profile("suite", deadline=None)  # Other tests run at the same time.
 settings.load_profile("suite")
@@ -162,29 +159,5 @@ def in_this_process(environment) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", environment["XDG_CACHE_HOME"])
         compilation_cache.reset_cache()  # JAX opens a directory once; tests of another file may have used another one.
-        patch.setattr(trainer.Trainer, "compile", _compile_once(trainer.Trainer.compile))
+        patch.setattr(trainer.Trainer, "compile", compile_once(trainer.Trainer.compile))
         yield
-
-
-_compiled: dict[Any, Any] = {}  # what the programs depend on -> a trainer that compiled them
-
-
-def _compile_once(compile_: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Let trainers with equal programs share what the first of them compiled."""
-
-    from mnist_jax.training.model import MODELS
-
-    def compile_once(self: Any) -> None:
-        settings = tuple(getattr(self.config, name) for name in MATHEMATICS if name not in ("preset", "init_from"))
-        steps = None if self.config.schedule == "constant" else self.total_steps
-        sizes = self.train_size, self.test_size, self.image_shape, self.classes
-        key = settings, steps, MODELS[self.config.model], self.mesh, sizes
-        if key not in _compiled:
-            compile_(self)
-            _compiled[key] = self
-        programs = ("train_steps", "evaluate", "learning_rate", "is_finite")
-        vars(self).update({name: vars(_compiled[key])[name] for name in programs})
-        if self is not _compiled[key]:
-            vars(self)["init_state"] = lambda: _compiled[key].init_state()  # A run that resumes compiles none.
-
-    return compile_once

@@ -15,7 +15,7 @@ from typing import Any
 import forked
 from forked import ForkedProcess, can_fork
 
-from mnist_jax.config import PRESETS
+from mnist_jax.config import MATHEMATICS, PRESETS
 from mnist_jax.records.metrics import read_events
 
 DEADLINE_S = 120
@@ -157,6 +157,29 @@ def act_at(patch: Any, end: int, action: Callable[[], object]) -> None:
 
     patch.setattr(Trainer, "next_boundary", boundary)
     patch.setattr(Trainer, "advance", advance_and_act)
+
+
+_compiled: dict[Any, Any] = {}  # what the programs depend on -> a trainer that compiled them
+
+
+def compile_once(compile_: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Return a `Trainer.compile` that lets trainers with equal programs share what the first of them compiled."""
+    from mnist_jax.training.model import MODELS
+
+    def compile_or_share(self: Any) -> None:
+        settings = tuple(getattr(self.config, name) for name in MATHEMATICS if name not in ("preset", "init_from"))
+        steps = None if self.config.schedule == "constant" else self.total_steps
+        sizes = self.train_size, self.test_size, self.image_shape, self.classes
+        key = settings, steps, MODELS[self.config.model], self.mesh, sizes
+        if key not in _compiled:
+            compile_(self)
+            _compiled[key] = self
+        programs = ("train_steps", "evaluate", "learning_rate", "is_finite")
+        vars(self).update({name: vars(_compiled[key])[name] for name in programs})
+        if self is not _compiled[key]:
+            vars(self)["init_state"] = lambda: _compiled[key].init_state()  # A run that resumes compiles none.
+
+    return compile_or_share
 
 
 def signal_here(number: signal.Signals = signal.SIGTERM) -> None:

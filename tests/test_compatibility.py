@@ -1,12 +1,10 @@
 """The metadata of a checkpoint, and whether a run resumes bit for bit."""
 
-import contextlib
 import os
-import signal
 
 import jax
 import pytest
-from runs import ALL_THREADS, DIGITS, end, in_new_process, stop
+from runs import DIGITS, in_new_process
 
 from mnist_jax.checkpoint.integrity import CorruptCheckpointError, IncompatibleCheckpointError
 from mnist_jax.training import compatibility
@@ -154,39 +152,3 @@ def test_the_environment_overrides_the_threads():
 @pytest.mark.parametrize("devices", [*({"cpu_threads": n} for n in (0, -1, 10**9, 2.0, "2", True, [2])), [], "cpu", 7])
 def test_invalid_numbers_of_threads_are_ignored(devices):
     assert prepared({"cpu_threads": 3}, devices) is None
-
-
-@contextlib.contextmanager
-def bound_to(cores: list[int]):
-    """Run the processes that start in the block on these cores only."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
-
-
-@pytest.mark.skipif(
-    not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs 2 cores, and to choose"
-)
-def test_a_run_resumed_on_one_core_keeps_its_bits(new_run):
-    whole, run = new_run("whole", **ALL_THREADS), new_run(**ALL_THREADS)
-    cores = sorted(os.sched_getaffinity(0))[:2]
-    args = (*ARGS, "--model", "cnn", "--batch-size", "128")  # Its operations are divided among threads.
-    with bound_to(cores):
-        process = run.start(*args, "--checkpoint-every-steps", "4")  # The saves make the run last.
-    assert run.wait_for(lambda: len(run.events("save")) > 0, process)
-    stopped = stop(process, signal.SIGTERM)
-    assert stopped.last_line.startswith("stopped ")
-    with bound_to(cores[:1]):
-        process = run.start()
-    ended = end(process)
-    with bound_to(cores):
-        process = whole.start(*args)
-    expected = end(process)
-    assert run.events("resume")[-1]["step"] == int(stopped.fields["step"])
-    assert run.events("resume")[-1]["exact"]
-    assert [event["devices"]["cpu_threads"] for event in run.events("start")] == [2, 2]
-    assert ended.last_line == expected.last_line
-    assert run.metrics() == whole.metrics()

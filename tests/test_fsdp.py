@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
-from runs import DIGITS_CONFIG, act_at, in_new_process
+from runs import DIGITS_CONFIG, act_at, compile_once, in_new_process
 
 from mnist_jax import replay
 from mnist_jax.checkpoint.checkpoint import Checkpoint
@@ -135,6 +135,7 @@ def test_every_part_is_checked_for_finite_numbers(trained):
 
 def stop_and_resume(folder: str) -> dict[str, Any]:
     """Make a run, one that is stopped and resumed, and one that resumes with another N; 8 devices."""
+    Trainer.compile = compile_once(Trainer.compile)
     whole = fit(CONFIG, workdir=f"{folder}/whole")
     stop = StopSignal(exit_at_second=False)
     with pytest.MonkeyPatch.context() as patch:

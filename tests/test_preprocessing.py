@@ -1,5 +1,7 @@
 import contextlib
 import io
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -72,26 +74,28 @@ TURNED[0x0112] = 6  # orientation: rotate by 90°
 TEXT = PngImagePlugin.PngInfo()
 TEXT.add_text("description", 2**21 * "x", zip=True)
 VARIANTS = {
-    "light on dark": encode(paint((255, 255, 255), (0, 0, 0))),
-    "red on blue": encode(paint((220, 30, 30), (30, 30, 220))),
-    "green on red of the same brightness": encode(paint((0, 150, 0), (255, 21, 0))),
-    "pencil": encode(paint((150, 150, 150), (230, 230, 220))),
-    "black on transparent": encode(with_alpha(0)),
-    "white on transparent": encode(with_alpha(255)),
-    "transparent on white": encode(with_alpha(255, stencil=True)),
-    "transparent on black": encode(with_alpha(0, stencil=True)),
-    "palette": encode(paint((200, 0, 0), (255, 255, 255)).quantize(64)),
-    "16 bits": encode(Image.fromarray((65535 * (0.9 - 0.6 * drawing())).astype(np.uint16))),
-    "jpeg": encode(BLACK_ON_WHITE, "JPEG", quality=95),
-    "cmyk": encode(BLACK_ON_WHITE.convert("CMYK"), "JPEG", quality=95),
-    "rotated by EXIF": encode(BLACK_ON_WHITE.transpose(Image.Transpose.ROTATE_90), exif=TURNED),
-    **{kind.lower(): encode(BLACK_ON_WHITE, kind) for kind in ("WEBP", "GIF", "BMP", "TIFF", "AVIF")},
-    "12 of 16 bits": encode(Image.fromarray((4095 * (0.9 - 0.6 * drawing())).astype(np.uint16))),
-    "9 of 16 bits": encode(Image.fromarray((511 * (0.9 - 0.6 * drawing())).astype(np.uint16))),
-    "with a text of 2 MB": encode(BLACK_ON_WHITE, pnginfo=TEXT),
-    "with a broken colour profile": encode(BLACK_ON_WHITE, icc_profile=bytes(2**21)),
-    "larger than any screen": encode(BLACK_ON_WHITE.resize((2800, 3600), Image.Resampling.BICUBIC)),
-    "with wide margins": encode(Image.fromarray(np.pad(255 - np.uint8(255 * drawing()), 200, constant_values=255))),
+    "light on dark": lambda: encode(paint((255, 255, 255), (0, 0, 0))),
+    "red on blue": lambda: encode(paint((220, 30, 30), (30, 30, 220))),
+    "green on red of the same brightness": lambda: encode(paint((0, 150, 0), (255, 21, 0))),
+    "pencil": lambda: encode(paint((150, 150, 150), (230, 230, 220))),
+    "black on transparent": lambda: encode(with_alpha(0)),
+    "white on transparent": lambda: encode(with_alpha(255)),
+    "transparent on white": lambda: encode(with_alpha(255, stencil=True)),
+    "transparent on black": lambda: encode(with_alpha(0, stencil=True)),
+    "palette": lambda: encode(paint((200, 0, 0), (255, 255, 255)).quantize(64)),
+    "16 bits": lambda: encode(Image.fromarray((65535 * (0.9 - 0.6 * drawing())).astype(np.uint16))),
+    "jpeg": lambda: encode(BLACK_ON_WHITE, "JPEG", quality=95),
+    "cmyk": lambda: encode(BLACK_ON_WHITE.convert("CMYK"), "JPEG", quality=95),
+    "rotated by EXIF": lambda: encode(BLACK_ON_WHITE.transpose(Image.Transpose.ROTATE_90), exif=TURNED),
+    **{kind.lower(): partial(encode, BLACK_ON_WHITE, kind) for kind in ("WEBP", "GIF", "BMP", "TIFF", "AVIF")},
+    "12 of 16 bits": lambda: encode(Image.fromarray((4095 * (0.9 - 0.6 * drawing())).astype(np.uint16))),
+    "9 of 16 bits": lambda: encode(Image.fromarray((511 * (0.9 - 0.6 * drawing())).astype(np.uint16))),
+    "with a text of 2 MB": lambda: encode(BLACK_ON_WHITE, pnginfo=TEXT),
+    "with a broken colour profile": lambda: encode(BLACK_ON_WHITE, icc_profile=bytes(2**21)),
+    "larger than any screen": lambda: encode(BLACK_ON_WHITE.resize((2800, 3600), Image.Resampling.BICUBIC)),
+    "with wide margins": lambda: encode(
+        Image.fromarray(np.pad(255 - np.uint8(255 * drawing()), 200, constant_values=255))
+    ),
 }
 
 
@@ -99,7 +103,7 @@ VARIANTS = {
 def test_all_variants_of_an_image_give_the_same_digit(variant):
     expected = prepare(encode(BLACK_ON_WHITE))
     assert expected.max() == 255
-    difference = np.abs(prepare(VARIANTS[variant]).astype(int) - expected)
+    difference = np.abs(prepare(VARIANTS[variant]()).astype(int) - expected)
     assert difference.mean() < 4
     assert np.mean(difference > 64) < 0.01
 
@@ -152,24 +156,24 @@ def test_specks_shadows_and_paper_grain_are_background():
 
 
 UNREADABLE = {
-    "it is empty": b"",
-    "it is none of PNG, JPEG, WEBP": b"hello",
-    "is HEIC; convert it": bytes(4) + b"ftypheic" + bytes(99),
-    "it is corrupt": encode(BLACK_ON_WHITE)[:150],
-    "is corrupt": encode(BLACK_ON_WHITE, "JPEG")[:400],
-    "nothing is drawn on it": encode(WHITE),
-    "nothing is drawn": encode(paint((250, 250, 250), (255, 255, 255))),
-    "nothing": encode(Image.new("RGBA", (30, 30), (0, 0, 0, 0))),
-    "nothing is": encode(Image.fromarray(np.uint8([[0, 255]]).repeat(15, axis=1).repeat(30, axis=0))),
-    "it has 20000×20000 pixels, more than": encode(Image.new("1", (20000, 20000))),
-    "more than 67 MB": b"\x89PNG" + bytes(preprocessing.MAX_BYTES),
+    "it is empty": lambda: b"",
+    "it is none of PNG, JPEG, WEBP": lambda: b"hello",
+    "is HEIC; convert it": lambda: bytes(4) + b"ftypheic" + bytes(99),
+    "it is corrupt": lambda: encode(BLACK_ON_WHITE)[:150],
+    "is corrupt": lambda: encode(BLACK_ON_WHITE, "JPEG")[:400],
+    "nothing is drawn on it": lambda: encode(WHITE),
+    "nothing is drawn": lambda: encode(paint((250, 250, 250), (255, 255, 255))),
+    "nothing": lambda: encode(Image.new("RGBA", (30, 30), (0, 0, 0, 0))),
+    "nothing is": lambda: encode(Image.fromarray(np.uint8([[0, 255]]).repeat(15, axis=1).repeat(30, axis=0))),
+    "it has 20000×20000 pixels, more than": lambda: encode(Image.new("1", (20000, 20000))),
+    "more than 67 MB": lambda: b"\x89PNG" + bytes(preprocessing.MAX_BYTES),
 }
 
 
 @pytest.mark.parametrize("reason", UNREADABLE)
 def test_unreadable_images_have_a_reason(reason):
     with pytest.raises(UnreadableImageError, match=reason):
-        prepare(UNREADABLE[reason])
+        prepare(UNREADABLE[reason]())
 
 
 def test_caller_limits_the_number_of_pixels():
@@ -206,7 +210,12 @@ def test_otsu_separates_two_clusters():
     assert 0 < foreground.otsu(np.array([0.0, 1.0])) < 1
 
 
-FONTS = {name: pictures.font_files()[name] for name in ("DejaVuSans", "cmss10", "STIXGeneral")}
+@pytest.fixture(scope="module")
+def fonts() -> dict[str, Path]:
+    installed = pictures.font_files()
+    return {name: installed[name] for name in ("DejaVuSans", "cmss10", "STIXGeneral")}
+
+
 PENS = {"drawn": pictures.DRAWN}
 
 
@@ -215,8 +224,8 @@ def share_right(model: classifier.Classifier, shown: list[pictures.Picture]) -> 
 
 
 @pytest.mark.parametrize("scene", pictures.SCENES)
-def test_pictures_of_fonts_are_read(model, scene):
-    shown = list(pictures.font_pictures(scene, FONTS))
+def test_pictures_of_fonts_are_read(model, scene, fonts):
+    shown = list(pictures.font_pictures(scene, fonts))
     assert share_right(model, shown) >= pictures.GOALS[scene]
 
 
@@ -242,15 +251,15 @@ def test_blank_sheets_are_blank():
     assert np.mean([is_blank(picture.content) for picture in pictures.blank_pictures()]) > 0.95
 
 
-def test_several_digits_have_places():
+def test_several_digits_have_places(fonts):
     image = Image.new("L", (200, 100), 255)
     for left in (20, 130):
         ImageDraw.Draw(image).ellipse((left, 20, left + 40, 80), outline=0, width=6)
     with pytest.raises(preprocessing.SeveralDigitsError) as caught:
         prepare(encode(image))
     assert np.abs(np.array(caught.value.places) - [[0.2, 0.1, 0.8, 0.3], [0.2, 0.65, 0.8, 0.85]]).max() < 0.02
-    assert len(list(pictures.several_pictures(FONTS))) == 6
-    for picture in pictures.several_pictures(FONTS):
+    assert len(list(pictures.several_pictures(fonts))) == 6
+    for picture in pictures.several_pictures(fonts):
         with pytest.raises(preprocessing.SeveralDigitsError):
             prepare(picture.content)
 
