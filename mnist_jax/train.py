@@ -20,7 +20,6 @@ from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from mnist_jax import config as configs
 from mnist_jax.cli import exit_code, parse_config, report
@@ -155,8 +154,8 @@ def find_run(args: Sequence[str], asked: Config, stop: StopSignal, locks: contex
         workdir = asked.workdir or RUNS / dataset
     lock_workdir(workdir, asked, stop, locks)
 
-    if asked.mirror:
-        check_is_elsewhere(asked.mirror, workdir)
+    if remote:
+        check_is_elsewhere(remote, workdir)
     if remote and copied:
         stop.run(partial(download_newer, remote, copied, args, workdir))
     moved: tuple[Path, Path] | None = None
@@ -185,12 +184,12 @@ def check_current_directory() -> None:
         raise ConfigError("the current directory was deleted; change to one that exists") from error
 
 
-def check_is_elsewhere(url: str, workdir: Path) -> None:
+def check_is_elsewhere(remote: "RemoteStore", workdir: Path) -> None:
     """Raise ConfigError if a remote copy would be written into the run directory, or over it."""
-    if url.startswith("file://"):
-        copy, run = Path(urlsplit(url).path).resolve(), workdir.resolve()
-        if copy.is_relative_to(run) or run.is_relative_to(copy):
-            raise ConfigError(f"mirror={url} overlaps the run directory {workdir}; use a folder elsewhere")
+    if remote.folder is not None:
+        run = workdir.resolve()
+        if remote.folder.is_relative_to(run) or run.is_relative_to(remote.folder):
+            raise ConfigError(f"mirror={remote.url} overlaps the run directory {workdir}; use a folder elsewhere")
 
 
 def find_workdir(asked: Config) -> Path | None:

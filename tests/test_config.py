@@ -525,7 +525,7 @@ def test_remote_copy_says_what_a_lost_run_was(flags: tuple[str, ...], here: Path
     assert (workdir / "checkpoints" / "20").is_dir()
 
 
-@pytest.mark.parametrize("place", ["one", "link", "one/copy", "."])
+@pytest.mark.parametrize("place", ["one", "link", "one/copy", ".", "%6Fne"])
 def test_remote_copy_in_the_run_or_around_it_is_refused(place: str, here: Path) -> None:
     make_run("one", Config(dataset="digits"))
     Path("link").symlink_to("one")

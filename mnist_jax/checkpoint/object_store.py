@@ -42,7 +42,11 @@ class InvalidFileError(Exception):
 
 
 class ObjectStore:
-    """The files under a URL. Its methods raise RemoteError if the store fails or does not answer in time."""
+    """The files under a URL. Its methods raise RemoteError if the store fails or does not answer in time.
+
+    Attributes:
+        folder: the folder that a file URL names, without symbolic links; None for other URLs.
+    """
 
     def __init__(self, url: str, timeout_s: float) -> None:
         """Check the URL; nothing is opened yet.
@@ -57,7 +61,8 @@ class ObjectStore:
         self.url, self.timeout_s = url, timeout_s
         match = _URL.fullmatch(url)
         path = unquote((match and match[3]) or "").rstrip("/")
-        path = os.path.realpath(path).lstrip("/") if url.startswith("file:") else path.removeprefix("/")
+        is_file = url.startswith("file:")
+        path = os.path.realpath(path).lstrip("/") if is_file else path.removeprefix("/")
         if match is None or not is_plain(path or "root"):
             shown = re.sub(r"//[^/]*@", "//", re.split("[?#]", url)[0])  # The rest may be a password.
             raise ValueError(
@@ -65,6 +70,7 @@ class ObjectStore:
                 "use s3://bucket/path, gs://bucket/path, az://container/path or file:///path"
             )
         self._service, self._bucket, self._prefix = match[1], match[2], f"{path}/" if path else ""
+        self.folder = Path("/", path) if is_file else None
 
     def list(self, directory: str) -> list[str]:
         """Return the names of all files under a directory."""
@@ -89,9 +95,9 @@ class ObjectStore:
             is_large = len(content) > 4 * PART_BYTES
             parts: Json = {"use_multipart": is_large, "chunk_size": PART_BYTES, "max_concurrency": CONCURRENCY}
             self._client.put(self._prefix + name, content, **parts)
-            if self._service is None:  # obstore does not fsync, and a manifest must not be durable before its files.
-                fsync_path(Path("/", self._prefix, name))
-                fsync_path(Path("/", self._prefix, name).parent)
+            if self.folder is not None:  # obstore does not fsync, and a manifest must not be durable before its files.
+                fsync_path(self.folder / name)
+                fsync_path((self.folder / name).parent)
 
     def delete(self, name: str) -> None:
         """Delete a file."""
@@ -108,7 +114,7 @@ class ObjectStore:
     def _client(self) -> Any:
         import obstore.store
 
-        if self._service is None:
+        if self.folder is not None:
             return obstore.store.from_url("file:///")
         timeout = timedelta(seconds=self.timeout_s)
         # Each pause is about twice as long as the one before, all together at most half of the timeout, so that the

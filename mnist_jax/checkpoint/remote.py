@@ -74,6 +74,7 @@ class RemoteStore:
         """
         self.url = url
         self._store = ObjectStore(url, timeout_s)
+        self.folder = self._store.folder  # of a file URL, None for others
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="upload")
         self._uploads: list[tuple[int, Future[Uploaded]]] = []  # step and result of those that `results` did not return
 
