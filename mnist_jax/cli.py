@@ -249,7 +249,7 @@ def _names(kind: Any) -> list[str]:
 def _check_no_argument_is_empty(args: Sequence[str]) -> None:
     """Raise ConfigError if an argument is empty, such as an unset variable of a shell: as a path it would be "."."""
     for before, argument in zip(["", *args], args, strict=False):
-        if not argument or re.fullmatch(r"--[a-z-]+=", argument):
+        if not argument or re.fullmatch(r"--[\w-]+=", argument):
             flag = argument.rstrip("=") or (before if before.startswith("--") else "an argument")
             raise ConfigError(f"{flag} is empty; give it a value, or leave it out")
 
