@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 import mnist_jax
-from mnist_jax.console import exit_process
+from mnist_jax.console import exit_process, repair_standard_streams
 
 COMMANDS = {
     "train": "Train a classifier, or resume a run.",
@@ -22,6 +22,7 @@ COMMANDS = {
 
 def run(args: Sequence[str]) -> int:
     """Run the command that the first argument names, and return its exit code. Without a name, list the commands."""
+    repair_standard_streams()
     name, *rest = args or ["--help"]
     if name in COMMANDS:
         package = ".__main__" if name in ("demo", "report") else ""

@@ -77,7 +77,6 @@ def run(work: Callable[[StopSignal, Terminal], int]) -> int:
     It is what `work` returns, 128+n after a signal n, or the code of an error. An unreadable run directory is a usage
     error.
     """
-    repair_standard_streams()
     terminal = Terminal()
     with StopSignal() as stop:
         try:
@@ -158,6 +157,7 @@ def parse(kind: type[T], command: str, args: Sequence[str], **settings: Any) -> 
     Raises:
         SystemExit: bad usage, after a message (code 2); or `--help` or `--version` (code 0).
     """
+    repair_standard_streams()
     if "--version" in args:
         print(version())
         raise SystemExit(0)
@@ -200,7 +200,7 @@ class _HelpText(io.StringIO):
         return getattr(self._stream, "encoding", None)
 
     def isatty(self) -> bool:
-        return self._stream is not None and bool(self._stream.isatty())
+        return bool(self._stream.isatty())
 
 
 def _shorten_usage(text: str) -> str:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from mnist_jax import config as configs
 from mnist_jax.cli import exit_code, parse_config, report
 from mnist_jax.config import Config, ConfigError
-from mnist_jax.console import exit_process, print_line, print_stderr, repair_standard_streams
+from mnist_jax.console import exit_process, print_line, print_stderr
 from mnist_jax.runtime.lock import LockHeldError, exclusive_lock
 from mnist_jax.runtime.multihost import ProcessGroup, initialize
 from mnist_jax.training import data
@@ -43,7 +43,6 @@ def main(args: Sequence[str]) -> int:
     It is 0 if the run is finished, `--preempted-exit-code` if it is stopped and saved, or another `cli.ExitCode`. A
     second signal n ends the process with 128+n; then this does not return.
     """
-    repair_standard_streams()
     asked = parse_config(args, Config())  # The defaults of a preset depend on the dataset, see `find_run`.
     with StopSignal() as stop:
         return stop.supervise(lambda: start_or_resume(args, asked, stop))

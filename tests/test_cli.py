@@ -1,5 +1,7 @@
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -65,6 +67,14 @@ def test_commands_are_listed_and_run_by_name(tmp_path, capfd):
     assert "unknown" in capfd.readouterr().err
     assert __main__.run(["trian"]) == 2
     assert "did you mean train?" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("args", "code"), [("", 0), ("unknown", 2), ("status --unknown", 2), ("train --unknown", 2)])
+def test_closed_streams_change_no_exit_code(args, code):
+    command = ["bash", "-c", f"{sys.executable} -m mnist_jax {args} >&-"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == code
+    assert "Traceback" not in ended.stderr
 
 
 def test_each_command_prints_the_version(capfd):
