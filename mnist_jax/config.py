@@ -196,8 +196,9 @@ class Config:
         if self.data_dir is not None and is_address(self.data_dir):
             raise ConfigError(f"data_dir={self.data_dir} is an address; copy the files to a folder, and name that")
         if self.mirror is not None and not re.match(r"(s3|gs|az|file)://.", self.mirror):
+            shown = re.sub("//[^/]*@", "//", re.split("[?#]", self.mirror)[0])  # The rest may be a password.
             raise ConfigError(
-                f"mirror={self.mirror} is not a URL of an object store; "
+                f"mirror={shown} is not a URL of an object store; "
                 "use s3://BUCKET/PATH, gs://BUCKET/PATH, az://CONTAINER/PATH or file:///PATH"
             )
         self._check_processes()

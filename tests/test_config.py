@@ -188,6 +188,10 @@ def test_a_url_is_no_workdir_and_a_mirror_is_a_url() -> None:
     for url in ("bucket/run", "http://host/run", "s3:/bucket", "s3://", ""):
         with pytest.raises(ConfigError, match=f"mirror={url} .*s3://BUCKET/PATH"):
             Config(mirror=url)
+    for url in ("https://me:hunter2@host/run", "https://host/run?sig=hunter2"):
+        with pytest.raises(ConfigError, match="mirror=https://host/run ") as refusal:
+            Config(mirror=url)
+        assert "hunter2" not in str(refusal.value)
     for scheme in ("s3", "gs", "az", "file"):
         Config(mirror=f"{scheme}:///run")
 
