@@ -5,6 +5,7 @@ Imports no JAX, so that `--help` and usage errors come at once.
 
 import contextlib
 import dataclasses
+import errno
 import inspect
 import json
 import math
@@ -297,6 +298,8 @@ _NOT_OF_THE_RUN = (
 MAX_CONFIG_BYTES = 2**20
 RECORDS = ("config.json", "metrics.jsonl", "events.jsonl")  # A checkpoint is useless without them.
 _FILES = (*RECORDS, "config.json.partial", "lock")
+# Errors that may not come again: the same command may succeed later.
+_TRANSIENT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC, errno.EDQUOT, errno.EIO)
 _DIRECTORIES = (
     *("checkpoints", "checkpoints/quarantine"),
     *("tensorboard", "tensorboard/train", "tensorboard/test", "tensorboard/report"),
@@ -352,6 +355,14 @@ def check_directory(workdir: Path) -> None:
             path = workdir / name
             if os.path.lexists(path) and (path.is_symlink() or not is_correct(path)):
                 raise ConfigError(f"{path} must be a {kind}, not a link; replace it, or use another --workdir")
+
+
+def directory_error(workdir: Path, error: OSError) -> OSError | ConfigError:
+    """Return the error to raise if a run cannot use its directory: an OSError if the same start may succeed later."""
+    what = f"{workdir} cannot hold a run ({error})"
+    if error.errno in _TRANSIENT:
+        return OSError(f"{what}; free space, raise the limits of this process or check the disk, and start again")
+    return ConfigError(f"{what}; choose another --workdir")
 
 
 def save(config: Config, path: Path) -> None:

@@ -11,7 +11,6 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
-import errno
 import gc
 import os
 import sys
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
     from mnist_jax.checkpoint.remote import RemoteStore
 
 RUNS = Path("runs")
-# Errors that may not come again: the same command may succeed later.
-TRANSIENT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 def main(args: Sequence[str]) -> int:
@@ -224,9 +221,7 @@ def lock_workdir(workdir: Path, asked: Config, stop: StopSignal, locks: contextl
         stop.check()
         raise
     except OSError as error:
-        if error.errno in TRANSIENT:
-            raise
-        raise ConfigError(f"{workdir} cannot hold a run ({error}); choose another --workdir") from error
+        raise configs.directory_error(workdir, error) from error
 
 
 def open_remote(url: str) -> "RemoteStore":

@@ -1,6 +1,7 @@
 """The command `train`: most of it in this process, and once for each claim as a real process with real signals."""
 
 import contextlib
+import errno
 import json
 import os
 import pty
@@ -173,6 +174,23 @@ def test_unusable_data_are_refused(tmp_path, in_this_process, capsys):
     assert start(tmp_path / "run", "--data-dir", str(tmp_path / "empty")) == 2
     assert "train-images-idx3-ubyte.gz" in capsys.readouterr().err
     assert start(tmp_path / "run", *FLAGS) == 0
+
+
+@pytest.mark.parametrize("directory", ["run", "checkpoints"])
+def test_an_error_that_may_not_come_again_exits_with_74(directory, tmp_path, in_this_process, monkeypatch, capsys):
+    mkdir = Path.mkdir
+    for number, code in ((errno.EIO, 74), (errno.ENOSPC, 74), (errno.EROFS, 2)):
+        error = OSError(number, os.strerror(number))
+
+        def fail(self, *args, error=error, **options):
+            if self.name == directory:
+                raise error
+            mkdir(self, *args, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "mkdir", fail)
+            assert start(tmp_path / "run", *FLAGS) == code
+        assert str(error) in capsys.readouterr().err
 
 
 def test_without_network_the_same_command_trains_the_digits(

@@ -43,8 +43,6 @@ MAX_MANIFEST_BYTES = 2**26
 MIN_CHUNK_BYTES = 2**16
 MAX_CHUNKS = 2**12
 STEP = re.compile(r"0|[1-9][0-9]{0,17}")  # the names of checkpoints
-# An OSError with one of these numbers means that a resource is short. It may succeed later.
-SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC, errno.EDQUOT)
 
 Json = dict[str, Any]
 Box = tuple[slice, ...]

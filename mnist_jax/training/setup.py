@@ -8,7 +8,7 @@ from typing import Any
 from mnist_jax import config as configs
 from mnist_jax.checkpoint.checkpoint import list_checkpoints
 from mnist_jax.checkpoint.checkpointer import Checkpointer, Restored
-from mnist_jax.checkpoint.integrity import SHORTAGES, NoGoodCheckpointError
+from mnist_jax.checkpoint.integrity import NoGoodCheckpointError
 from mnist_jax.config import Config, ConfigError
 from mnist_jax.runtime import devices
 from mnist_jax.runtime.multihost import ProcessGroup
@@ -24,17 +24,14 @@ def open_run(config: Config, workdir: Path, *, enabled: bool) -> tuple[Checkpoin
 
     Raises:
         ConfigError: the directory cannot hold a run.
-        OSError: the disk is full, or this process is at one of its limits.
+        OSError: the same start may succeed later, see `config.directory_error`.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         checkpointer = Checkpointer(workdir / "checkpoints", keep=config.keep, is_primary=enabled)
         return checkpointer, Recorder(config, workdir, checkpointer, enabled=enabled)
     except OSError as error:
-        what = f"{workdir} cannot hold a run ({error})"
-        if error.errno in SHORTAGES:
-            raise OSError(f"{what}; free space, or raise the limits of this process, and start again") from error
-        raise ConfigError(f"{what}; choose another --workdir") from error
+        raise configs.directory_error(workdir, error) from error
 
 
 def share_run(
