@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import faults
+import jax
 import pytest
 from runs import ALL_THREADS, DIGITS, Ended, Run, end, in_new_process
 from several import Several, free_port, start
@@ -234,20 +235,25 @@ def connect(coordinator: str | None, count: int | None, index: int | None) -> li
         return [group.count, ""]
 
 
-def connect_alone(timeout_s: int) -> list:
-    """Return the lines, exit code and message of one of two processes whose other never comes. In a new process."""
+def connect_alone(timeout_s: int, count: int | None) -> list:
+    """Return the lines, exit code and message of a process whose others never come. In a new process."""
     multihost.CONNECT_NOTICE_S, multihost.CONNECT_TIMEOUT_S, lines = timeout_s / 2, timeout_s, []
-    address = f"127.0.0.1:{free_port()}"
+    address, index = (f"127.0.0.1:{free_port()}", 0) if count else (None, None)
+    if count is None:  # as if JAX detected a cluster
+        jax.distributed.initialize = lambda *_, **__: time.sleep(60)
     with StopSignal() as stop, pytest.raises(ProcessLostError) as error:
-        multihost.initialize(stop, address, count=2, index=0, timeout_s=60, notify=lines.append)
+        multihost.initialize(stop, address, count=count, index=index, timeout_s=60, notify=lines.append)
     return [lines, cli.exit_code(error.value), str(error.value)]
 
 
 def test_wait_for_processes_that_never_come_is_explained_and_ends():
-    lines, code, message = in_new_process(connect_alone, 1)
-    assert len(lines) == 1
-    assert code == 69
-    assert all("--num-processes 2" in line and "--num-processes 1" in line for line in (*lines, message))
+    for count, variables in ((2, {}), (None, {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1"})):
+        lines, code, message = in_new_process(connect_alone, 1, count, **variables)
+        assert len(lines) == 1
+        assert code == 69
+        assert all("--num-processes 1" in line for line in (*lines, message))
+        assert all(("--num-processes 2" in line) is bool(count) for line in (*lines, message))
+        assert not any("None" in line for line in (*lines, message))
 
 
 def test_process_is_alone_without_a_launcher():

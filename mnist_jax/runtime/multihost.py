@@ -126,20 +126,23 @@ def _wait_until_connected(
     In an interactive shell of several tasks, such as that of `srun --pty`, the others never come.
     """
     began_s, is_notified = time.monotonic(), False
-    launcher = _launcher()
-    expected = f"{launcher}={os.environ[launcher]}" if launcher and count is None else f"--num-processes {count}"
+    launcher, expected = _launcher(), ""  # If JAX detects a cluster, only JAX knows the number.
+    if count is not None:
+        expected = f" (--num-processes {count})"
+    elif launcher is not None:
+        expected = f" ({launcher}={os.environ[launcher]})"
     alone = "if this process is to train alone, add --num-processes 1"
     while not wait([connecting], timeout=POLL_S).done:
         stop.check()
         waited_s = time.monotonic() - began_s
         if waited_s > CONNECT_TIMEOUT_S:
             raise ProcessLostError(
-                f"not all processes ({expected}) connected within {CONNECT_TIMEOUT_S} s; start all of them, or {alone}"
+                f"not all processes{expected} connected within {CONNECT_TIMEOUT_S} s; start all of them, or {alone}"
             )
         if waited_s > CONNECT_NOTICE_S and not is_notified:
             is_notified = True
             left_s = CONNECT_TIMEOUT_S - waited_s
-            notify(f"waiting for the other processes ({expected}), {left_s:.0f} s at most; {alone}")
+            notify(f"waiting for the other processes{expected}, {left_s:.0f} s at most; {alone}")
     connecting.result()
 
 
