@@ -799,11 +799,12 @@ def test_nothing_is_written_where_the_run_was_moved_away(tmp_path, is_replaced):
     checkpointer = Checkpointer(tmp_path / "run" / "checkpoints")
     save_all(checkpointer, 1)
     (tmp_path / "run").rename(tmp_path / "moved")
-    if is_replaced:
-        (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    if is_replaced:  # by a run that saves the same step
+        (tmp_path / "run" / "checkpoints" / f"2{UNFINISHED}").mkdir(parents=True)
+    before = sorted(tmp_path.glob("run/**/*"))
     with pytest.raises(SaveError, match="run was moved"):
         save_all(checkpointer, 2)
-    assert not [path for path in (tmp_path / "run").rglob("*") if path.name != "checkpoints"]
+    assert sorted(tmp_path.glob("run/**/*")) == before
     assert names_in(tmp_path / "moved" / "checkpoints") == ["1"]
     checkpointer.close()
 

@@ -75,10 +75,11 @@ class Writer:
         """
         self._saves += 1
         unfinished = self._directory / f"{step}{UNFINISHED}"
-        is_created = is_committed = False
+        is_prepared = is_created = is_committed = False
         failure: Exception | None = None
         try:
-            if prepare is not None and prepare():
+            is_prepared = prepare is not None and prepare()
+            if is_prepared:
                 _create(unfinished)
                 is_created = True
         except Exception as error:
@@ -96,7 +97,7 @@ class Writer:
                 is_committed = True
         except Exception as error:
             failure = error
-        if prepare is not None and failure is not None:
+        if is_prepared and failure is not None:  # Otherwise the directory may be that of another run.
             _discard(unfinished)
         try:
             self._barrier("committed")
