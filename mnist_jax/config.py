@@ -374,7 +374,7 @@ def write_whole(path: Path, content: bytes | bytearray) -> None:
     """Write or replace a file, atomically and durably.
 
     Raises:
-        OSError: the file cannot be written; the old one is unchanged.
+        OSError: the file cannot be written. The old one is unchanged, unless only the fsync of the rename failed.
     """
     partial = path.with_name(path.name + ".partial")
     try:
@@ -384,10 +384,23 @@ def write_whole(path: Path, content: bytes | bytearray) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+        _fsync_directory(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise OSError(error.errno, f"{path} cannot be written: {error.strerror}") from error
+
+
+def _fsync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems do not support it for directories.
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def load(path: Path) -> Config:

@@ -353,6 +353,14 @@ def test_a_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
+def test_a_save_fsyncs_the_file_and_then_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[tuple[str, bool]] = []
+    path = tmp_path / "config.json"
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append((os.readlink(f"/proc/self/fd/{file}"), path.exists())))
+    configs.save(Config(), path)
+    assert synced == [(f"{path}.partial", False), (str(tmp_path), True)]
+
+
 @pytest.mark.parametrize("content", [b"", b'{"seed": 0', b"\xff\xfe\x00", 100_000 * b"[", b"[]", b"null", 2**21 * b" "])
 def test_a_config_file_that_is_not_ours_is_refused(content: bytes, tmp_path: Path) -> None:
     refused(tmp_path, content, "--fresh")
