@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import errno
 import inspect
+import itertools
 import json
 import math
 import os
@@ -389,6 +390,12 @@ def write_whole(path: Path, content: bytes | bytearray) -> None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise OSError(error.errno, f"{path} cannot be written: {error.strerror}") from error
+
+
+def move_aside(path: Path) -> Path:
+    """Rename a file or a directory to `<name>.old-1`, or the next number that is free, and return its new path."""
+    paths = (path.with_name(f"{path.name}.old-{number}") for number in itertools.count(1))
+    return path.rename(next(path for path in paths if not os.path.lexists(path)))
 
 
 def _fsync_directory(directory: Path) -> None:

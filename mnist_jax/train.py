@@ -157,7 +157,7 @@ def find_run(args: Sequence[str], asked: Config, stop: StopSignal, locks: contex
     moved: tuple[Path, Path] | None = None
     if asked.fresh and configs.holds_a_run(workdir):
         check_init_from(configs.absolute_init_from(asked), stop)  # before the run is moved aside for nothing
-        moved = move_aside(workdir)
+        moved = move_run_aside(workdir)
         workdir = moved[0]
         lock_workdir(workdir, asked, stop, locks)  # This is a new directory; the old one stays locked as well.
     if (workdir / "config.json").exists():
@@ -293,14 +293,13 @@ def follow_move(config: Config, moved_from: Path, moved_to: Path) -> Config:
     return dataclasses.replace(config, init_from=Path(f"{moved_to / run.resolve().relative_to(moved_from)}{which}"))
 
 
-def move_aside(workdir: Path) -> tuple[Path, Path]:
+def move_run_aside(workdir: Path) -> tuple[Path, Path]:
     """Rename the directory of an old run, and return its absolute path, which is free now, and its new path."""
     workdir = workdir.resolve()  # "." would move with its directory, and renaming a link would move the link only.
-    aside = next(path for n in range(1, 10**6) if not (path := workdir.with_name(f"{workdir.name}.old-{n}")).exists())
     try:
-        workdir.rename(aside)
+        aside = configs.move_aside(workdir)
     except OSError as error:  # such as a mount point
-        raise ConfigError(f"{workdir} cannot be renamed to {aside} ({error}); use another --workdir") from error
+        raise ConfigError(f"{workdir} cannot be renamed ({error}); use another --workdir") from error
     print_line(f"moved the old run to {aside}; omit --fresh to resume the new run")
     return workdir, aside
 

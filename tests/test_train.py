@@ -162,10 +162,11 @@ def test_the_last_line_has_four_digits_of_the_accuracy(finished, copied, capsys)
 
 
 def test_fresh_moves_the_old_run_aside(copied, finished):
+    copied.with_name("copied.old-1").symlink_to("nowhere")
     assert start(copied, *FLAGS, "--fresh", "--keep", "2") == 0
     assert Run(copied).events("phase")[-1]["step"] == 40
     assert not Run(copied).events("resume")
-    old = copied.with_name("copied.old-1")
+    old = copied.with_name("copied.old-2")
     assert (result(old), Run(old).steps()) == (result(finished), Run(finished).steps())
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mnist_jax.config import write_whole
+from mnist_jax.config import move_aside, write_whole
 from mnist_jax.records.append_file import AppendFile, NullFile
 from mnist_jax.records.tensorboard import Point, ScalarWriter
 
@@ -89,7 +89,7 @@ class MetricWriter:
         if found.startswith(lines):
             self._file.truncate(len(lines))
             return Restoration(furthest, is_rebuilt=False, moved_to=None)
-        moved_to = self._set_aside() if found else None
+        moved_to = move_aside(self._path) if found else None
         self._replace_file()
         return Restoration(furthest, is_rebuilt=True, moved_to=moved_to)
 
@@ -152,17 +152,10 @@ class MetricWriter:
         try:
             if os.path.samestat(os.fstat(self._file.fileno()), self._path.lstat()):
                 return True
-            self._replaced.append(self._set_aside())
+            self._replaced.append(move_aside(self._path))
         except FileNotFoundError:
             self._replaced.append(None)
         return False
-
-    def _set_aside(self) -> Path:
-        """Rename the file, and return its new path."""
-        paths = (self._path.with_name(f"{self._path.name}.old-{number}") for number in itertools.count(1))
-        path = next(path for path in paths if not os.path.lexists(path))
-        self._path.rename(path)
-        return path
 
     def _replace_file(self) -> None:
         """Replace the file by a new one with all lines."""
