@@ -15,7 +15,6 @@ import gc
 import os
 import sys
 from collections.abc import Sequence
-from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +61,9 @@ def start_or_resume(args: Sequence[str], asked: Config, stop: StopSignal) -> int
             if group.is_primary:
                 config, workdir = find_run(args, asked, stop, locks)
                 loading = data.begin_to_load(config.dataset, config.data_dir)
-            return run(config, workdir, stop, loading, group)
+            loop = _import_loop()
+            outcome = loop.run(config, workdir, stop=stop, group=group, loading=loading, exit_code=exit_code)
+            return int(outcome.exit_code)
         except StoppedError as error:
             group.report_failure(error, asked.preempted_exit_code)
             if group.is_primary:
@@ -71,41 +72,13 @@ def start_or_resume(args: Sequence[str], asked: Config, stop: StopSignal) -> int
                 print_line(f"stopped step={step} signal={stop.reason} state_sha256={sha256}")
             return asked.preempted_exit_code
         except Exception as error:
-            return _fail(error, group)
+            code = exit_code(error)
+            group.report_failure(error, code)  # The other processes must not wait for this one.
+            who = "" if group.is_primary else f"process {group.index} of {group.count}: "
+            report(error, print_stderr, who=who, is_training=True)
+            return code
         finally:
             group.shutdown()
-
-
-def run(
-    config: Config | None,
-    workdir: Path | None,
-    stop: StopSignal,
-    loading: "Future[data.Dataset] | None" = None,
-    group: ProcessGroup | None = None,
-) -> int:
-    """Train as `loop.run` does, report an error, and return the exit code.
-
-    Raises:
-        StoppedError: a signal came before the run directory was open.
-    """
-    group = group or ProcessGroup(stop)
-    try:
-        loop = _import_loop()
-        outcome = loop.run(config, workdir, stop=stop, group=group, loading=loading, exit_code=exit_code)
-        return int(outcome.exit_code)
-    except StoppedError:
-        raise
-    except Exception as error:
-        return _fail(error, group)
-
-
-def _fail(error: Exception, group: ProcessGroup) -> int:
-    """Report an error to the user and to the other processes, which must not wait for this one."""
-    code = exit_code(error)
-    group.report_failure(error, code)
-    who = "" if group.is_primary else f"process {group.index} of {group.count}: "
-    report(error, print_stderr, who=who, is_training=True)
-    return code
 
 
 def _import_loop() -> Any:

@@ -15,8 +15,12 @@ from typing import Any
 import forked
 from forked import ForkedProcess, can_fork
 
-from mnist_jax.config import MATHEMATICS, PRESETS
+from mnist_jax import cli
+from mnist_jax.config import MATHEMATICS, PRESETS, Config
+from mnist_jax.console import print_stderr
 from mnist_jax.records.metrics import read_events
+from mnist_jax.runtime.multihost import ProcessGroup
+from mnist_jax.runtime.preemption import StopSignal
 
 DEADLINE_S = 120
 # The usual small run: a model that compiles fast, and a constant learning rate, so that runs of any length share their
@@ -138,6 +142,18 @@ def stop(process: Process, number: signal.Signals) -> Ended:
     """Send a signal to a process, and wait for its end."""
     process.send_signal(number)
     return end(process)
+
+
+def train_here(config: Config, workdir: Path, stop: StopSignal, loading: Any = None) -> int:
+    """Train in this process as the command does, and return the exit code."""
+    from mnist_jax.training import loop
+
+    try:
+        group = ProcessGroup(stop)
+        return loop.run(config, workdir, stop=stop, group=group, loading=loading, exit_code=cli.exit_code).exit_code
+    except Exception as error:
+        cli.report(error, print_stderr, is_training=True)
+        return cli.exit_code(error)
 
 
 def act_at(patch: Any, end: int, action: Callable[[], object]) -> None:

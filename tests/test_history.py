@@ -11,9 +11,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from runs import DIGITS_CONFIG, Run, act_at
+from runs import DIGITS_CONFIG, Run, act_at, train_here
 
-from mnist_jax import status, train
+from mnist_jax import status
 from mnist_jax.config import Config
 from mnist_jax.records.metrics import read_events
 from mnist_jax.report import __main__ as report
@@ -58,7 +58,7 @@ def eventful(tmp_path_factory) -> Run:
     ):
         with StopSignal() as stop, pytest.MonkeyPatch.context() as patch:
             act_at(patch, step, action)
-            assert train.run(SMALL, folder / name, stop) == 0
+            assert train_here(SMALL, folder / name, stop) == 0
     return Run(folder / "run")
 
 
@@ -202,7 +202,7 @@ def test_remote_copy_shows_how_a_run_ended(tmp_path):
     for step, action, code in ((15, lambda: os.kill(os.getpid(), signal.SIGTERM), 0), (25, fail, 70), (99, int, 0)):
         with StopSignal() as stop, pytest.MonkeyPatch.context() as patch:
             act_at(patch, step, action)
-            assert train.run(config, tmp_path / "run", stop) == code
+            assert train_here(config, tmp_path / "run", stop) == code
         shutil.copy(mirror / "events.jsonl", tmp_path / f"{step}.jsonl")
     assert ends() == ["stopped by SIGTERM", "failed: broken", "finished"]
     copied = read_events(tmp_path / "15.jsonl")

@@ -23,7 +23,7 @@ import pytest
 import tensorstore
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import DIGITS_CONFIG, Run, snapshot
+from runs import DIGITS_CONFIG, Run, snapshot, train_here
 from tampering import (
     change_manifest,
     read_hashes,
@@ -73,7 +73,7 @@ def finished(tmp_path_factory) -> Path:
     """An undisturbed run with checkpoints 22, 30 and 40."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
     with StopSignal() as stop:
-        assert train.run(CONFIG, workdir, stop) == 0
+        assert train_here(CONFIG, workdir, stop) == 0
     (workdir / "lock").touch()
     return workdir
 

@@ -14,9 +14,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from runs import DIGITS_CONFIG
+from runs import DIGITS_CONFIG, train_here
 
-from mnist_jax import train
 from mnist_jax.checkpoint import integrity
 from mnist_jax.checkpoint.checkpointer import Checkpointer
 from mnist_jax.checkpoint.remote import RemoteError, RemoteStore
@@ -39,7 +38,7 @@ ONLY_AT_THE_END = {"checkpoint_every_steps": None, "eval_every_steps": 400}
 def attempt(workdir: Path, loading: Future | None = None, **settings) -> int:
     """Start or resume a run, and return the exit code."""
     with StopSignal() as stop:
-        return train.run(Config(**{**DEFAULTS, **settings}), workdir, stop, loading)
+        return train_here(Config(**{**DEFAULTS, **settings}), workdir, stop, loading)
 
 
 def events(workdir: Path, event: str) -> list[dict]:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import DIGITS_CONFIG, act_at, signal_here, snapshot
+from runs import DIGITS_CONFIG, act_at, signal_here, snapshot, train_here
 
-from mnist_jax import replay, train
+from mnist_jax import replay
 from mnist_jax.checkpoint.checkpoint import Checkpoint
 from mnist_jax.checkpoint.checkpointer import Checkpointer
 from mnist_jax.config import Config
@@ -41,7 +41,7 @@ def finished(tmp_path_factory) -> Path:
         with StopSignal() as stop, pytest.MonkeyPatch.context() as patch:
             if start == 0:
                 act_at(patch, STOPPED_AT, signal_here)
-            assert train.run(CONFIG, workdir, stop) == 0
+            assert train_here(CONFIG, workdir, stop) == 0
     steps = [int(path.name) for path in (workdir / "checkpoints").iterdir()]
     assert sorted(steps) == [10, 20, 22, STOPPED_AT, 30, 40]
     return workdir
