@@ -1,7 +1,6 @@
 """A file that only grows, and that survives a full disk."""
 
 from pathlib import Path
-from typing import Any
 
 
 class AppendFile:
@@ -27,14 +26,3 @@ class AppendFile:
         """Write what is pending, and close the file."""
         self.write(b"")
         self._file.close()
-
-
-class NullFile:
-    """The file of a process that writes nothing."""
-
-    write_error: OSError | None = None
-
-    def _ignore(self, *_: Any) -> None:
-        pass
-
-    write = close = _ignore

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mnist_jax.config import move_aside, write_whole
-from mnist_jax.records.append_file import AppendFile, NullFile
+from mnist_jax.records.append_file import AppendFile
 from mnist_jax.records.tensorboard import Point, ScalarWriter
 
 MAX_TAIL_BYTES = 2**20  # of an event log that a start reads: a long one must not delay a signal
@@ -204,7 +204,7 @@ class EventLog:
         self._path = workdir / "events.jsonl"
         self.last_step = _last_step(read_events(self._path, max_bytes=MAX_TAIL_BYTES)) if enabled else 0
         is_torn = enabled and not _ends_with_newline(self._path)
-        self._file = AppendFile(self._path) if enabled else NullFile()
+        self._file = AppendFile(self._path if enabled else Path(os.devnull))
         if is_torn:
             self._file.write(b"\n")  # Otherwise the next line would be appended to the torn one, and lost with it.
 
