@@ -114,9 +114,8 @@ class Checkpointer:
         # `save` only copies the state on the devices; a thread waits for the copy and writes it. There are two, because
         # a thread that has lowered its priority cannot raise it again.
         self._background, self._foreground = _start_thread(_lower_priority), _start_thread(None)
-        self._pending: Future[None] | None = None
+        self._pending: Future[SaveError | None] | None = None
         self._last_step: int | None = None
-        self._last_error: SaveError | None = None
 
     @property
     def directory(self) -> Path:
@@ -179,10 +178,9 @@ class Checkpointer:
         executor = self._foreground if wait else self._background
         self._pending = executor.submit(self._write, step, orbax_io.copy_state(state), request)
         if wait:
-            self.wait()
-            if step not in self._directory.committed:
-                assert self._last_error is not None
-                raise self._last_error
+            error = self._pending.result()
+            if error is not None and step not in self._directory.committed:
+                raise error
 
     def results(self) -> list[Saved | SaveError | StorageWarning]:
         """Return the outcome of the saves that ended since the last call, and warnings."""
@@ -240,8 +238,8 @@ class Checkpointer:
         """Created by the first save, because it needs JAX's backends."""
         return orbax_io.Writer(self.directory, timeout_s=self._timeout_s)
 
-    def _write(self, step: int, state: Any, request: _Request) -> None:
-        """Write one checkpoint in a background thread; the same on all processes."""
+    def _write(self, step: int, state: Any, request: _Request) -> SaveError | None:
+        """Write one checkpoint in a background thread; the same on all processes. Return why it failed."""
         started = time.monotonic()
         try:
             if not request.valid:
@@ -256,8 +254,10 @@ class Checkpointer:
                 self._results.put(Saved(step, self.state_sha256(step), request.metadata, seconds))
                 self._directory.remove_old(step, keep={*self.steps[-self.keep :], *self.pinned})
         except Exception as error:
-            self._last_error = error if isinstance(error, SaveError) else SaveError(step, orbax_io.brief(error))
-            self._results.put(self._last_error)
+            failure = error if isinstance(error, SaveError) else SaveError(step, orbax_io.brief(error))
+            self._results.put(failure)
+            return failure
+        return None
 
     def _prepare(self, step: int, state: Any, request: _Request) -> bool:
         """Return whether to write this step; process 0 decides for all."""
