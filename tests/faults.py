@@ -797,13 +797,12 @@ def preempted_at(cloud: str, first_step: int) -> None:
     """Have the metadata server of a cloud announce the end of the machine when an update is made."""
     import metadata_server
 
-    from mnist_jax.runtime.notices import NoticePoller
-    from mnist_jax.training import loop
+    from mnist_jax.runtime import notices
     from mnist_jax.training.trainer import Trainer
 
     server = metadata_server.MetadataServer()
     server.start()
-    loop.NoticePoller = partial(NoticePoller, address=server.address, poll_s=0.01)  # type: ignore[assignment, misc]
+    notices.ADDRESS, notices.POLL_S = server.address, 0.01
 
     def announce(*_: object, step: int, n: int) -> None:
         if step + n > first_step:

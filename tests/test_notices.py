@@ -4,7 +4,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -20,7 +19,6 @@ from mnist_jax.config import PreemptionNotice
 from mnist_jax.runtime import notices
 from mnist_jax.runtime.notices import CLOUDS, UNAVAILABLE, WATCHED, NoticePoller
 from mnist_jax.runtime.preemption import Notice, StopSignal
-from mnist_jax.training import loop
 
 DMI_OF = {
     "gcp": {"product_name": "Google Compute Engine\n", "sys_vendor": "Google\n"},
@@ -41,14 +39,23 @@ def stop() -> StopSignal:
     return StopSignal()
 
 
+def ask_here(server: MetadataServer, patch: pytest.MonkeyPatch, *, first_answer_s: float) -> None:
+    """Let pollers ask the loopback server."""
+    patch.setattr(notices, "ADDRESS", server.address)
+    patch.setattr(notices, "POLL_S", 0.005)
+    for name, cloud in CLOUDS.items():
+        patch.setitem(CLOUDS, name, cloud._replace(first_answer_s=first_answer_s))
+
+
 @pytest.fixture
-def poll(server, stop, tmp_path) -> Iterator[Callable[..., NoticePoller]]:
+def poll(server, stop, tmp_path, monkeypatch) -> Iterator[Callable[..., NoticePoller]]:
     """Return a function that starts a poller on a machine without firmware tables."""
     pollers = []
+    monkeypatch.setattr(notices, "DMI", tmp_path)
 
-    def start(cloud: str, **options) -> NoticePoller:
-        options = {"address": server.address, "poll_s": 0.005, "first_answer_s": 20, "dmi": tmp_path, **options}
-        pollers.append(NoticePoller(stop, cloud, **options))
+    def start(cloud: str, *, first_answer_s: float = 20) -> NoticePoller:
+        ask_here(server, monkeypatch, first_answer_s=first_answer_s)
+        pollers.append(NoticePoller(stop, cloud))
         return pollers[-1]
 
     yield start
@@ -236,8 +243,7 @@ def test_closed_poller_awaits_no_answer_and_ignores_it(poll, server, stop):
 @pytest.fixture
 def poll_here(server, monkeypatch) -> None:
     """Let runs in this process ask the loopback server."""
-    options = {"address": server.address, "poll_s": 0.005, "first_answer_s": 0.2}
-    monkeypatch.setattr(loop, "NoticePoller", partial(NoticePoller, **options))
+    ask_here(server, monkeypatch, first_answer_s=0.2)
 
 
 def start(workdir: Path, *flags: str) -> int:

@@ -140,8 +140,8 @@ CLOUDS = {
 }
 
 
-def find_cloud(dmi: Path = DMI) -> str | None:
-    """Return the name of the cloud that this machine is in, None if it is in none of them. It asks no network."""
+def find_cloud(dmi: Path) -> str | None:
+    """Return the name of the cloud that a machine with this `DMI` is in, None if it is in none. It asks no network."""
     for name, cloud in CLOUDS.items():
         for file, pattern in cloud.marks:
             try:
@@ -156,28 +156,14 @@ def find_cloud(dmi: Path = DMI) -> str | None:
 class NoticePoller:
     """Asks for notices in a daemon thread, and requests a stop when there is one. Nothing that a server does raises."""
 
-    def __init__(
-        self,
-        stop: StopSignal,
-        cloud: str,
-        *,
-        address: str = ADDRESS,
-        poll_s: float = POLL_S,
-        first_answer_s: float | None = None,
-        dmi: Path = DMI,
-    ) -> None:
+    def __init__(self, stop: StopSignal, cloud: str) -> None:
         """Start the thread.
 
         Args:
             stop: receives the request.
             cloud: a key of `CLOUDS`, "auto" to find out, or "none" for no thread.
-            address: the metadata server.
-            poll_s: time between two requests.
-            first_answer_s: how long the first answer may take; None for the time of the cloud.
-            dmi: the folder that "auto" reads.
         """
         self._stop, self._cloud = stop, cloud
-        self._address, self._poll_s, self._first_answer_s, self._dmi = address, poll_s, first_answer_s, dmi
         self._events = queue.SimpleQueue[tuple[str, str]]()
         self._is_closed = threading.Event()
         if cloud != "none":
@@ -196,12 +182,12 @@ class NoticePoller:
         self._is_closed.set()
 
     def _poll(self) -> None:
-        name = find_cloud(self._dmi) if self._cloud == "auto" else self._cloud
+        name = find_cloud(DMI) if self._cloud == "auto" else self._cloud
         if name is None:
             return
         cloud = CLOUDS[name]
-        patience_s = cloud.first_answer_s if self._first_answer_s is None else self._first_answer_s
-        server = MetadataServer(self._address, patience_s)
+        patience_s = cloud.first_answer_s
+        server = MetadataServer(ADDRESS, patience_s)
         has_answered = is_reported = False
         answered_s = time.monotonic()
         while not self._is_closed.is_set() and self._stop.received is None:
@@ -224,4 +210,4 @@ class NoticePoller:
                 answered_s = time.monotonic()
                 if is_preempted and not self._is_closed.is_set():
                     self._stop.request(cloud.notice)
-            self._is_closed.wait(self._poll_s)
+            self._is_closed.wait(POLL_S)
