@@ -32,7 +32,7 @@ def main(args: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         workdir, stop = Path(folder), StopSignal()
         checkpointer = Checkpointer(workdir / "checkpoints", keep=config.keep)
-        recorder = Recorder(config, workdir, checkpointer, enabled=True)
+        recorder = Recorder(config, workdir, checkpointer, stop=stop, enabled=True)
         state = trainer.init_state()
         checkpointer.prepare(state)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))

@@ -11,7 +11,6 @@ from mnist_jax.checkpoint.integrity import InvalidStateError
 from mnist_jax.config import Config
 from mnist_jax.runtime import compilation_cache
 from mnist_jax.runtime.multihost import ProcessGroup, ProcessLostError
-from mnist_jax.runtime.notices import NoticePoller
 from mnist_jax.runtime.preemption import Notice, StoppedError, StopSignal
 from mnist_jax.training import compatibility, initial_weights, setup
 from mnist_jax.training.data import Dataset
@@ -46,10 +45,9 @@ def run(
     opened, is_lost = None, False
     try:
         if config is not None and workdir is not None:
-            opened = setup.open_run(config, workdir, enabled=True)
+            opened = setup.open_run(config, workdir, stop=stop, enabled=True)
         config, workdir = setup.share_run(config, workdir, stop=stop, group=group)
-        checkpointer, recorder = opened = opened or setup.open_run(config, workdir, enabled=False)
-        recorder.notices = NoticePoller(stop, config.preemption_notice)
+        checkpointer, recorder = opened = opened or setup.open_run(config, workdir, stop=stop, enabled=False)
         outcome = train_and_evaluate(config, checkpointer, recorder, stop=stop, group=group, loading=loading)
         recorder.copies.finish(stop)  # It waits for the last upload; after a signal 20 s at most.
         # The other processes wait here for the uploads, and exit with the code of process 0.
@@ -63,14 +61,14 @@ def run(
         group.report_failure(error, config.preempted_exit_code)
         if not opened[0].steps:  # A new run: the next start without flags has to find its config.
             opened[1].save_config()
-        outcome = opened[1].stopped(stop)._replace(exit_code=config.preempted_exit_code)
+        outcome = opened[1].stopped()._replace(exit_code=config.preempted_exit_code)
         opened[1].exit(outcome)
         return outcome
     except Exception as error:
         is_lost = isinstance(error, ProcessLostError)
         group.report_failure(error, exit_code(error))
         if opened is not None:
-            opened[1].fail(error, exit_code(error), stop)
+            opened[1].fail(error, exit_code(error))
         raise
     finally:
         if opened is not None:
@@ -200,7 +198,7 @@ def finish(dispatcher: Dispatcher, checkpointer: Checkpointer, recorder: Recorde
         step = dispatcher.step
         recorder.terminal.info(f"{stop.reason}: saving step {step} and exiting; the same command resumes")
     save_and_wait(dispatcher, checkpointer, recorder, reason)
-    outcome = recorder.finished(dispatcher.step) if dispatcher.is_finished else recorder.stopped(stop)
+    outcome = recorder.finished(dispatcher.step) if dispatcher.is_finished else recorder.stopped()
     recorder.log_outcome(outcome)  # before the upload, so that a remote copy shows how the run ended
     recorder.copies.begin(dispatcher.step)
     return outcome

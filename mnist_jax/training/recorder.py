@@ -50,23 +50,26 @@ class Recorder:
     All processes call it alike. If it is not enabled, it writes and prints nothing.
     """
 
-    def __init__(self, config: Config, workdir: Path, checkpointer: Checkpointer, *, enabled: bool) -> None:
-        """Open the files in `workdir`, which exists.
+    def __init__(
+        self, config: Config, workdir: Path, checkpointer: Checkpointer, *, stop: StopSignal, enabled: bool
+    ) -> None:
+        """Open the files in `workdir`, which exists, and start to ask for notices.
 
         Raises:
             OSError: they cannot be opened.
         """
         self.config, self.workdir, self.checkpointer, self.enabled = config, workdir, checkpointer, enabled
+        self._stop = stop
         self.terminal = Terminal(enabled=enabled, blocking=False)
         self.metrics, self.events = MetricWriter(workdir, enabled=enabled), EventLog(workdir, enabled=enabled)
         self.copies = RemoteCopies(config.mirror if enabled else None, workdir, checkpointer, self.events)
-        self.notices = NoticePoller(StopSignal(), "none")  # replaced by `loop.run`
         self._identities = _identity(workdir), _identity(workdir / "lock")
         self._next_save_s = math.inf
         self._has_warned_of_writes = False
         self._has_diverged = False
         self._best_steps: set[int] = set()
         self.parent: dict[str, Any] | None = None  # the checkpoint whose weights the run began with: `initial_weights`
+        self._notices = NoticePoller(stop, config.preemption_notice)
 
     # ---- Before the training
 
@@ -218,7 +221,7 @@ class Recorder:
             raise DivergedError("the state has values that are not finite")
 
     def _report_notices(self) -> None:
-        for event, text in self.notices.pop_events():
+        for event, text in self._notices.pop_events():
             self.events.write(event, step=self.dispatcher.step, text=text)
             if event == UNAVAILABLE:
                 self.terminal.warn(f"warning: {text}")
@@ -253,9 +256,9 @@ class Recorder:
         accuracy, sha256 = self.metrics.accuracy_at(step), self.checkpointer.state_sha256(step)
         return Outcome("finished", {"step": step, "test_accuracy": accuracy, "state_sha256": sha256})
 
-    def stopped(self, stop: StopSignal) -> Outcome:
+    def stopped(self) -> Outcome:
         """Return the outcome of a run that was asked to stop, at its newest checkpoint, and log what asked for it."""
-        step = self.checkpointer.newest_step
+        step, stop = self.checkpointer.newest_step, self._stop
         self.events.write("signal", step=step, signal=stop.reason, seconds=stop.seconds_since)
         try:
             sha256 = self.checkpointer.state_sha256(step) if self.checkpointer.steps else "none"
@@ -272,7 +275,7 @@ class Recorder:
         self.events.write("exit", outcome=outcome.word, code=outcome.exit_code, **outcome.fields)
         self.terminal.last(str(outcome))
 
-    def fail(self, error: Exception, code: int, stop: StopSignal) -> None:
+    def fail(self, error: Exception, code: int) -> None:
         """Log that the run failed, and add the newest checkpoint to the error as a note."""
         if isinstance(error, ProcessLostError | SaveError | RemoteError | ReadError | OSError):
             newest = f"of step {self.checkpointer.newest_step}" if self.checkpointer.steps else "none"
@@ -282,14 +285,14 @@ class Recorder:
         # is no time: JAX may abort this process at any moment. Without the lock the files may be those of another run.
         if not isinstance(error, RemoteError | ProcessLostError):
             with contextlib.suppress(RemoteError):
-                self.copies.finish(stop)
+                self.copies.finish(self._stop)
                 if self.checkpointer.steps and not isinstance(error, LockHeldError):
                     self.copies.begin(self.checkpointer.newest_step)
-                    self.copies.finish(stop)
+                    self.copies.finish(self._stop)
 
     def close(self) -> None:
         """Close the files, and stop to ask for notices."""
-        self.notices.close()
+        self._notices.close()
         self.metrics.close()
         self.events.close()
 

@@ -19,7 +19,7 @@ from mnist_jax.training.recorder import Recorder
 from mnist_jax.training.trainer import Trainer
 
 
-def open_run(config: Config, workdir: Path, *, enabled: bool) -> tuple[Checkpointer, Recorder]:
+def open_run(config: Config, workdir: Path, *, stop: StopSignal, enabled: bool) -> tuple[Checkpointer, Recorder]:
     """Open the checkpoints and the records of a run; the directory is created if it does not exist.
 
     Raises:
@@ -29,7 +29,7 @@ def open_run(config: Config, workdir: Path, *, enabled: bool) -> tuple[Checkpoin
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         checkpointer = Checkpointer(workdir / "checkpoints", keep=config.keep, is_primary=enabled)
-        return checkpointer, Recorder(config, workdir, checkpointer, enabled=enabled)
+        return checkpointer, Recorder(config, workdir, checkpointer, stop=stop, enabled=enabled)
     except OSError as error:
         raise configs.directory_error(workdir, error) from error
 
