@@ -37,6 +37,7 @@ from mnist_jax.checkpoint import remote as module
 from mnist_jax.checkpoint.checkpoint import list_checkpoints
 from mnist_jax.checkpoint.checkpointer import Checkpointer
 from mnist_jax.checkpoint.object_store import ObjectStore, RemoteError
+from mnist_jax.checkpoint.orbax_io import UNFINISHED
 from mnist_jax.checkpoint.remote import Downloaded, RemoteStore, Uploaded
 
 STEPS = (10, 20, 30)
@@ -540,7 +541,7 @@ def test_download_is_durable_before_it_appears(remote, run, other, monkeypatch):
     synced = []
     fsync_with(monkeypatch, lambda path: synced.append((path, (other / "checkpoints" / "10").exists())))
     remote.download(other, files=FILES)
-    unfinished = other / "checkpoints" / "10.unfinished"
+    unfinished = other / "checkpoints" / f"10{UNFINISHED}"
     files = {unfinished / name for name in names(run / "checkpoints" / "10")}
     directories = {directory for file in files for directory in file.parents if directory.is_relative_to(unfinished)}
     before = {path for path, has_appeared in synced if not has_appeared}
@@ -552,14 +553,14 @@ def test_full_disk_refuses_only_the_copy_that_does_not_fit(remote, run, other, m
     upload(remote, run, *STEPS)
 
     def hook(path: Path) -> None:
-        if "20.unfinished" in path.parts:
+        if f"20{UNFINISHED}" in path.parts:
             raise OSError(28, "No space left on device", str(path))
 
     fsync_with(monkeypatch, hook)
     downloaded = remote.download(other, files=FILES)
     assert downloaded.steps == check_run(other) == [10, 30]
     assert "No space left" in downloaded.refused[20]
-    assert not list((other / "checkpoints").glob("*unfinished"))
+    assert not list((other / "checkpoints").glob(f"*{UNFINISHED}"))
 
 
 # Copies are untrusted
@@ -644,7 +645,7 @@ def test_links_in_the_run_directory_are_not_followed(remote, run, tmp_path, othe
     (outside / "file").write_text("mine")
     before = snapshot(outside)
     (other / "checkpoints").mkdir(parents=True)
-    (other / "checkpoints" / "30.unfinished").symlink_to(outside)
+    (other / "checkpoints" / f"30{UNFINISHED}").symlink_to(outside)
     for name in ("metrics.jsonl", "metrics.jsonl.partial"):
         (other / name).symlink_to(outside / "file")
     assert remote.download(other, files=FILES).steps == [*STEPS]

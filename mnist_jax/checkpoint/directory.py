@@ -17,7 +17,7 @@ from mnist_jax.checkpoint.orbax_io import UNFINISHED, brief
 QUARANTINE = "quarantine"
 REMOVED = "removed"  # Checkpoints and leftovers are renamed into this directory before they are deleted.
 SPARE_CHECKPOINTS = 10  # Below this number of checkpoints that fit on the disk, a warning is given.
-# Earlier versions left names with `.ready`, and downloads that were killed leave `.unfinished`.
+# Kills leave `UNFINISHED`; those of earlier versions left `.unfinished` and `.ready`.
 _LEFTOVER = re.compile(rf"[0-9]+\.(unfinished|ready)|[0-9]+{re.escape(UNFINISHED)}.*")
 
 

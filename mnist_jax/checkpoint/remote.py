@@ -27,6 +27,7 @@ from typing import NamedTuple
 from mnist_jax.checkpoint.checkpoint import list_checkpoints
 from mnist_jax.checkpoint.integrity import MAX_MANIFEST_BYTES, STEP, fsync_path, fsync_tree, remove
 from mnist_jax.checkpoint.object_store import InvalidFileError, ObjectStore, RemoteError, is_plain, one_line
+from mnist_jax.checkpoint.orbax_io import UNFINISHED
 
 MAX_SMALL_FILE_BYTES = 2**30
 MAX_FILE_BYTES = 2**32  # Files are read into memory, `object_store.CONCURRENCY` at a time.
@@ -180,7 +181,7 @@ class RemoteStore:
             if downloaded:
                 _download_small_files(self._store, run, files)
             for step in downloaded:
-                (checkpoints / f"{step}.unfinished").rename(checkpoints / str(step))
+                (checkpoints / f"{step}{UNFINISHED}").rename(checkpoints / str(step))
                 fsync_path(checkpoints)
         return Downloaded(downloaded, refused)
 
@@ -239,8 +240,8 @@ def _delete(store: ObjectStore, copies: Mapping[int, Collection[str]]) -> None:
 
 
 def _download_checkpoint(store: ObjectStore, step: int, checkpoints: Path) -> None:
-    """Download a copy to the directory `<step>.unfinished`."""
-    directory, unfinished = f"checkpoints/{step}", checkpoints / f"{step}.unfinished"
+    """Download a copy to a directory that does not count yet."""
+    directory, unfinished = f"checkpoints/{step}", checkpoints / f"{step}{UNFINISHED}"
     manifest = store.read(f"{directory}/manifest.json", MAX_MANIFEST_BYTES) or b""
     table = _parse_manifest(manifest)
 
