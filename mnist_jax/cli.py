@@ -61,7 +61,6 @@ EXIT_CODES = {
     "RemoteError": ExitCode.IO_ERROR,
     "OSError": ExitCode.IO_ERROR,
 }
-PREFIXES = {"CorruptCheckpointError": "a checkpoint is corrupt, "}
 TRAINING_HINTS = {
     "LockHeldError": ": --workdir DIR.",
     "RemoteError": ". Start again, or omit --mirror.",
@@ -104,7 +103,7 @@ def report(error: Exception, warn: Callable[[str], None], *, who: str = "", is_t
     else:
         hint = _find(TRAINING_HINTS, error) if is_training else None
         notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
-        warn(f"error: {who}{_find(PREFIXES, error) or ''}{error}{hint or ''}{notes}")
+        warn(f"error: {who}{error}{hint or ''}{notes}")
 
 
 def to_json(value: Any) -> str:

@@ -570,7 +570,7 @@ def test_corrupt_checkpoint_is_quarantined(checkpointer, corrupt, kind, named):
     assert_same(restored.state, tiny(1))
     [(error, place)] = restored.quarantined
     assert (error.step, error.kind) == (2, kind)
-    assert str(error).startswith("step 2: ")
+    assert str(error).startswith("the checkpoint of step 2 is corrupt: ")
     assert named in str(error)
     assert place == checkpointer.directory / "quarantine" / f"2-{kind}"
     assert os.path.lexists(place)
@@ -635,7 +635,7 @@ def test_newest_intact_checkpoint_is_restored(checkpointer, tmp_path):
             assert moved == {step for step in corrupted if step > max(intact)}
             assert copy.steps == sorted({1, 2, 3} - moved)
         else:
-            with pytest.raises(NoGoodCheckpointError, match=r"(?s)step 3: .*step 2: .*step 1: "):
+            with pytest.raises(NoGoodCheckpointError, match=r"(?s)step 3 .*step 2 .*step 1 "):
                 copy.restore(like=tiny())
             assert names_in(directory) == ["1", "2", "3"]
         copy.close()

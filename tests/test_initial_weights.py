@@ -137,7 +137,7 @@ def test_corrupt_parent_is_usage_error(small_copy, tmp_path, capsys):
     flip_bit(state)
     assert start(tmp_path / "child", *FLAGS, "--init-from", small_copy) == 2
     err = capsys.readouterr().err
-    assert "step 40: file" in err
+    assert "step 40 is corrupt: file" in err
     assert "RUN@STEP" in err
     assert not Run(tmp_path / "child").steps()
 

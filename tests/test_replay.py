@@ -131,7 +131,7 @@ def test_corrupt_checkpoint_exits_65(run_copy, capsys, step, name):
     before = snapshot(run_copy)
     code, _, err = run(run_copy, "--from", 30, capsys=capsys)
     assert code == 65
-    assert f"step {step}: " in err
+    assert f"step {step} is corrupt: " in err
     assert path.name in err
     assert snapshot(run_copy) == before
 

@@ -228,7 +228,7 @@ class Checkpointer:
         if corrupt:
             details = "\n  ".join(map(str, corrupt))
             raise NoGoodCheckpointError(
-                f"all checkpoints in {self.directory} are corrupt:\n  {details}\n"
+                f"no checkpoint in {self.directory} can be used:\n  {details}\n"
                 "Nothing was moved or deleted. Restore one from a copy, or start in another directory."
             )
         return None

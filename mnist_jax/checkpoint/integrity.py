@@ -57,7 +57,7 @@ class CorruptCheckpointError(CheckpointError):
 
     def __init__(self, step: int, kind: str, detail: str) -> None:
         """Set the step, a kind of one or two words for the name in quarantine, and what is wrong with which file."""
-        super().__init__(f"step {step}: {detail}")
+        super().__init__(f"the checkpoint of step {step} is corrupt: {detail}")
         self.step, self.kind = step, kind
 
 

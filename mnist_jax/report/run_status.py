@@ -163,7 +163,7 @@ def plan_next_start(workdir: Path, inspections: Sequence[Inspection], *, has_sav
         text = f"resumes from step {checkpoint.step} of {total}{condition}{aside}"
         return NextStart("resume", checkpoint.step, 0, text)
     if corrupt:
-        return NextStart("refuse", None, 65, f"refuses: every checkpoint is corrupt: {'; '.join(corrupt)}")
+        return NextStart("refuse", None, 65, f"refuses: no checkpoint can be used: {'; '.join(corrupt)}")
     if has_saves:
         return NextStart("refuse", None, 65, "refuses: the event log has saves, but the checkpoints are missing")
     return NextStart("begin", 0, 0, "begins at step 0: nothing has been saved yet")

@@ -168,9 +168,7 @@ def restore(
         return None
     for corrupt, path in restored.quarantined:
         events.write("quarantine", step=corrupt.step, reason=str(corrupt), moved_to=str(path))
-        terminal.warn(
-            f"warning: a checkpoint is corrupt, {corrupt}. It is moved to {path}, and an older checkpoint is used."
-        )
+        terminal.warn(f"warning: {corrupt}. It is moved to {path}, and an older checkpoint is used.")
     compatibility.check_step(restored.step, restored.state)
     metadata = compatibility.check_metadata(restored.metadata, restored.step)
     compatibility.check_same_run(metadata, trainer.config, dataset, where=recorder.workdir)
