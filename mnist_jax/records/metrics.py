@@ -9,10 +9,8 @@ import errno
 import hashlib
 import itertools
 import json
-import math
 import os
 import time
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -230,7 +228,7 @@ class EventLog:
 def _points(records: Iterable[dict[str, Any]], events: Iterable[dict[str, Any]]) -> Iterator[Point]:
     """Yield the scalars of all lines, with the times and speeds in the event log.
 
-    A line without an event, as in logs of older versions, has the time of the latest one before it.
+    A line without an event, as in logs of older versions, has the time of the line before it.
     """
     times: dict[tuple[str, int], float] = {}
     speeds: dict[int, float] = {}
@@ -240,12 +238,11 @@ def _points(records: Iterable[dict[str, Any]], events: Iterable[dict[str, Any]])
             times["train" if is_train else "test", event["step"]] = event["time"]
             if is_train and _is_finite(event.get("images_per_s")):
                 speeds[event["step"]] = event["images_per_s"]
-    known = sorted((step, time_s) for (_, step), time_s in times.items())
+    time_s = min(times.values(), default=time.time())
     for record in records:
         step, split = record["step"], record["split"]
-        before = bisect_right(known, (step, math.inf)) - 1
-        time_s = known[max(0, before)][1] if known else time.time()
-        yield _point(record, times.get((split, step), time_s), speeds.get(step) if split == "train" else None)
+        time_s = times.get((split, step), time_s)
+        yield _point(record, time_s, speeds.get(step) if split == "train" else None)
 
 
 def _point(record: dict[str, Any], time_s: float, images_per_s: float | None) -> Point:
