@@ -894,7 +894,7 @@ def test_low_space_is_reported_once_until_there_is_space(checkpointer, monkeypat
             fields[1], fields[4] = 1, free  # f_frsize, f_bavail
             patch.setattr(os, "statvfs", lambda path, fields=fields: os.statvfs_result(fields))
             save_all(checkpointer, step)
-        warnings += [(found.step, found.event) for found in checkpointer.results() if isinstance(found, StorageWarning)]
+        warnings += [(step, found.event) for found in checkpointer.results() if isinstance(found, StorageWarning)]
     assert warnings == [(1, "low_space"), (4, "low_space")]
 
 

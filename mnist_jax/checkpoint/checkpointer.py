@@ -252,7 +252,7 @@ class Checkpointer:
             if is_committed:
                 seconds = time.monotonic() - started
                 self._results.put(Saved(step, self.state_sha256(step), request.metadata, seconds))
-                self._directory.remove_old(step, keep={*self.steps[-self.keep :], *self.pinned})
+                self._directory.remove_old(keep={*self.steps[-self.keep :], *self.pinned})
         except Exception as error:
             failure = error if isinstance(error, SaveError) else SaveError(step, orbax_io.brief(error))
             self._results.put(failure)

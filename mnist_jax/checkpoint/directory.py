@@ -24,7 +24,6 @@ _LEFTOVER = re.compile(rf"[0-9]+\.(unfinished|ready)|[0-9]+{re.escape(UNFINISHED
 class StorageWarning(NamedTuple):
     """A problem that fails no save: `event` is low_space, checkpoints_vanished or removal_failed."""
 
-    step: int
     event: str
     text: str
 
@@ -60,7 +59,7 @@ class CheckpointDirectory:
 
     def clean(self) -> tuple[str, ...]:
         """Remove leftovers, return their names, and fsync the directory and its parents."""
-        removed = self.remove_leftovers(step=0)
+        removed = self.remove_leftovers()
         for path in (self.path, *self.path.parents):
             with contextlib.suppress(PermissionError):
                 integrity.fsync_path(path)
@@ -84,7 +83,7 @@ class CheckpointDirectory:
         self.committed = before & {checkpoint.step for checkpoint in list_checkpoints(self.path)}
         if vanished := sorted(before - self.committed):
             text = f"the checkpoints of these steps are gone from {self.path}: {', '.join(map(str, vanished))}"
-            self._warn(StorageWarning(step, "checkpoints_vanished", text))
+            self._warn(StorageWarning("checkpoints_vanished", text))
 
     def make_room(self, step: int, needed: int) -> None:
         """Move aside what has the name of the step to be written, and warn if the disk is nearly full.
@@ -95,7 +94,7 @@ class CheckpointDirectory:
         """
         if os.path.lexists(self.path / str(step)):
             self.quarantine(CorruptCheckpointError(step, "not-committed", "another process wrote it"))
-        self.remove_leftovers(step)
+        self.remove_leftovers()
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(self.path).free
             if free >= SPARE_CHECKPOINTS * needed:
@@ -105,21 +104,21 @@ class CheckpointDirectory:
                 f"only {free / 1e6:,.1f} MB are free in {self.path}, and a checkpoint takes {needed / 1e6:,.1f} MB; "
                 "free some space, or saves will fail"
             )
-            self._warn_once(step, "low_space", text)
+            self._warn_once("low_space", text)
 
-    def remove_old(self, step: int, keep: Collection[int]) -> None:
+    def remove_old(self, keep: Collection[int]) -> None:
         """Remove the committed checkpoints whose steps are not in `keep`."""
-        self._remove(step, [self.path / str(old) for old in sorted(self.committed - set(keep))])
+        self._remove([self.path / str(old) for old in sorted(self.committed - set(keep))])
         self.refresh()
 
-    def remove_leftovers(self, step: int) -> tuple[str, ...]:
+    def remove_leftovers(self) -> tuple[str, ...]:
         """Remove what unfinished saves and removals left, and return the names."""
         removed = self.path / REMOVED
         found = [path for path in self.path.iterdir() if _LEFTOVER.fullmatch(path.name)]
         found += removed.iterdir() if removed.is_dir() and not removed.is_symlink() else ()
-        return tuple(sorted(self._remove(step, found)))
+        return tuple(sorted(self._remove(found)))
 
-    def _remove(self, step: int, paths: Collection[Path]) -> list[str]:
+    def _remove(self, paths: Collection[Path]) -> list[str]:
         """Remove files and directories, and return the names of those that are gone.
 
         Each is renamed first. A kill then leaves no incomplete checkpoint under its name, and what cannot be removed,
@@ -140,7 +139,7 @@ class CheckpointDirectory:
             except FileNotFoundError:
                 continue
             except OSError as error:
-                self._warn_once(step, "removal_failed", f"{path} could not be removed: {brief(error)}")
+                self._warn_once("removal_failed", f"{path} could not be removed: {brief(error)}")
         with contextlib.suppress(OSError):
             removed.rmdir()
         return gone
@@ -154,10 +153,10 @@ class CheckpointDirectory:
         self.committed = self.committed - {corrupt.step}
         return moved
 
-    def _warn_once(self, step: int, event: str, text: str) -> None:
+    def _warn_once(self, event: str, text: str) -> None:
         if event not in self._warned:
             self._warned.add(event)
-            self._warn(StorageWarning(step, event, text))
+            self._warn(StorageWarning(event, text))
 
 
 def _unused(path: Path) -> Path:

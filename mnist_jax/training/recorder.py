@@ -199,7 +199,7 @@ class Recorder:
                 if not is_last:
                     self.terminal.warn(f"warning: {result}. Training continues, and the save is retried.")
             elif isinstance(result, StorageWarning):
-                self.events.write(result.event, step=result.step, text=result.text)
+                self.events.write(result.event, step=self.dispatcher.step, text=result.text)
                 self.terminal.warn(f"warning: {result}")
             else:
                 self._pin_best()
