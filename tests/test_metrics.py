@@ -298,16 +298,6 @@ def test_tensorboard_begins_at_the_beginning_with_the_times_and_speeds_of_the_ev
     assert '"seed": 7' in train.Tensors("config")[0].tensor_proto.string_val[0].decode()
 
 
-def test_tensorboard_files_of_older_versions_are_replaced(tmp_path):
-    (tmp_path / "tensorboard").mkdir()
-    for name in ("events.out.tfevents.0000000001", "events.out.tfevents.1700000000.host"):
-        (tmp_path / "tensorboard" / name).touch()
-    write(tmp_path, [(1, "train", 1.0, 0.5)])
-    assert sorted(path.name for path in (tmp_path / "tensorboard").iterdir()) == [
-        *("events.out.tfevents.1700000000.host", "test", "train")
-    ]
-
-
 def test_full_disk_delays_the_scalars(tmp_path, monkeypatch):
     with closing(MetricWriter(tmp_path)) as writer:
         with monkeypatch.context() as patch:

@@ -64,8 +64,6 @@ class ScalarWriter:
         try:
             text = self._config_path.read_text() if self._config_path.exists() else ""
             self._files = {split: self._replace(split, text, points) for split in SPLITS}
-            for path in _files_in(self._folder):  # Older versions wrote there, with other tags.
-                path.unlink()
             self._error = None
         except OSError as error:
             self._error = error
