@@ -218,7 +218,7 @@ def read_remote_config(remote: "RemoteStore", asked: Config) -> Config | None:
         return None
     if asked.fresh:
         raise ConfigError(f"{remote.url} holds the copy of a run; with --fresh use another --mirror, or empty it")
-    content = remote.read("config.json", configs.MAX_CONFIG_BYTES)
+    content = remote.read("config.json")
     if content is None:
         raise ConfigError(f"{remote.url} holds checkpoints of a run without its config.json; use another --mirror")
     return configs.from_bytes(content, f"{remote.url}/config.json")

@@ -364,14 +364,7 @@ def remove(path: Path) -> None:
 
 
 def write_manifest(directory: Path, step: int, leaves: Mapping[str, Json], files: Mapping[str, Json]) -> None:
-    """Write the manifest of a checkpoint.
-
-    Args:
-        directory: the checkpoint.
-        step: its step.
-        leaves: shape, type and SHA-256 of each leaf.
-        files: size and SHA-256 of each file, by name relative to `directory`.
-    """
+    """Write the manifest of a checkpoint; the names of its files are relative to its directory."""
     manifest = {"format": FORMAT, "step": step, "state_sha256": json_sha256(leaves), "leaves": leaves, "files": files}
     (directory / MANIFEST).write_text(json.dumps({**manifest, "seal": json_sha256(manifest)}, indent=1) + "\n")
 

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
-from mnist_jax.checkpoint.integrity import fsync_path
+from mnist_jax.checkpoint.integrity import Json, fsync_path
 
 T = TypeVar("T")
-Json = dict[str, Any]
 
 CONCURRENCY = 4  # requests in flight
 PART_BYTES = 2**23  # A file of more than four is uploaded in such parts, each with its own time limit.

@@ -84,10 +84,10 @@ class RemoteStore:
         with self._remote_errors("cannot be listed"):
             return max(_committed(_list_copies(self._store)), default=None)
 
-    def read(self, name: str, max_bytes: int = MAX_SMALL_FILE_BYTES) -> bytes | None:
+    def read(self, name: str) -> bytes | None:
         """Return the content of a small file, None if it has no copy."""
         with self._remote_errors("cannot be read"):
-            return self._store.read(name, max_bytes)
+            return self._store.read(name, MAX_SMALL_FILE_BYTES)
 
     def upload(self, run: Path, step: int, *, keep: Collection[int], files: Sequence[str]) -> Uploaded:
         """Upload the small files and then a checkpoint of a run, and return when the copy is committed.

@@ -39,11 +39,7 @@ class ScalarWriter:
     """
 
     def __init__(self, workdir: Path) -> None:
-        """Open nothing yet.
-
-        Args:
-            workdir: the run directory.
-        """
+        """Open nothing yet."""
         self._folder, self._config_path = workdir / "tensorboard", workdir / "config.json"
         self._files: dict[str, AppendFile] = {}
         self._error: OSError | None = None

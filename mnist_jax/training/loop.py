@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 from mnist_jax.checkpoint.checkpoint import Checkpoint
@@ -12,7 +13,7 @@ from mnist_jax.config import Config
 from mnist_jax.runtime import compilation_cache
 from mnist_jax.runtime.multihost import ProcessGroup, ProcessLostError
 from mnist_jax.runtime.preemption import Notice, StoppedError, StopSignal
-from mnist_jax.training import compatibility, initial_weights, setup
+from mnist_jax.training import compatibility, data, initial_weights, setup
 from mnist_jax.training.data import Dataset
 from mnist_jax.training.dispatch import Dispatcher
 from mnist_jax.training.recorder import Outcome, Recorder
@@ -104,7 +105,8 @@ def train_and_evaluate(
     recorder.log_start(environment)
     recorder.log_phase("data", checkpointer.newest_step)
     # `stop.run` abandons the work when a signal comes, because loading and compiling cannot check the flag.
-    dataset = stop.run(loading.result if loading else lambda: setup.load_data(config, recorder))
+    load = partial(data.load, config.dataset, config.data_dir, notify=recorder.terminal.info)
+    dataset = stop.run(loading.result if loading else load)
     setup.check_same_data(dataset, group)
     trainer = setup.make_trainer(config, dataset)
     restored = setup.restore(trainer, dataset, environment, checkpointer, recorder) if group.is_primary else None

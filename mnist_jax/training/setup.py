@@ -13,7 +13,7 @@ from mnist_jax.config import Config, ConfigError
 from mnist_jax.runtime import devices
 from mnist_jax.runtime.multihost import ProcessGroup
 from mnist_jax.runtime.preemption import StopSignal
-from mnist_jax.training import compatibility, data, initial_weights
+from mnist_jax.training import compatibility, initial_weights
 from mnist_jax.training.data import Dataset
 from mnist_jax.training.recorder import Recorder
 from mnist_jax.training.trainer import Trainer
@@ -87,11 +87,6 @@ def check_is_shared(workdir: Path, lock: str, stop: StopSignal, group: ProcessGr
                 "file system that all processes share"
             )
         time.sleep(0.05)
-
-
-def load_data(config: Config, recorder: Recorder) -> Dataset:
-    """Load the dataset of a run."""
-    return data.load(config.dataset, config.data_dir, notify=recorder.terminal.info)
 
 
 def check_same_data(dataset: Dataset, group: ProcessGroup) -> None:
