@@ -5,20 +5,17 @@ Imports no JAX, so that `--help` and usage errors come at once.
 
 import contextlib
 import dataclasses
-import difflib
 import io
-import itertools
 import json
 import math
 import os
 import re
 import sys
 import traceback
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -172,10 +169,6 @@ def parse(kind: type[T], command: str, args: Sequence[str], **settings: Any) -> 
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(ExitCode.USAGE) from error
-    except SystemExit as end:
-        for flag, value, choice in mistyped_values(kind, args) if end.code else ():
-            print(f"{flag} {value}: did you mean {choice}?", file=sys.stderr)
-        raise
     finally:
         if text := help_text.getvalue():
             also = "WORKDIR may also be given as --workdir DIR.\n" if _has_workdir_first(kind) else ""
@@ -225,24 +218,6 @@ def _workdir_first(kind: Any, args: Sequence[str]) -> Sequence[str]:
 def _has_workdir_first(kind: Any) -> bool:
     """Return whether the run directory is a positional argument of a command."""
     return any(field.name == "workdir" and field.default is dataclasses.MISSING for field in dataclasses.fields(kind))
-
-
-def mistyped_values(kind: type, args: Sequence[str]) -> list[tuple[str, str, str]]:
-    """Return the values in the arguments that nearly are one of the names that a flag takes: flag, value, name."""
-    words = [word for arg in args for word in (arg.split("=", 1) if arg.startswith("--") else [arg])]
-    found = []
-    for field, hint in typing.get_type_hints(kind).items():
-        flag, names = "--" + field.replace("_", "-"), _names(hint)
-        for value in (value for word, value in itertools.pairwise(words) if word == flag and value not in names):
-            found += [(flag, value, near) for near in difflib.get_close_matches(value, names, n=1)]
-    return found
-
-
-def _names(kind: Any) -> list[str]:
-    """Return the texts among the values of a type: those of its literals."""
-    if typing.get_origin(kind) is Literal:
-        return [name for name in typing.get_args(kind) if isinstance(name, str)]
-    return [name for option in typing.get_args(kind) for name in _names(option)]
 
 
 def _check_no_argument_is_empty(args: Sequence[str]) -> None:
