@@ -878,7 +878,7 @@ def test_only_background_saves_have_a_low_priority(checkpointer):
 
 
 def test_save_does_not_need_a_priority_or_the_free_space(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "setpriority", fail_with(os_error(errno.EPERM)))
+    monkeypatch.setattr(os, "setpriority", fail_with(os_error(errno.EACCES)))
     monkeypatch.setattr(os, "statvfs", fail_with(os_error(errno.ENOSYS)))
     checkpointer = Checkpointer(tmp_path / "checkpoints")
     checkpointer.save(1, tiny())

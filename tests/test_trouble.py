@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 from unittest import mock
@@ -18,16 +19,21 @@ from faults import (
     exhausted_at_restore,
     exhausted_at_saves,
     fill,
+    limit,
     small_disk,
 )
 from runs import DIGITS, Ended, Run
 
+from mnist_jax import train
 from mnist_jax.checkpoint import integrity
 from mnist_jax.checkpoint.checkpoint import list_checkpoints
 from mnist_jax.checkpoint.checkpointer import Checkpointer
 from mnist_jax.checkpoint.integrity import ReadError
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits, mounts and priorities are those of Linux")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="limits and mounts are those of Linux"),
+    pytest.mark.usefixtures("in_this_process"),
+]
 
 ARGS = (
     *(*DIGITS, "--steps", "60", "--checkpoint-every-steps", "20"),
@@ -71,6 +77,17 @@ def disk(tmp_path):
                 pytest.skip(f"cannot mount a disk: {error}")
 
         yield mount
+
+
+@pytest.fixture
+def call(capfd) -> Callable[..., Ended]:
+    """Call the command in this process: a full disk, unlike a limit, needs no process of its own."""
+
+    def call_main(workdir: Path) -> Ended:
+        capfd.readouterr()
+        return Ended(train.main(["--workdir", str(workdir), *ARGS]), *capfd.readouterr())
+
+    return call_main
 
 
 def limited(kind: str) -> tuple[str, ...]:
@@ -147,17 +164,17 @@ def test_no_memory_in_a_restore_is_no_corruption(part, tmp_path, monkeypatch):
 
 def test_too_few_files_at_the_start_can_be_retried(interrupted):
     checkpoints = files_in(interrupted.workdir / "checkpoints")
-    interrupted.prefix = ("prlimit", "--nofile=10:10")
+    interrupted.faults = ((limit, "files"),)
     ended = interrupted.finish(*ARGS)
     assert ended.code not in (0, 1, 2, 65), ended
     assert files_in(interrupted.workdir / "checkpoints") == checkpoints
 
 
-def test_a_disk_with_room_for_one_checkpoint_keeps_it(environment, undisturbed, disk, tmp_path):
+def test_a_disk_with_room_for_one_checkpoint_keeps_it(environment, undisturbed, disk, call, tmp_path):
     size = sum(path.stat().st_blocks * 512 for path in (undisturbed.workdir / "checkpoints/40").rglob("*"))
     place = disk(tmp_path, str(size * 3 // 2 + 100_000))
     run = Run(place / "run", environment)
-    ended = run.finish(*ARGS)
+    ended = call(run.workdir)
     assert ended.code == 74, ended
     assert "step 20" in ended.err
     failed = {event["step"]: event["error"] for event in run.events("save_failed")}
@@ -165,53 +182,49 @@ def test_a_disk_with_room_for_one_checkpoint_keeps_it(environment, undisturbed, 
     assert all("No space left on device" in error for error in failed.values()), failed
     assert {path.name for path in (run.workdir / "checkpoints").iterdir()} - {"removed"} == {"20"}
     fill(place / "filler")
-    full = run.finish(*ARGS)
+    full = call(run.workdir)
     assert full.code == 74, full  # and not 2, after which no scheduler starts it again
     assert "No space left on device" in full.err
     subprocess.run(["mount", "-o", "remount,size=24m", place], check=True)
-    check_ends_like(run, run.finish(*ARGS), undisturbed)
+    check_ends_like(run, call(run.workdir), undisturbed)
     assert [event["step"] for event in run.events("resume")][-1] == 20
 
 
-@pytest.mark.parametrize("locale", ["Latin-1", "UTF-8"])
-def test_a_path_that_is_not_utf_8_is_refused(locale, tmp_path, environment):
-    variables, name = {"LC_ALL": "C.UTF-8"}, b"a\xffb"
-    if locale == "Latin-1":
-        if shutil.which("localedef") is None:
-            pytest.skip("there is no localedef")
-        subprocess.run(["localedef", "-i", "en_US", "-f", "ISO-8859-1", tmp_path / "en_US.ISO-8859-1"], check=True)
-        variables = {"LOCPATH": str(tmp_path), "LC_ALL": "en_US.ISO-8859-1", "PYTHONUTF8": "0"}
-        variables["PYTHONCOERCECLOCALE"], name = "0", "ü".encode("latin-1")
-    parent = tmp_path / "parent"
+def check_refused(parent: Path, name: bytes, call: Callable[[bytes], Ended]) -> None:
+    """Check that a run directory of this name is refused, and that nothing is written there."""
     parent.mkdir()
     path = os.path.join(os.fsencode(parent), name)
-    command = [sys.executable, "-m", "mnist_jax.train", "--workdir", path, *ARGS]
-    ended = subprocess.run(command, env={**os.environ, **environment, **variables}, capture_output=True)
-    assert ended.returncode == 2, ended
-    assert ended.stderr.count(b"\n") == 1, ended.stderr
-    assert b"UTF-8" in ended.stderr
+    ended = call(path)
+    assert ended.code == 2, ended
+    assert ended.err.count("\n") == 1, ended
+    assert "UTF-8" in ended.err
     assert os.listdir(os.fsencode(parent)) in ([], [name])
     assert not any(files for folder, _, files in os.walk(path) if b"checkpoints" in folder[len(path) :])
 
 
-def test_a_run_that_must_not_set_its_priority_saves(new_run):
-    run = new_run()
-    run.prefix = ("nice", "-n", "11")  # below the priority of saves
-    if IS_ROOT:
-        if shutil.which("setpriv") is None:
-            pytest.skip("there is no setpriv, and root may set any priority")
-        run.prefix = ("setpriv", "--bounding-set=-sys_nice", "--inh-caps=-sys_nice", *run.prefix)
-    ended = run.finish(*DIGITS, "--steps", "10", "--checkpoint-every-steps", "5")
-    assert ended.code == 0, ended.err
-    assert run.steps() == [5, 10]
-    assert not run.events("save_failed")
+def test_a_path_that_is_not_utf_8_is_refused(tmp_path, call):
+    check_refused(tmp_path / "parent", b"a\xffb", lambda path: call(os.fsdecode(path)))
 
 
-def test_a_leftover_that_cannot_be_removed_is_reported_once(interrupted, undisturbed, disk):
+def test_a_path_in_a_locale_without_utf_8_is_refused(tmp_path, environment):
+    if shutil.which("localedef") is None:
+        pytest.skip("there is no localedef")
+    subprocess.run(["localedef", "-i", "en_US", "-f", "ISO-8859-1", tmp_path / "en_US.ISO-8859-1"], check=True)
+    variables = {"LOCPATH": str(tmp_path), "LC_ALL": "en_US.ISO-8859-1", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+    def start(path: bytes) -> Ended:
+        command = [sys.executable, "-m", "mnist_jax.train", "--workdir", path, *ARGS]
+        ended = subprocess.run(command, env={**os.environ, **environment, **variables}, capture_output=True)
+        return Ended(ended.returncode, ended.stdout.decode("latin-1"), ended.stderr.decode("latin-1"))
+
+    check_refused(tmp_path / "parent", "ü".encode("latin-1"), start)
+
+
+def test_a_leftover_that_cannot_be_removed_is_reported_once(interrupted, undisturbed, disk, call):
     leftover = interrupted.workdir / "checkpoints" / f"60{UNFINISHED}"
     leftover.mkdir()
     mounted = disk(leftover, "100k").name
-    ended = interrupted.finish(*ARGS)
+    ended = call(interrupted.workdir)
     check_ends_like(interrupted, ended, undisturbed)
     assert [event["step"] for event in interrupted.events("resume")] == [40]
     assert len(interrupted.events("removal_failed")) == 1
