@@ -4,8 +4,9 @@ import base64
 import http.client
 import io
 import json
-import math
+import logging
 import os
+import queue
 import re
 import shutil
 import signal
@@ -18,9 +19,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
+from pictures import DRAWN
 from PIL import Image, ImageDraw
 from runs import snapshot, stop
 
@@ -28,40 +31,16 @@ from mnist_jax import predict
 from mnist_jax.console import Terminal
 from mnist_jax.demo import __main__ as demo
 from mnist_jax.inference import classifier, preprocessing
+from mnist_jax.runtime.preemption import StopSignal
 from mnist_jax.training.data import DataError
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
-def arc(x: float, y: float, rx: float, ry: float, start: float, stop: float) -> list[tuple[float, float]]:
-    """Twelve points on an ellipse between two angles in degrees: 0 is right, 90 below, 270 above."""
-    angles = [math.radians(start + (stop - start) * i / 11) for i in range(12)]
-    return [(x + rx * math.cos(angle), y + ry * math.sin(angle)) for angle in angles]
-
-
-def line(x0: float, y0: float, x1: float, y1: float) -> list[tuple[float, float]]:
-    return [(x0 + (x1 - x0) * i / 11, y0 + (y1 - y0) * i / 11) for i in range(12)]
-
-
-# The strokes of each digit; coordinates are in [0, 1].
-STROKES = {
-    "0": [arc(0.5, 0.5, 0.2, 0.3, 280, -95)],
-    "1": [line(0.54, 0.2, 0.47, 0.8)],
-    "2": [arc(0.48, 0.36, 0.19, 0.16, 195, 385) + line(0.63, 0.47, 0.3, 0.77) + line(0.3, 0.77, 0.72, 0.76)],
-    "3": [arc(0.48, 0.34, 0.17, 0.14, 200, 440) + arc(0.48, 0.63, 0.2, 0.16, 280, 520)],
-    "4": [line(0.38, 0.2, 0.3, 0.52) + line(0.3, 0.52, 0.7, 0.5), line(0.64, 0.22, 0.58, 0.82)],
-    "5": [line(0.4, 0.22, 0.36, 0.45) + arc(0.47, 0.6, 0.19, 0.18, 240, 500), line(0.4, 0.22, 0.68, 0.2)],
-    "6": [line(0.6, 0.18, 0.37, 0.5) + arc(0.49, 0.64, 0.16, 0.16, 190, -170)],
-    "7": [line(0.3, 0.24, 0.7, 0.22) + line(0.7, 0.22, 0.45, 0.82)],
-    "8": [arc(0.5, 0.34, 0.14, 0.14, 45, -225) + arc(0.5, 0.64, 0.17, 0.16, -130, 230)],
-    "9": [arc(0.48, 0.37, 0.16, 0.16, 330, -20) + line(0.64, 0.36, 0.57, 0.82)],
-}
-
-
 def drawing(digit: str) -> bytes:
     """A PNG file like those in the requests of the page."""
     image = Image.new("RGBA", (140, 140), "white")
-    for points in STROKES[digit]:
+    for points in DRAWN[int(digit)]:
         scaled = [(140 * x, 140 * y) for x, y in points]
         ImageDraw.Draw(image).line(scaled, fill="black", width=12, joint="curve")
     file = io.BytesIO()
@@ -102,14 +81,38 @@ def ask(port: int, path: str, body: object = None, **headers: str) -> tuple[int,
 
 
 @pytest.fixture(scope="module")
-def port(trained_run, environment) -> Iterator[int]:
-    """The port of the page of a finished run. The server stops without errors, whatever the tests request."""
-    before = snapshot(trained_run.workdir)
-    with serving(trained_run.workdir, environment) as process:
-        yield port_of(process)
-        ended = stop(process, signal.SIGINT)
-        assert (ended.code, ended.err) == (0, "")
+def port(trained_run) -> Iterator[int]:
+    """The port of the page of a finished run. The server reports no errors, whatever the tests request."""
+    before, terminal = snapshot(trained_run.workdir), mock.create_autospec(Terminal, instance=True)
+    [end] = trained_run.events("exit")
+    options = demo.Options(trained_run.workdir, port=0, step=end["step"])  # so that it watches for no newer one
+    thread = threading.Thread(target=demo.serve, args=(options, StopSignal(), terminal))
+    made, make_server = queue.Queue(), demo.make_server
+    logged, handler = [], logging.Handler(logging.WARNING)
+    handler.emit = logged.append
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("waitress", demo.__name__):  # Flask's logger has the name of the module.
+            patch.setattr(logging.getLogger(name), "handlers", [handler])
+        with patch.context() as at_start:
+            at_start.setattr(demo, "make_server", lambda *args: made.put(make_server(*args)) or made.queue[0])
+            thread.start()
+            server = made.get(timeout=60)
+        with closing_at_the_end(server, thread):
+            yield server.effective_port
+            assert (logged, terminal.warn.call_args_list) == ([], [])
     assert snapshot(trained_run.workdir) == before
+
+
+@contextmanager
+def closing_at_the_end(server, thread: threading.Thread) -> Iterator[None]:
+    """Close a server that a thread runs, and wait for the thread."""
+    try:
+        yield
+    finally:
+        server.close()
+        server.task_dispatcher.shutdown()
+        server.trigger.close()
+        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +148,8 @@ def growing(small_copy, tmp_path) -> tuple[Path, Callable[[], Path], Callable[[]
 
 
 def test_drawn_digits_are_recognized(client):
-    answers = {digit: client.post("/predict", data=drawing(digit)).json["answer"] for digit in STROKES}
-    assert answers == {digit: digit for digit in STROKES}
+    answers = {digit: client.post("/predict", data=drawing(digit)).json["answer"] for digit in "0123456789"}
+    assert answers == {digit: digit for digit in answers}
 
 
 def test_page_and_predict_agree(client, trained_run, tmp_path, capsys):
@@ -324,11 +327,7 @@ def test_unfinished_requests_delay_no_other_and_are_closed():
     server = demo.make_server(app, demo.listen("127.0.0.1", 0), timeout_s=1)
     thread = threading.Thread(target=server.run)
     thread.start()
-    with ExitStack() as stack:
-        stack.callback(thread.join)
-        stack.callback(server.trigger.close)
-        stack.callback(server.task_dispatcher.shutdown)
-        stack.callback(server.close)
+    with closing_at_the_end(server, thread), ExitStack() as stack:
         unfinished = []
         for _ in range(300):  # Waitress accepts 100 by default.
             connection = stack.enter_context(socket.create_connection(("127.0.0.1", server.effective_port), timeout=60))
@@ -374,7 +373,7 @@ class Page:
         from selenium.webdriver.common.actions.pointer_input import PointerInput
 
         box = self.run("return canvas.getBoundingClientRect().toJSON()")
-        for points in STROKES[digit]:
+        for points in DRAWN[int(digit)]:
             places = [(round(box["x"] + box["width"] * x), round(box["y"] + box["height"] * y)) for x, y in points]
             shares = [places[len(places) * part // parts : len(places) * (part + 1) // parts] for part in range(parts)]
             for part, share in enumerate(shares):
@@ -470,11 +469,11 @@ def test_digit_drawn_in_browser_is_recognized(page, digit, kind):
 
 
 def test_small_drawing_in_a_corner_is_recognized(page):
-    for digit, strokes in STROKES.items():
+    for digit, strokes in DRAWN.items():
         small = [[[0.03 + 0.25 * x, 0.03 + 0.25 * y] for x, y in points] for points in strokes]
         page.run(f"strokes = {json.dumps(small)}; change()")
         page.wait()
-        assert page.answer == digit
+        assert page.answer == str(digit)
 
 
 def test_prediction_follows_the_drawing(page, port):
