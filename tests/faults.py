@@ -479,7 +479,7 @@ def signal_in(phase: str, number: int) -> None:
     from mnist_jax.training import data, dispatch, trainer
 
     # Calls end at multiples of 7 and of 20: the stop in mid-training is at 80, in the middle of a log interval.
-    first_step = {"the first step": 0, "mid-training": 77, PHASES[-1]: 50}.get(phase, STEPS)
+    first_step = {"the first step": 0, "mid-training": 77, PHASES[-1]: 42}.get(phase, STEPS)
 
     def send_in_save(directory: Path, step: int, *_: Any) -> None:
         reason = json.loads((directory / "run" / "metadata").read_text())["reason"]

@@ -3,8 +3,7 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -199,29 +198,15 @@ def test_signal_stops_replay_between_calls(finished, monkeypatch, capsys):
     assert steps == [0, 10]
 
 
-IN_COMPILE = """
-import runpy, sys
-from mnist_jax.training.trainer import Trainer
-compile_ = Trainer.compile
-def print_and_compile(self):
-    print("compiling", file=sys.stderr, flush=True)
-    return compile_(self)
-Trainer.compile = print_and_compile
-runpy.run_module("mnist_jax.replay", run_name="__main__")
-"""
+def test_signal_during_compile_exits_at_once(finished, monkeypatch, capsys):
+    ended, waited = threading.Event(), []
 
+    def signal_and_compile(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        waited.append(ended.wait(20))  # as if it took so long
 
-def test_signal_during_compile_exits_at_once(finished, environment, tmp_path):
-    # Compiling takes seconds because the cache is empty.
-    process = subprocess.Popen(
-        [sys.executable, "-c", IN_COMPILE, str(finished), "--from", "0"],
-        env={**os.environ, **environment, "XDG_CACHE_HOME": str(tmp_path)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr.readline() == "compiling\n"
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
-    assert (process.returncode, out) == (143, "")
+    monkeypatch.setattr(Trainer, "compile", signal_and_compile)
+    code, out, err = run(finished, "--from", "0", capsys=capsys)
+    assert (code, out, waited) == (143, "", [])
+    ended.set()
     assert err.count("\n") == 1
