@@ -218,6 +218,23 @@ def test_failed_final_save_exits_74_and_the_rerun_is_exact(tmp_path, monkeypatch
     assert result(tmp_path) == result(undisturbed)
 
 
+def test_signal_in_the_final_save_loses_nothing(tmp_path, monkeypatch, undisturbed):
+    write_manifest, signalled = integrity.write_manifest, []
+
+    def signal_and_write(directory, step, *args):
+        if step == 40:
+            signalled.append(step)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.1)  # The main thread handles it while the save is unfinished.
+        return write_manifest(directory, step, *args)
+
+    monkeypatch.setattr(integrity, "write_manifest", signal_and_write)
+    assert attempt(tmp_path, preempted_exit_code=75) == 0
+    assert signalled == [40]
+    assert [event["outcome"] for event in events(tmp_path, "exit")] == ["finished"]
+    assert result(tmp_path) == result(undisturbed)
+
+
 def test_steps_lost_before_the_first_checkpoint_are_reported(tmp_path, monkeypatch, capfd):
     with monkeypatch.context() as patch:
         fail_to_save(patch, steps=range(100))
