@@ -11,6 +11,8 @@ from mnist_jax.training import data
 from mnist_jax.training.layouts import FILES
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
+# With --quick the numbers mean nothing: the model compiles fast, and its programs are those of the tests.
+DIGITS = ("--dataset", "digits", "--model", "cnn-tiny", "--schedule", "constant", "--batch-size", "64")
 
 
 class Images(NamedTuple):
@@ -35,17 +37,17 @@ def prepare(data_dir: Path | None, folder: Path, *, notify: Callable[[str], None
     if data_dir is not None:
         data.load("mnist", data_dir, notify=notify)  # checks the files
         return Images(("--dataset", "mnist", "--data-dir", str(data_dir.absolute())), data_dir.absolute())
-    name = "mnist"
+    flags: tuple[str, ...] = ("--dataset", "mnist")
     try:
-        dataset = data.load(name, notify=notify)
+        dataset = data.load("mnist", notify=notify)
     except data.UnreachableError:
         if not allow_digits:
             raise
-        name = "digits"
-        dataset = data.load(name, notify=notify)
+        flags = DIGITS
+        dataset = data.load("digits", notify=notify)
     for part, file in FILES.items():
         write(folder / file, getattr(dataset, part).astype(np.uint8).squeeze())
-    return Images(("--dataset", name), folder)
+    return Images(flags, folder)
 
 
 def write(path: Path, array: Array) -> None:
