@@ -529,12 +529,10 @@ def _out_of_memory(*_: Any, **__: Any) -> Any:
 
 
 FAULTS: dict[str | None, Callable[[], AbstractContextManager[None]]] = {
-    "prepare": lambda: _failing(Path, "mkdir", errno.EIO),
     "create": lambda: _failing(os, "mkdir", errno.ENOSPC, only_unfinished=True),
     "hash": lambda: _patched(integrity, "hash_shards", _out_of_memory),
     "write": lambda: _limited_file_size(20_000),  # TensorStore fails with EFBIG.
     "fsync": lambda: _failing(os, "fsync", errno.EIO),
-    "seal": lambda: _failing(integrity, "write_manifest", errno.ENOSPC),
     "rename": lambda: _failing(os, "rename", errno.EIO, only_unfinished=True),
     "vanishing lock file": _vanishing_lock_file,
 }

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import tyro
 
-from mnist_jax import cli, train
+from mnist_jax import cli, predict, train
 from mnist_jax import config as configs
 from mnist_jax.config import Config, ConfigError
 from mnist_jax.runtime.preemption import StopSignal
@@ -197,16 +197,21 @@ def test_a_url_is_no_workdir_and_a_mirror_is_a_url() -> None:
 
 
 @pytest.mark.parametrize(("command", "name", "arguments"), PATH_FLAGS)
-def test_every_path_is_a_local_one(command: str, name: str, arguments: list[str], monkeypatch, capsys) -> None:
+def test_every_path_is_expanded(command: str, name: str, arguments: list[str], monkeypatch) -> None:
     kind = Config if command == "train" else importlib.import_module(f"mnist_jax.{command}").Options
     monkeypatch.setenv("HOME", "/home/me")
-    place = arguments.index("PATH")
+    forms = [[argument.replace("PATH", "~/x") for argument in arguments]]
+    if len(arguments) > 1 and arguments[-2].startswith("--"):
+        forms.append([*forms[0][:-2], f"{arguments[-2]}=~/x"])
+    for form in forms:
+        assert getattr(cli.parse(kind, command, form), name) in (Path("/home/me/x"), (Path("/home/me/x"),))
 
-    def parse(path: str) -> Any:
-        return cli.parse(kind, command, [*arguments[:place], path, *arguments[place + 1 :]])
 
-    expanded = getattr(parse("~/x"), name)
-    assert expanded in (Path("/home/me/x"), (Path("/home/me/x"),))
+# The same function expands all paths and refuses these.
+@pytest.mark.parametrize(
+    ("kind", "name", "before"), [(Config, "data_dir", ["--data-dir"]), (predict.Options, "images", ["run"])]
+)
+def test_a_path_is_a_local_one(kind: Any, name: str, before: list[str], capsys) -> None:
     for path, problem in (
         ("gs://bucket/x", f"{name}=gs:/bucket/x is a"),
         ("https://host/x", f"{name}=https:/host/x is a"),
@@ -214,16 +219,16 @@ def test_every_path_is_a_local_one(command: str, name: str, arguments: list[str]
         ("~nobody-has-this-name/x", f"{name}=~nobody-has-this-name/x"),
     ):
         with pytest.raises(SystemExit) as end:
-            parse(path)
+            cli.parse(kind, "command", [*before, path])
         assert end.value.code == 2
         assert problem in unframed(capsys.readouterr().err)
-    flag = arguments[place - 1]
-    if flag.startswith("--"):
-        assert getattr(cli.parse(kind, command, [*arguments[: place - 1], f"{flag}=~/x"]), name) == expanded
-        for spelling in (flag, "--" + flag[2:].replace("-", "_")):  # tyro accepts both.
-            with pytest.raises(SystemExit):
-                cli.parse(kind, command, [*arguments[: place - 1], f"{spelling}="])
-            assert f"error: {spelling} is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--data-dir", "--data_dir"])  # tyro accepts both.
+def test_an_empty_value_is_refused(flag: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        cli.parse(Config, "train", [f"{flag}="])
+    assert f"error: {flag} is empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

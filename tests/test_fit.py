@@ -24,9 +24,15 @@ CONFIG = Config(**DIGITS_CONFIG, steps=40, log_every_steps=10, eval_every_steps=
 
 
 @pytest.fixture(scope="module")
-def whole(in_this_process, tmp_path_factory) -> Result:
-    """What an undisturbed call comes to."""
-    return mnist_jax.fit(CONFIG, workdir=tmp_path_factory.mktemp("whole"))
+def workdir(tmp_path_factory) -> Path:
+    """The directory of an undisturbed run."""
+    return tmp_path_factory.mktemp("whole")
+
+
+@pytest.fixture(scope="module")
+def whole(in_this_process, workdir) -> Result:
+    """What the call comes to that makes it."""
+    return mnist_jax.fit(CONFIG, workdir=workdir)
 
 
 def test_import_brings_no_jax():
@@ -59,17 +65,15 @@ def test_fit_in_a_thread_stops_on_request_and_resumes_exactly(whole, tmp_path, m
     assert mnist_jax.fit(CONFIG, workdir=str(tmp_path)) == whole
 
 
-def test_fit_refuses_another_config(whole, tmp_path):
-    mnist_jax.fit(CONFIG, workdir=tmp_path)
+def test_fit_refuses_another_config(whole, workdir):
     with pytest.raises(ConfigError, match="learning_rate"):
-        mnist_jax.fit(Config(**{**vars(CONFIG), "learning_rate": 0.5}), workdir=tmp_path)
-    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+        mnist_jax.fit(Config(**{**vars(CONFIG), "learning_rate": 0.5}), workdir=workdir)
+    events = [json.loads(line) for line in (workdir / "events.jsonl").read_text().splitlines()]
     assert events[-1]["outcome"] == "failed"
 
 
-def test_load_predicts(whole, tmp_path):
-    mnist_jax.fit(CONFIG, workdir=tmp_path)
-    classifier = mnist_jax.load(tmp_path)
+def test_load_predicts(whole, workdir):
+    classifier = mnist_jax.load(workdir)
     digits = data.load("digits", notify=print)
     predictions = [int(np.argmax(classifier.predict(image))) for image in digits.test_images[:20]]
     assert np.mean(predictions == digits.test_labels[:20]) > 0.8

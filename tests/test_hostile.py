@@ -365,8 +365,16 @@ def test_a_checkpoint_of_format_3_is_refused_and_stays(run_in, call):
     assert checkpoint_files(run_in) == before
 
 
-@pytest.mark.parametrize("content", [b"\xff", 100_000 * b"["], ids=["not UTF-8", "nested"])
-@pytest.mark.parametrize("name", ["manifest.json", "run/metadata", "state/hashes.0.json"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("manifest.json", 100_000 * b"["),
+        ("run/metadata", 100_000 * b"["),
+        ("run/metadata", b"\xff"),
+        ("state/hashes.0.json", b"\xff"),
+    ],
+    ids=["manifest nested", "metadata nested", "metadata not UTF-8", "hashes not UTF-8"],
+)
 def test_a_checkpoint_with_bad_json_is_quarantined(run_in, call, stop_after_restore, name, content):
     if name == "manifest.json":
         (newest(run_in) / name).write_bytes(content)
