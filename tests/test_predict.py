@@ -53,18 +53,15 @@ def test_predictions_are_mostly_correct(small_run, images, capfd):
     assert snapshot(small_run.workdir) == before
 
 
-def test_unreadable_images_do_not_stop_the_others(small_run, images, tmp_path):
+def test_unreadable_images_do_not_stop_the_others(small_run, images, tmp_path, capfd):
     (tmp_path / "text.png").write_text("seven")
     (tmp_path / "huge.png").write_bytes(bytes(2**26 + 1))
     bad = [tmp_path / "text.png", tmp_path / "nothing.png", tmp_path / "huge.png", tmp_path]
-    command = [sys.executable, "-m", "mnist_jax.predict", small_run.workdir, images[0], *bad, images[1], "--json"]
-    ended = subprocess.run(
-        [*map(str, command)], env={**os.environ, **small_run.environment}, capture_output=True, text=True, timeout=120
-    )
-    assert ended.returncode == 1
-    errors = {row["image"]: row["error"] for row in json.loads(ended.stdout) if row["error"]}
+    code, out, err = run(small_run.workdir, images[0], *bad, images[1], "--json", capfd=capfd)
+    assert code == 1
+    errors = {row["image"]: row["error"] for row in json.loads(out) if row["error"]}
     assert list(errors) == [str(path) for path in bad]
-    assert [line.partition(": ")[2] for line in ended.stderr.splitlines()] == [
+    assert [line.partition(": ")[2] for line in err.splitlines()] == [
         f"{path}: {error}" for path, error in errors.items()
     ]
 
