@@ -319,7 +319,7 @@ def kill_in_save(campaign: Campaign, count: int, seed: int) -> list[Result]:
 
     def attempt(run: Run, _number: int) -> tuple[list[Ended], bool]:
         process = run.start(*campaign.args)
-        wait_for_save(campaign, run, process, chances, LEFTOVERS[:2])
+        wait_for_save(campaign, run, process, chances)
         process.kill()
         return [end(process)], bool(look(run).leftovers)
 
@@ -333,7 +333,7 @@ def kill_one_of_two(campaign: Campaign, count: int, seed: int) -> list[Result]:
     def attempt(run: Run, number: int) -> tuple[list[Ended], bool]:
         several = start_several(run, *campaign.args, "--peer-timeout-s", "20")
         victim = (seed + number) % 2
-        wait_for_save(campaign, run, several.processes[0], chances, LEFTOVERS)
+        wait_for_save(campaign, run, several.processes[0], chances)
         several.signal(signal.SIGKILL, victim)
         # Process 0 may clean up what process 1 leaves, so look at once.
         is_hit = bool(look(run).leftovers) and several.processes[victim].wait() == -signal.SIGKILL
@@ -375,10 +375,8 @@ def kill_runs(
     return results
 
 
-def wait_for_save(
-    campaign: Campaign, run: Run, process: Process, chances: random.Random, parts: tuple[str, ...]
-) -> None:
-    progress, part = chances.uniform(0, 0.8), chances.choice(parts)
+def wait_for_save(campaign: Campaign, run: Run, process: Process, chances: random.Random) -> None:
+    progress, part = chances.uniform(0, 0.8), chances.choice(LEFTOVERS)
     run.wait_for_phase("train", process)
     run.wait_for(lambda: len(run.metrics()) >= progress * len(campaign.whole.metrics()), process)
     run.wait_for(lambda: any(part in name for name in checkpoint_names(run)), process)

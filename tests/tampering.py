@@ -47,6 +47,11 @@ def update_files(checkpoint: Path) -> None:
     change_manifest(checkpoint, files=files)
 
 
+def largest_file(checkpoint: Path) -> Path:
+    """Return the largest file of the leaves; how Orbax divides them differs."""
+    return max((checkpoint / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
+
+
 def flip_bit(path: Path) -> None:
     """Change one bit in the middle of a file, as a disk does; no digest is corrected."""
     content = bytearray(path.read_bytes())

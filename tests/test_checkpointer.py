@@ -24,7 +24,7 @@ import pytest
 import tensorstore
 from flax import nnx
 from flax.training.train_state import TrainState
-from tampering import change_manifest, flip_bit, write_file
+from tampering import change_manifest, flip_bit, largest_file, write_file
 
 from mnist_jax.checkpoint import integrity
 from mnist_jax.checkpoint.checkpoint import Checkpoint, list_checkpoints
@@ -522,12 +522,6 @@ def test_files_of_a_checkpoint(checkpointer):
 
 
 # ---- Corruption -----------------------------------------------------------------------------------------------------
-
-
-def largest_file(path: Path) -> Path:
-    """Return the largest file of the leaves; how Orbax divides them differs."""
-    files = [file for file in (path / "state").rglob("*") if file.is_file() and not file.name.startswith("hashes.")]
-    return max(files, key=lambda file: file.stat().st_size)
 
 
 def replace_file_by_link(path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from runs import in_new_process
-from tampering import change_metadata, flip_bit
+from tampering import change_metadata, flip_bit, largest_file
 
 from mnist_jax.checkpoint.checkpoint import Checkpoint
 from mnist_jax.checkpoint.integrity import CorruptCheckpointError, IncompatibleCheckpointError
@@ -78,8 +78,7 @@ def test_removed_checkpoint_is_replaced_by_a_present_one(small_copy, monkeypatch
 
 
 def test_corrupt_checkpoint_is_an_error(small_copy):
-    state = max((small_copy / "checkpoints" / "40" / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
-    flip_bit(state)
+    flip_bit(largest_file(small_copy / "checkpoints" / "40"))
     with pytest.raises(CorruptCheckpointError, match="step 40"):
         classifier.load(small_copy, "latest")
     assert classifier.load(small_copy, 30).step == 30

@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from runs import DIGITS_CONFIG, Run, snapshot, train_here
 from tampering import (
     change_manifest,
+    largest_file,
     read_hashes,
     read_manifest,
     read_metadata,
@@ -124,10 +125,6 @@ def stop_after_restore(monkeypatch) -> None:
 
 def newest(workdir: Path) -> Path:
     return workdir / "checkpoints" / "40"
-
-
-def largest_file(workdir: Path) -> Path:
-    return max(newest(workdir).rglob("d/*"), key=lambda path: path.stat().st_size)
 
 
 def replace(path: Path, kind: str, outside: Path) -> None:
@@ -298,7 +295,7 @@ def test_the_command_itself_ends_with_2_and_one_line(run_in, environment):
 def test_a_checkpoint_with_a_link_or_pipe_is_quarantined(
     run_in, tmp_path, outside, call, stop_after_restore, name, kind
 ):
-    path = largest_file(run_in) if name == "the largest file" else newest(run_in) / name
+    path = largest_file(newest(run_in)) if name == "the largest file" else newest(run_in) / name
     copy = tmp_path / "copy"
     path.rename(copy)
     if kind == "link to its copy":  # The bytes are right, but outside of the run directory.
@@ -394,7 +391,7 @@ def test_oversized_json_is_not_read(run_in, name):
 
 
 def test_an_unreadable_array_is_an_io_error(run_in, call):
-    path = largest_file(run_in)
+    path = largest_file(newest(run_in))
     content = bytearray(path.read_bytes())
     content[::1000] = bytes(byte ^ 0xFF for byte in content[::1000])
     path.write_bytes(content)

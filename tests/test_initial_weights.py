@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from runs import DIGITS, SMALL, Run, act_at, signal_here
 from several import start as start_several
-from tampering import flip_bit, read_metadata
+from tampering import flip_bit, largest_file, read_metadata
 
 import mnist_jax
 from mnist_jax import config as configs
@@ -133,8 +133,7 @@ def test_missing_parent_is_usage_error(small_run, tmp_path, capsys, which, words
 
 
 def test_corrupt_parent_is_usage_error(small_copy, tmp_path, capsys):
-    state = max((small_copy / "checkpoints" / "40" / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
-    flip_bit(state)
+    flip_bit(largest_file(small_copy / "checkpoints" / "40"))
     assert start(tmp_path / "child", *FLAGS, "--init-from", small_copy) == 2
     err = capsys.readouterr().err
     assert "step 40 is corrupt: file" in err

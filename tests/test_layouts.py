@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from arrays import to_idx
 from PIL import Image
 
 from mnist_jax.training import data, layouts
@@ -37,10 +38,6 @@ def make_arrays() -> Arrays:
 
 
 ARRAYS = make_arrays()
-
-
-def to_idx(array: np.ndarray) -> bytes:
-    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
 
 
 CONTENT = {part: gzip.compress(to_idx(array), mtime=0) for part, array in ARRAYS.items()}  # the official files
@@ -370,7 +367,7 @@ def test_a_named_pipe_is_refused(tmp_path: Path) -> None:
 
 def test_an_idx_file_of_many_kinds_is_read(tmp_path: Path) -> None:
     for array in (ARRAYS["test_images"], ARRAYS["test_labels"], np.arange(-6, 6).reshape(3, 4).astype(">i4")):
-        content = to_idx(array).replace(b"\x08", bytes([12 if array.dtype.itemsize == 4 else 8]), 1)
+        content = to_idx(array)
         for packed_content in (
             content,
             gzip.compress(content),

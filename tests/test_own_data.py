@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from arrays import to_idx
 from runs import Run, act_at, signal_here
 
 import mnist_jax
@@ -23,11 +24,6 @@ FLAGS = (
     *("--learning-rate", "0.02", "--shift-px", "1"),
     *("--log-every-steps", "4", "--eval-every-steps", "6", "--checkpoint-every-steps", "4", "--keep", "9"),
 )
-
-
-def to_idx(array: np.ndarray) -> bytes:
-    kind = {1: 8, 4: 12}[array.dtype.itemsize]
-    return bytes([0, 0, kind, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
 
 
 def make_arrays() -> dict[str, np.ndarray]:

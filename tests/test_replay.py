@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from runs import DIGITS_CONFIG, act_at, signal_here, snapshot, train_here
+from tampering import largest_file
 
 from mnist_jax import replay
 from mnist_jax.checkpoint.checkpoint import Checkpoint
@@ -124,8 +125,7 @@ def test_missing_run_is_usage_error(tmp_path, capsys):
 @pytest.mark.parametrize(("step", "name"), [(30, "manifest.json"), (40, "")])
 def test_corrupt_checkpoint_exits_65(run_copy, capsys, step, name):
     directory = run_copy / "checkpoints" / str(step)
-    files = [path for path in directory.rglob("*") if path.is_file()]
-    path = directory / name if name else max(files, key=lambda path: path.stat().st_size)
+    path = directory / name if name else largest_file(directory)
     path.write_bytes(path.read_bytes()[:-50])
     before = snapshot(run_copy)
     code, _, err = run(run_copy, "--from", 30, capsys=capsys)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from runs import DIGITS, Run, end, snapshot
-from tampering import HOSTILE_EVENTS, flip_bit, read_metadata, write_metadata
+from tampering import HOSTILE_EVENTS, flip_bit, largest_file, read_metadata, write_metadata
 
 from mnist_jax import status, train
 from mnist_jax.checkpoint import integrity
@@ -29,10 +29,6 @@ def run_json(workdir: Path, *args: str, capsys) -> dict:
     _, out, err = run(workdir, "--json", *args, capsys=capsys)
     assert err == ""
     return json.loads(out)
-
-
-def largest_file(directory: Path) -> Path:
-    return max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 
 
 # Content

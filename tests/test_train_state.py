@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from arrays import numbers
 
 from mnist_jax.config import Config
 from mnist_jax.training import train_state
@@ -19,13 +20,6 @@ TINY = Network(features=(), kernel_sizes=(), hidden=2, batch_norm=True)
 def create(config: Config) -> train_state.TrainState:
     optimizer = train_state.make_optimizer(config, train_state.make_schedule(config, 100))
     return train_state.create(config, TINY, optimizer)
-
-
-def numbers(tree) -> list[np.ndarray]:
-    """Return the leaves; of random keys, their data."""
-    is_key = [jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(tree)]
-    leaves = zip(jax.tree.leaves(tree), is_key, strict=True)
-    return [np.asarray(jax.random.key_data(leaf) if key else leaf) for leaf, key in leaves]
 
 
 @pytest.fixture(scope="module")

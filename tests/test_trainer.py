@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import numbers
 from runs import in_new_process
 
 from mnist_jax.config import Config
@@ -31,13 +32,6 @@ def trainer_on(count: int, *, model: str) -> Trainer:
 
 def epoch_data(trainer: Trainer) -> TrainData:
     return TrainData(*trainer.put(DIGITS)[:2], trainer.epoch_order(0))
-
-
-def numbers(tree: Any) -> list[np.ndarray]:
-    """Return the leaves; of random keys, their data."""
-    leaves = jax.tree.leaves(tree)
-    is_key = [jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves]
-    return [np.asarray(jax.random.key_data(leaf) if key else leaf) for leaf, key in zip(leaves, is_key, strict=True)]
 
 
 def assert_equal(found: Any, wanted: Any) -> None:
