@@ -669,6 +669,14 @@ def limit(kind: str | None) -> None:
         resource.setrlimit(RESOURCES[kind], (in_use, resource.getrlimit(RESOURCES[kind])[1]))
 
 
+def set_in_jax(name: str, value: str) -> None:
+    """Have JAX as if an environment variable had this value at its import."""
+    import jax
+
+    os.environ[name] = value
+    jax.config.update(name.lower(), value)
+
+
 def clock_set_back(at_step: int) -> None:
     now = time.time
 

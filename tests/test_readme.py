@@ -1,4 +1,7 @@
+import contextlib
 import importlib
+import io
+import os
 import re
 import subprocess
 import sys
@@ -6,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tyro
+from runs import in_new_process
 
 from benchmarks.__main__ import Options as BenchmarkOptions
 from mnist_jax.__main__ import COMMANDS
@@ -23,6 +27,14 @@ def run(program: str, directory: Path) -> list[str]:
     return subprocess.run(command, cwd=directory, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
 
 
+def run_forked(program: str, directory: str) -> list[str]:
+    """Do the same in this process."""
+    os.chdir(directory)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(program, {})
+    return out.getvalue().splitlines()
+
+
 def section(title: str) -> str:
     return README.read_text().partition(f"## {title}")[2].partition("##")[0]
 
@@ -36,20 +48,21 @@ def test_the_loop_resumes_exactly(tmp_path):
     )
     assert LOOP != loop != stopping
     whole = run(loop, tmp_path / "whole")
-    stopped = run(stopping, tmp_path / "stopped")
+    (tmp_path / "stopped").mkdir()
+    stopped = in_new_process(run_forked, stopping, str(tmp_path / "stopped"))
     assert stopped[-1].split()[0] == "1700"
     assert any("500" in result for result in stopped[:-1])
-    resumed = run(loop, tmp_path / "stopped")
+    resumed = in_new_process(run_forked, loop, str(tmp_path / "stopped"))
     assert resumed[-1] == whole[-1]
     step, sha256 = resumed[-1].split()
     assert (step, len(sha256)) == ("2000", 64)
 
 
-def test_orbax_alone_reads_a_checkpoint(reference, shared_folder, tmp_path):
-    checkpoints = shared_folder / "reference" / "checkpoints"
+def test_orbax_alone_reads_a_checkpoint(small_run, tmp_path):
+    checkpoints = small_run.workdir / "checkpoints"
     lines = [f"print(sorted({line}))" if line.startswith(("ocp.", "v1.")) else line for line in ORBAX.splitlines()]
     head = f"from pathlib import Path\nimport sys\ncheckpoints = Path({str(checkpoints)!r})\n"
-    program = head + "\n".join(lines).replace("468", "200") + "\nassert 'mnist_jax' not in sys.modules"
+    program = head + "\n".join(lines).replace("468", "40") + "\nassert 'mnist_jax' not in sys.modules"
     ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
     state, items, loaded = ended.stdout.splitlines()
     assert "'params'" in state
