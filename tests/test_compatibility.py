@@ -15,7 +15,7 @@ METADATA = {
     "software": {"jax": "0.10.2"},
     "settings": {"jax_threefry_partitionable": "True"},
     "devices": {"platform": "cpu", "count": 1},
-    "metrics": {"bytes": 7, "sha256": "abc"},
+    "metrics": {"lines": ""},
     "reason": "steps",
 }
 ARGS = (*DIGITS, "--steps", "40", "--log-every-steps", "10", "--eval-every-steps", "40")
@@ -70,7 +70,8 @@ def test_the_environments_of_several_processes_are_compared():
 def test_invalid_metadata_are_refused_by_name(name):
     wrong = [None, 7, ["x"], {} if name == "reason" else "text"]
     if name == "metrics":
-        wrong += [{"sha256": 7}, {"sha256": "abc", "lines": 7}, {"sha256": "abc", "lines": '{"step": 1}\n'}]
+        surrogate = '{"step": 1, "split": "test", "accuracy": 0.5, "\ud800": 1}\n'
+        wrong += [{}, {"lines": 7}, {"lines": '{"step": 1}\n'}, {"lines": surrogate}]
     without = {part: value for part, value in METADATA.items() if part != name}
     for metadata in (without, *({**METADATA, name: value} for value in wrong)):
         with pytest.raises(IncompatibleCheckpointError, match=rf"the checkpoint of step 3 .*metadata: {name}$"):

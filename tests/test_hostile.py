@@ -477,7 +477,7 @@ HARMLESS = [
     with_value("all", "metadata", "test_accuracy"),
     with_value(nested(300), "metadata", "besides"),
     with_value("\ud800 \x1b[31m [red]", "metadata", "reason"),
-    with_value(10**400, "metadata", "metrics", "bytes"),
+    with_value(10**400, "metadata", "metrics", "besides"),
 ]
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from itertools import takewhile
 from pathlib import Path
 
 import grpc
@@ -22,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import SCALARS, Even
 from tensorboard.data import grpc_provider
 from tensorboard.data.proto.data_provider_pb2_grpc import TensorBoardDataProviderStub
 
-from mnist_jax.records.metrics import EventLog, MetricWriter, has_saves, read_events
+from mnist_jax.records.metrics import EventLog, MetricWriter, has_saves, read_events, read_metrics
 
 Record = tuple[int, str, float, float]  # step, split, loss, accuracy
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
@@ -36,13 +37,19 @@ def write(workdir: Path, records: list[Record], *, after: int | None = None) -> 
     """Write records, in a new attempt that resumes after a step if one is given."""
     with closing(MetricWriter(workdir)) as writer:
         if after is not None:
-            writer.restore(None, after)
+            writer.restore(lines_up_to(workdir, after), after)
         for step, split, loss, accuracy in records:
             writer.write(step, split, loss=loss, accuracy=accuracy, learning_rate=0.1)
 
 
 def metrics(workdir: Path) -> bytes:
     return (workdir / "metrics.jsonl").read_bytes()
+
+
+def lines_up_to(workdir: Path, step: int) -> bytes:
+    """The lines that a checkpoint of a step has."""
+    rows = takewhile(lambda row: row[0]["step"] <= step, read_metrics(workdir / "metrics.jsonl"))
+    return b"".join(line for _, line in rows)
 
 
 def steps(workdir: Path) -> list[int]:
@@ -86,14 +93,6 @@ def test_torn_line_is_truncated(torn, tmp_path):
     assert steps(tmp_path) == [0, 1]
 
 
-def test_restore_without_lines_keeps_no_line_after_a_removed_one(tmp_path):
-    write(tmp_path, [(step, "train", 1.0, 0.5) for step in (10, 50, 20)])
-    with closing(MetricWriter(tmp_path)) as writer:
-        assert writer.restore(None, 30).furthest_step == 50
-        assert steps(tmp_path) == [10]
-        assert writer.restore(None, 30).furthest_step == 30
-
-
 @pytest.mark.parametrize("damage", [b"", None, b"\0", b"1.5"])
 def test_restore_rebuilds_changed_lines_and_keeps_the_changed_file(tmp_path, damage):
     """Of damage, b"" leaves the file as it is, and None removes it."""
@@ -107,9 +106,10 @@ def test_restore_rebuilds_changed_lines_and_keeps_the_changed_file(tmp_path, dam
     with closing(MetricWriter(tmp_path)) as writer:
         restored = writer.restore(lines, 20)
         writer.write(30, "train", loss=1.0, accuracy=0.5, learning_rate=0.1)
-        assert writer.snapshot()["lines"].encode() == whole
+        assert writer.lines.encode() == whole
     assert metrics(tmp_path) == whole
     assert restored.is_rebuilt == (damage != b"")
+    assert restored.furthest_step == (30 if damage in (b"", b"1.5") else 20)
     if damage:
         assert restored.moved_to.read_bytes() == damaged
     else:
@@ -151,9 +151,9 @@ def test_best_is_the_first_of_the_highest_test_accuracies(tmp_path):
     write(tmp_path, records)
     with closing(MetricWriter(tmp_path)) as writer:
         assert (writer.best(), writer.accuracy_at(2)) == (None, None)
-        writer.restore(None, 3)
+        writer.restore(lines_up_to(tmp_path, 3), 3)
         assert (writer.best()["step"], writer.accuracy_at(2), writer.accuracy_at(1)) == (2, 0.5, 0.0)
-        writer.restore(None, 1)
+        writer.restore(lines_up_to(tmp_path, 1), 1)
         assert (writer.best()["step"], writer.accuracy_at(2)) == (1, None)
 
 
@@ -287,7 +287,7 @@ def test_tensorboard_begins_at_the_beginning_with_the_times_and_speeds_of_the_ev
     events += [{"event": "throughput", "step": 20, "time": 9.0, "images_per_s": 8.0}]
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     with closing(MetricWriter(tmp_path)) as writer:
-        writer.restore(None, 15)
+        writer.restore(lines_up_to(tmp_path, 15), 15)
         for step in (20, 30):
             writer.write(step, "train", loss=1.0, accuracy=0.5, learning_rate=0.1, images_per_s=8.0)
     check_scalars(tmp_path)

@@ -6,7 +6,6 @@
 
 import contextlib
 import errno
-import hashlib
 import itertools
 import json
 import os
@@ -64,11 +63,11 @@ class MetricWriter:
         replaced, self._replaced = self._replaced, []
         return replaced
 
-    def restore(self, lines: bytes | None, step: int) -> Restoration:
+    def restore(self, lines: bytes, step: int) -> Restoration:
         """Make `metrics.jsonl` hold the lines of a checkpoint, and no others.
 
         Args:
-            lines: the lines up to the checkpoint; None to keep the valid lines of the file up to `step`.
+            lines: the lines up to the checkpoint; none if there is no checkpoint.
             step: the step of the checkpoint, 0 if there is none.
 
         Raises:
@@ -78,8 +77,6 @@ class MetricWriter:
         found = self._path.read_bytes() if self._path.exists() else b""
         records = list(parse_metrics(found.splitlines(keepends=True)))
         furthest = max([step, *(record["step"] for record, _ in records)])
-        if lines is None:
-            lines = b"".join(line for _, line in itertools.takewhile(lambda row: row[0]["step"] <= step, records))
         self._content = bytearray(lines)
         self._records = [record for record, _ in parse_metrics(lines.splitlines(keepends=True))]
         # They are written with the next line: the first step does not wait for it.
@@ -174,10 +171,10 @@ class MetricWriter:
         """Return the record with the highest test accuracy, the first of equal ones; None if there is none."""
         return max((r for r in self._records if r["split"] == "test"), key=lambda r: r["accuracy"], default=None)
 
-    def snapshot(self) -> dict[str, Any]:
-        """Return all lines, their size and SHA-256, as JSON values: each checkpoint stores them."""
-        digest = hashlib.sha256(self._content).hexdigest()
-        return {"bytes": len(self._content), "sha256": digest, "lines": self._content.decode()}
+    @property
+    def lines(self) -> str:
+        """All lines. Each checkpoint stores them."""
+        return self._content.decode()
 
     def close(self) -> None:
         """Close the files."""

@@ -163,15 +163,15 @@ def check_metadata(metadata: Any, step: int) -> dict[str, Any]:
     for name, kind in {"reason": str, **dict.fromkeys(parts, dict)}.items():
         if not isinstance(metadata.get(name), kind):
             raise _invalid(step, name)
-    sha256, lines = metadata["metrics"].get("sha256"), metadata["metrics"].get("lines", "")
-    if not isinstance(sha256, str) or not isinstance(lines, str) or not _are_metrics(lines):
+    lines = metadata["metrics"].get("lines")
+    if not isinstance(lines, str) or not _are_metrics(lines):
         raise _invalid(step, "metrics")
     return metadata
 
 
 def _are_metrics(lines: str) -> bool:
     content = lines.encode(errors="replace")
-    return b"".join(line for _, line in parse_metrics(content.splitlines(keepends=True))) == content
+    return b"".join(line for _, line in parse_metrics(content.splitlines(keepends=True))).decode() == lines
 
 
 class Data(NamedTuple):

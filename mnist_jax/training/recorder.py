@@ -177,8 +177,8 @@ class Recorder:
             self.metrics.sync()
         except OSError as error:
             return {"refuse": f"metrics.jsonl cannot be written: {error}"}
-        accuracy, snapshot = self.metrics.accuracy_at(self.dispatcher.step), self.metrics.snapshot()
-        saved = {"reason": reason, "time": time.time(), "test_accuracy": accuracy, "metrics": snapshot}
+        accuracy, metrics = self.metrics.accuracy_at(self.dispatcher.step), {"lines": self.metrics.lines}
+        saved = {"reason": reason, "time": time.time(), "test_accuracy": accuracy, "metrics": metrics}
         return {"metadata": {**self.metadata, **saved}}
 
     def report_saves(self, *, is_last: bool = False) -> None:

@@ -172,7 +172,7 @@ def restore(
     recorder.save_config()  # Not before these checks: a config that contradicts the checkpoint is not written.
     recorder.copies.begin(restored.step)  # The previous attempt may have ended before this upload.
     changed = compatibility.diff_environment(metadata, environment)  # software, JAX settings, devices
-    lost_steps = restore_metrics(metadata["metrics"], restored.step, recorder)
+    lost_steps = restore_metrics(metadata["metrics"]["lines"], restored.step, recorder)
     reason = metadata["reason"]
     events.write(
         "resume", step=restored.step, exact=not changed, changed=changed, lost_steps=lost_steps, saved_because=reason
@@ -202,7 +202,7 @@ def start_from_step_0(trainer: Trainer, dataset: Dataset, checkpointer: Checkpoi
             f"the checkpoints of this run are gone from {checkpointer.directory}; "
             "copy them back, or start over with --fresh"
         )
-    if lost_steps := restore_metrics({}, 0, recorder):
+    if lost_steps := restore_metrics("", 0, recorder):
         recorder.events.write("lost", step=0, lost_steps=lost_steps)
         recorder.terminal.info(f"no checkpoint was saved yet: {lost_steps} steps or more are recomputed")
     recorder.parent = initial_weights.find_parent(trainer)
@@ -215,18 +215,12 @@ def start_from_step_0(trainer: Trainer, dataset: Dataset, checkpointer: Checkpoi
         recorder.terminal.info(f"the initial weights are those of step {parent['step']} of {parent['run']}")
 
 
-def restore_metrics(snapshot: dict[str, Any], step: int, recorder: Recorder) -> int:
-    """Make metrics.jsonl hold the lines of a checkpoint, and return how many steps after it are known to be lost.
-
-    Checkpoints of older versions have no lines: then those of the file are kept.
-    """
-    lines = snapshot.get("lines")
-    restored = recorder.metrics.restore(None if lines is None else lines.encode(), step)
+def restore_metrics(lines: str, step: int, recorder: Recorder) -> int:
+    """Make metrics.jsonl hold the lines of a checkpoint, and return how many steps after it are known to be lost."""
+    restored = recorder.metrics.restore(lines.encode(), step)
     if restored.is_rebuilt:
         moved = f" The file that was there is {restored.moved_to}." if restored.moved_to else ""
         recorder.metrics_changed(
             step, f"lines of metrics.jsonl were missing or changed; it is rebuilt from the checkpoint.{moved}"
         )
-    elif snapshot and recorder.metrics.snapshot()["sha256"] != snapshot["sha256"]:
-        recorder.metrics_changed(step, "lines of metrics.jsonl are missing or changed since the checkpoint")
     return max(restored.furthest_step, recorder.events.last_step) - step
