@@ -59,6 +59,8 @@ def test_best_checkpoint_was_evaluated(small_copy):
         write_metadata(small_copy, step, test_accuracy=accuracy)
     assert classifier.load(small_copy, "best").step == 40
     write_metadata(small_copy, 40, test_accuracy=None)
+    assert classifier.load(small_copy, "best").step == 40
+    (small_copy / "metrics.jsonl").unlink()
     with pytest.raises(NoCheckpointYetError):
         classifier.load(small_copy, "best")
 

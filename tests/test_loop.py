@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from runs import DIGITS_CONFIG, train_here
+from runs import DIGITS_CONFIG, signal_here, train_here
 
 from mnist_jax.checkpoint import integrity
 from mnist_jax.checkpoint.checkpointer import Checkpointer
@@ -24,7 +24,7 @@ from mnist_jax.console import Terminal
 from mnist_jax.records.metrics import EventLog, MetricWriter
 from mnist_jax.runtime.lock import exclusive_lock
 from mnist_jax.runtime.preemption import StopSignal
-from mnist_jax.training import data, dispatch, loop, recorder, remote_copies, setup, trainer
+from mnist_jax.training import data, dispatch, loop, recorder, remote_copies, selection, setup, trainer
 from mnist_jax.training.dispatch import DispatchQueue
 from mnist_jax.training.recorder import Recorder
 from mnist_jax.training.remote_copies import RemoteCopies
@@ -318,6 +318,24 @@ def test_best_checkpoint_is_kept_after_a_resume(tmp_path, monkeypatch):
     for _ in range(2):
         assert attempt(tmp_path, **settings) == 0
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [20, 40]
+
+
+def test_checkpoint_of_an_interrupted_evaluation_is_kept_as_the_best(tmp_path, monkeypatch):
+    accuracies = iter([0.5, 0.9, 0.1, 0.1])
+    monkeypatch.setattr(dispatch, "means", lambda sums: (1.0, next(accuracies)))
+
+    def stop_in_the_evaluation(self, name, step):
+        if (name, step) == ("evaluate", 20) and not (tmp_path / "stopped").exists():
+            (tmp_path / "stopped").touch()
+            signal_here()
+
+    spy(monkeypatch, Recorder, "log_phase", stop_in_the_evaluation)
+    settings = {"keep": 1, "log_every_steps": 1000, "eval_every_steps": 10, "checkpoint_every_steps": None}
+    assert attempt(tmp_path, **settings) == 0
+    assert events(tmp_path, "exit")[-1]["step"] == 20
+    assert attempt(tmp_path, **settings) == 0
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [20, 40]
+    assert selection.read(tmp_path, "best", lambda checkpoint: checkpoint.step) == 20
 
 
 def test_full_disk_delays_metrics_and_no_checkpoint_precedes_them(tmp_path, monkeypatch, capfd):

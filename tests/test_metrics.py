@@ -116,6 +116,25 @@ def test_restore_rebuilds_changed_lines_and_keeps_the_changed_file(tmp_path, dam
         assert restored.moved_to is None
 
 
+def test_restore_keeps_the_lines_that_were_computed_from_the_state_of_the_checkpoint(tmp_path):
+    """The evaluation that a signal interrupted is made after a resume, when the checkpoint is already committed."""
+    write(tmp_path, [(10, "train", 1.0, 0.5), (20, "train", 1.0, 0.5), (20, "test", 1.0, 0.5), (30, "train", 1.0, 0.5)])
+    whole = metrics(tmp_path).splitlines(keepends=True)
+    before, evaluated = b"".join(whole[:2]), b"".join(whole[:3])
+    foreign = (before + whole[2].replace(b'"accuracy": 0.5', b'"accuracy": ' + value) for value in (b"NaN", b"1.5"))
+    torn = (evaluated[:-1], *foreign)
+    for found, kept in ((b"".join(whole), evaluated), (evaluated, evaluated), *((each, before) for each in torn)):
+        (tmp_path / "metrics.jsonl").write_bytes(found)
+        with closing(MetricWriter(tmp_path)) as writer:
+            assert not writer.restore(before, 20).is_rebuilt
+            assert (metrics(tmp_path), writer.lines.encode()) == (kept, kept)
+            assert writer.accuracy_at(20) == (0.5 if kept == evaluated else None)
+    (tmp_path / "metrics.jsonl").write_bytes(evaluated.replace(b"1.0", b"1.5", 1))  # These are not the lines before it.
+    with closing(MetricWriter(tmp_path)) as writer:
+        assert writer.restore(before, 20).is_rebuilt
+    assert metrics(tmp_path) == before
+
+
 @pytest.mark.parametrize("replacement", [None, b"another file"])
 def test_file_that_is_removed_or_replaced_is_written_again(tmp_path, replacement):
     with closing(MetricWriter(tmp_path)) as writer:

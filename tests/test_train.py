@@ -24,6 +24,8 @@ from mnist_jax import config as configs
 from mnist_jax.checkpoint import object_store
 from mnist_jax.checkpoint import remote as remote_module
 from mnist_jax.config import Config, ConfigError
+from mnist_jax.inference import classifier
+from mnist_jax.report import run_status
 from mnist_jax.runtime.preemption import StopSignal
 from mnist_jax.training import data
 from mnist_jax.training.model import MODELS, Network
@@ -49,13 +51,13 @@ def result(workdir: Path) -> tuple[str, bytes]:
     return exited["state_sha256"], Run(workdir).metrics()
 
 
-def signal_in_phase(monkeypatch, phase: str, number: signal.Signals = signal.SIGTERM) -> None:
-    """Send this process a signal when a run reaches a phase."""
+def signal_in_phase(monkeypatch, phase: str, number: signal.Signals = signal.SIGTERM, *, first_step: int = 0) -> None:
+    """Send this process a signal when a run reaches a phase, at a step or after it."""
     log_phase = Recorder.log_phase
 
     def log_and_signal(self, name, step):
         log_phase(self, name, step)
-        if name == phase:
+        if name == phase and step >= first_step:
             monkeypatch.setattr(Recorder, "log_phase", log_phase)
             os.kill(os.getpid(), number)
             time.sleep(0.1)  # The main thread handles it; this is the thread that trains.
@@ -95,6 +97,35 @@ def test_a_signal_in_any_phase_loses_nothing(finished, tmp_path, monkeypatch, ca
         assert (fields["step"], Run(tmp_path).steps()[-1], Run(tmp_path).events("evaluation")) == ("20", 20, [])
     assert start(tmp_path) == 0
     assert result(tmp_path) == result(finished)
+
+
+def test_a_last_evaluation_that_is_interrupted_is_made_once(finished, tmp_path, monkeypatch, capsys):
+    """Its checkpoint is committed before, so only the metrics have its accuracy."""
+    signal_in_phase(monkeypatch, "evaluate", first_step=40)
+    assert start(tmp_path / "run", *FLAGS) == 0
+    run = Run(tmp_path / "run")
+    assert (run.events("exit")[-1]["outcome"], run.steps()[-1]) == ("stopped", 40)
+    assert run_status.examine(run.workdir, verify=True).next_start.action == "resume"
+    assert start(run.workdir) == 0
+    assert result(run.workdir) == result(finished)
+    attempts = len(run.events("start"))
+    planned = run_status.examine(run.workdir, verify=True)
+    assert (planned.next_start.action, planned.checkpoints[-1].test_accuracy) == ("nothing", accuracy_of(finished))
+    capsys.readouterr()
+    assert start(run.workdir) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert [event["phase"] for event in run.events("phase")][-1] == "data"
+    assert (len(run.events("start")), len(run.events("evaluation"))) == (attempts + 1, 2)
+    assert result(run.workdir) == result(finished)
+    assert classifier.load(run.workdir, "best").step == classifier.load(finished, "best").step == 40
+    assert classifier.load(run.workdir).test_accuracy == accuracy_of(finished)
+    assert start(tmp_path / "child", *FLAGS, "--init-from", f"{run.workdir}@best") == 0
+    assert "those of step 40" in capsys.readouterr().out
+
+
+def accuracy_of(workdir: Path) -> float:
+    """Return the test accuracy of a finished run."""
+    return Run(workdir).events("exit")[-1]["test_accuracy"]
 
 
 def test_the_preset_accurate_resumes_exactly(in_this_process, tmp_path, monkeypatch):

@@ -60,7 +60,7 @@ class Classifier:
     @property
     def test_accuracy(self) -> float | None:
         """The test accuracy that the run measured at this step, None if it did not evaluate there."""
-        return selection.accuracy_of(self.metadata)
+        return selection.accuracy_of(self.checkpoint, self.metadata)
 
     def predict(self, image: np.ndarray) -> np.ndarray:
         """Return the probabilities of the classes. image: [28, 28, 1] uint8, foreground 255 -> [10] float32.

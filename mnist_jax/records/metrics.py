@@ -64,7 +64,11 @@ class MetricWriter:
         return replaced
 
     def restore(self, lines: bytes, step: int) -> Restoration:
-        """Make `metrics.jsonl` hold the lines of a checkpoint, and no others.
+        """Make `metrics.jsonl` hold the lines of a checkpoint, and no lines of later steps.
+
+        If the lines of the checkpoint are there, those of the same step that follow are kept: they were computed from
+        this state. A signal interrupted that evaluation, and the start after it made it, when the checkpoint was
+        already committed.
 
         Args:
             lines: the lines up to the checkpoint; none if there is no checkpoint.
@@ -77,11 +81,16 @@ class MetricWriter:
         found = self._path.read_bytes() if self._path.exists() else b""
         records = list(parse_metrics(found.splitlines(keepends=True)))
         furthest = max([step, *(record["step"] for record, _ in records)])
+        is_intact = found.startswith(lines)
+        if is_intact:
+            after = records[lines.count(b"\n") :]
+            own = itertools.takewhile(lambda row: row[0]["step"] == step and 0 <= row[0]["accuracy"] <= 1, after)
+            lines += b"".join(line for _, line in own)
         self._content = bytearray(lines)
         self._records = [record for record, _ in parse_metrics(lines.splitlines(keepends=True))]
         # They are written with the next line: the first step does not wait for it.
         self._are_scalars_stale = len(self._records) != len(records)
-        if found.startswith(lines):
+        if is_intact:
             self._file.truncate(len(lines))
             return Restoration(furthest, is_rebuilt=False, moved_to=None)
         moved_to = move_aside(self._path) if found else None

@@ -14,7 +14,7 @@ from mnist_jax.config import ConfigError
 from mnist_jax.records.metrics import has_saves, read_events, read_metrics
 from mnist_jax.report.history import Attempt, as_number, read_attempts
 from mnist_jax.runtime import lock
-from mnist_jax.training import compatibility
+from mnist_jax.training import compatibility, selection
 
 HISTORY = (
     *("start", "lost", "resume", "quarantine", "metrics_changed", "unfinished_removed"),
@@ -113,7 +113,7 @@ def inspect(checkpoint: Checkpoint, *, verify: bool) -> Inspection:
         as_number(fields.get("time")),
         size,
         fields["reason"] if isinstance(fields.get("reason"), str) else None,
-        as_number(fields.get("test_accuracy")),
+        selection.accuracy_of(checkpoint, metadata),
         problem is None if verify else None,
         str(problem) if problem else None,
     )
@@ -155,7 +155,7 @@ def plan_next_start(workdir: Path, inspections: Sequence[Inspection], *, has_sav
             text = f"refuses: the checkpoint of step {checkpoint.step} does not belong to this run: {error}"
             return NextStart("refuse", None, 2, text)
         aside = "".join(f"; sets aside: {text}" for text in corrupt)
-        if checkpoint.step >= total and metadata.get("test_accuracy") is not None:
+        if checkpoint.step >= total and checkpoint.test_accuracy is not None:
             text = f"does nothing: the run is finished at step {total}{aside}"
             return NextStart("nothing", checkpoint.step, 0, text)
         condition = "" if verify else ", if it is not corrupt"

@@ -8,6 +8,7 @@ from mnist_jax import config as configs
 from mnist_jax.checkpoint.checkpoint import Checkpoint, list_checkpoints
 from mnist_jax.checkpoint.integrity import CheckpointError
 from mnist_jax.config import ConfigError, WhichStep
+from mnist_jax.records.metrics import accuracy_at, read_metrics
 
 T = TypeVar("T")
 
@@ -47,7 +48,7 @@ def choose(checkpoints: list[Checkpoint], which: WhichStep, workdir: Path) -> Ch
     if which == "latest":
         return checkpoints[-1]
     if which == "best":
-        evaluated = [(checkpoint, accuracy_of(checkpoint.metadata())) for checkpoint in checkpoints]
+        evaluated = [(checkpoint, accuracy_of(checkpoint, checkpoint.metadata())) for checkpoint in checkpoints]
         accuracies = {checkpoint: accuracy for checkpoint, accuracy in evaluated if accuracy is not None}
         if not accuracies:
             raise NoCheckpointYetError(f"{workdir} has no evaluated checkpoint yet; the latest one needs no evaluation")
@@ -59,7 +60,13 @@ def choose(checkpoints: list[Checkpoint], which: WhichStep, workdir: Path) -> Ch
     raise ConfigError(f"{workdir} has no checkpoint of step {which}; there are: {steps}")
 
 
-def accuracy_of(metadata: Any) -> float | None:
-    """Return the test accuracy in the metadata of a checkpoint, None if its step was not evaluated."""
+def accuracy_of(checkpoint: Checkpoint, metadata: Any) -> float | None:
+    """Return the test accuracy that the run measured at a checkpoint, None if it did not evaluate there.
+
+    It is in the metadata, or only in `metrics.jsonl`, if the evaluation was made after the checkpoint was committed.
+    """
     accuracy = metadata.get("test_accuracy") if isinstance(metadata, dict) else None
+    if accuracy is None:
+        metrics = read_metrics(checkpoint.path.parents[1] / "metrics.jsonl")
+        accuracy = accuracy_at(checkpoint.step, (record for record, _ in metrics))
     return accuracy if isinstance(accuracy, float) and 0 <= accuracy <= 1 else None
