@@ -25,9 +25,10 @@ import numpy as np
 import pytest
 from pictures import DRAWN
 from PIL import Image, ImageDraw
-from runs import snapshot, stop
+from runs import SMALL, snapshot, stop
+from tampering import change_metadata, read_metadata
 
-from mnist_jax import predict
+from mnist_jax import predict, train
 from mnist_jax.console import Terminal
 from mnist_jax.demo import __main__ as demo
 from mnist_jax.inference import classifier, preprocessing
@@ -250,6 +251,21 @@ def test_errors_are_reported_once_and_retried(growing, monkeypatch, capsys):
         reloader.reload()
     assert capsys.readouterr().err.count("no run") == 1
     assert reloader.model.checkpoint.path == newest
+
+
+def test_run_that_is_started_over_is_loaded(small_copy, tmp_path):
+    """It has the same steps again, and perhaps other data."""
+    reloader = demo.ModelReloader(small_copy, "latest", Terminal())
+    first, (images, _) = reloader.model, reloader.test_set()
+    assert reloader.test_set()[0] is images
+    small_copy.rename(tmp_path / "old")
+    reloader.reload()
+    assert train.main(["--workdir", str(small_copy), *SMALL, "--seed", "1"]) == 0
+    checkpoint = small_copy / "checkpoints" / "40"
+    change_metadata(checkpoint, data={**read_metadata(checkpoint)["data"], "sha256": "another"})
+    reloader.reload()
+    assert (reloader.model.step, reloader.model.config.seed) == (first.step, 1)
+    assert reloader.test_set()[0] is not images
 
 
 def test_demo_waits_for_a_run_and_follows_it(growing, environment, tmp_path):

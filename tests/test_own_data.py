@@ -14,6 +14,8 @@ from runs import Run, act_at, signal_here
 import mnist_jax
 from mnist_jax import evaluate, export, predict, replay, train
 from mnist_jax.checkpoint.integrity import CheckpointError
+from mnist_jax.console import Terminal
+from mnist_jax.demo import __main__ as demo
 from mnist_jax.report import __main__ as report
 from mnist_jax.training import compatibility, data
 from mnist_jax.training.data import FILES, DataError
@@ -144,6 +146,18 @@ def test_images_that_are_too_small_for_the_model_are_refused(tmp_path: Path, in_
     assert start(tmp_path / "run", *FLAGS, "--model", "cnn", "--data-dir", str(tmp_path / "files")) == 2
     assert re.search(r"model=cnn needs images of 12 pixels .* 11×25; use another --model", capsys.readouterr().err)
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_demo_does_not_show_a_run_that_is_started_over_with_images_of_another_shape(
+    run: Run, small_copy: Path, tmp_path: Path, capsys
+) -> None:
+    reloader = demo.ModelReloader(small_copy, "latest", Terminal())
+    first = reloader.model
+    small_copy.rename(tmp_path / "old")
+    shutil.copytree(run.workdir, small_copy)
+    reloader.reload()
+    assert reloader.model is first
+    assert "20×25 pixels" in capsys.readouterr().err
 
 
 def test_a_wrong_data_dir_is_forgotten(run: Run, tmp_path: Path, in_this_process, capsys, monkeypatch) -> None:

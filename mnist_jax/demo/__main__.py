@@ -129,14 +129,13 @@ def wait_for_classifier(options: Options, stop: StopSignal, terminal: Terminal) 
                 terminal.info(f"waiting: {error}")
             is_waiting = True
             time.sleep(0.2)
-    preprocessing.check_shape(reloader.model.image_shape)
     if warning := preprocessing.dataset_warning(reloader.model.data.name):
         terminal.warn(f"warning: {warning}")
     return reloader
 
 
 class ModelReloader:
-    """The classifier of a run, replaced when the run commits a newer checkpoint."""
+    """The classifier of a run, replaced when the run commits a newer checkpoint or is started over."""
 
     def __init__(
         self, workdir: Path, which: configs.WhichStep, terminal: Terminal, data_dir: Path | None = None
@@ -144,8 +143,7 @@ class ModelReloader:
         """Load the classifier; see `classifier.load`. `data_dir` holds the test images, by default as the run says."""
         self._workdir, self._which, self._terminal, self._data_dir = workdir, which, terminal, data_dir
         self._last_error = ""
-        self._test_set: tuple[np.ndarray, np.ndarray] | None = None
-        self._loaded = self._steps()
+        self._test_set: tuple[Any, tuple[np.ndarray, np.ndarray]] | None = None  # the data in the metadata, and arrays
         self.model = self._load()
 
     def watch(self) -> NoReturn:
@@ -155,42 +153,40 @@ class ModelReloader:
             self.reload()
 
     def reload(self) -> None:
-        """Load a newer checkpoint, if there is one. After an error the present classifier stays."""
+        """Load another checkpoint, if there is one. After an error the present classifier stays."""
         from mnist_jax.checkpoint.integrity import CheckpointError
+        from mnist_jax.training import selection
 
         try:
-            steps = self._steps()
-            if steps != self._loaded:
+            # A run that was started over has the same steps again.
+            found = selection.read(self._workdir, self._which, lambda one: (one.step, one.manifest()["state_sha256"]))
+            if found != (self.model.step, self.model.sha256):
                 self.model = self._load()
-                self._loaded = steps
         except (CheckpointError, ConfigError, OSError) as error:
             if str(error) != self._last_error:
                 self._terminal.warn(f"warning: {error}. The page still uses step {self.model.step}.")
             self._last_error = str(error)
 
     def test_set(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the test images of the run, [N, 28, 28, 1] uint8, and labels, [N]; the first call loads them.
+        """Return the test images of the run, [N, 28, 28, 1] uint8, and labels, [N]; loaded once for the same data.
 
         Raises:
             DataError: they cannot be loaded.
         """
         from mnist_jax.training import data
 
-        if self._test_set is None:
-            folder = self._data_dir or self.model.config.data_dir
-            dataset = data.load(self.model.data.name, folder, notify=self._terminal.warn)
-            self._test_set = dataset.test_images, dataset.test_labels
-        return self._test_set
-
-    def _steps(self) -> list[int]:
-        from mnist_jax.checkpoint.checkpoint import list_checkpoints
-
-        return [checkpoint.step for checkpoint in list_checkpoints(self._workdir / "checkpoints")]
+        model, loaded = self.model, self._test_set  # Other threads may replace them.
+        if loaded is None or loaded[0] != model.metadata["data"]:
+            folder = self._data_dir or model.config.data_dir
+            dataset = data.load(model.data.name, folder, notify=self._terminal.warn)
+            self._test_set = loaded = model.metadata["data"], (dataset.test_images, dataset.test_labels)
+        return loaded[1]
 
     def _load(self) -> "Classifier":
-        from mnist_jax.inference import classifier
+        from mnist_jax.inference import classifier, preprocessing
 
         model = classifier.load(self._workdir, self._which)
+        preprocessing.check_shape(model.image_shape)
         model.predict(np.zeros((*model.image_shape, 1), np.uint8))  # The first call compiles.
         return model
 
