@@ -1,6 +1,7 @@
 """Status shows the content of a run directory and what the next start does, and changes nothing."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -146,6 +147,16 @@ def test_next_start_does_what_status_says(small_copy, capsys, change, action, st
     assert (planned["action"], planned["step"], planned["exit_code"]) == does
     quarantined = [event["step"] for event in events if event["event"] == "quarantine"]
     assert len(quarantined) == planned["text"].count("sets aside: ")
+
+
+def test_shortage_is_foretold(small_copy, capsys, monkeypatch):
+    def be_short(path):
+        raise OSError(errno.EMFILE, "Too many open files", str(path))
+
+    monkeypatch.setattr(integrity, "read_manifest", be_short)
+    planned = run_json(small_copy, capsys=capsys)["next_start"]
+    assert (planned["action"], planned["exit_code"]) == ("refuse", 74)
+    assert train.main(["--workdir", str(small_copy)]) == 74
 
 
 # Read-only, and robust

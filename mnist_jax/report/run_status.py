@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from mnist_jax import config as configs
 from mnist_jax.checkpoint.checkpoint import Checkpoint, list_checkpoints
-from mnist_jax.checkpoint.integrity import CheckpointError, CorruptCheckpointError
+from mnist_jax.checkpoint.integrity import CheckpointError, CorruptCheckpointError, ReadError
 from mnist_jax.config import ConfigError
 from mnist_jax.records.metrics import has_saves, read_events, read_metrics
 from mnist_jax.report.history import Attempt, as_number, read_attempts
@@ -143,7 +143,8 @@ def plan_next_start(workdir: Path, inspections: Sequence[Inspection], *, has_sav
             corrupt.append(str(problem))
             continue
         if problem is not None:
-            return NextStart("refuse", None, 2, f"refuses: {problem}")
+            code = 74 if isinstance(problem, ReadError | OSError) else 2
+            return NextStart("refuse", None, code, f"refuses: {problem}")
         try:
             metadata = compatibility.check_metadata(metadata, checkpoint.step)
             saved_config = configs.from_json(metadata["config"], workdir)
