@@ -92,6 +92,8 @@ def test_own_images_evaluate_replay_report_and_export(run: Run, tmp_path: Path, 
     assert replay.main([str(run.workdir), "--from", "8"]) == 0
     assert report.main([str(run.workdir), "--out", str(tmp_path / "report")]) == 0
     assert (tmp_path / "report" / "confusion.png").exists()
+    # The entropy of labels of four classes that are smoothed by 0.1, as those of the preset fast are.
+    assert "below 0.349 nats" in " ".join((tmp_path / "report" / "report.html").read_text().split())
     assert export.main([str(run.workdir), str(tmp_path / "weights.safetensors")]) == 0
     assert f"[N, {HEIGHT}, {WIDTH}, 1]".encode() in (tmp_path / "weights.safetensors").read_bytes()
 

@@ -118,7 +118,7 @@ def read_run(workdir: Path, options: Options, stop: StopSignal, terminal: Termin
     config = read_config(workdir)
     settings = {} if config is None else {name: str(value) for name, value in config.to_json().items()}
     results = evaluate_newest(workdir, options, stop, terminal)
-    loss = TrainingLoss() if config is None else TrainingLoss.of(config)
+    loss = TrainingLoss() if config is None else TrainingLoss.of(config, count_classes(workdir))
     return RunReport(workdir.absolute().name, facts, settings, status, attempts, train, test, loss, results)
 
 
@@ -130,6 +130,17 @@ def read_config(workdir: Path) -> Config | None:
         return None
 
 
+def count_classes(workdir: Path) -> int:
+    """Return the number of classes of a run, 10 if its newest checkpoint cannot be read."""
+    from mnist_jax.training import compatibility, selection
+
+    try:
+        newest = selection.find_checkpoints(workdir)[-1]
+        return compatibility.data_of(newest.metadata(), newest.step).classes
+    except (CheckpointError, ConfigError, OSError, IndexError):
+        return 10
+
+
 @dataclass(frozen=True)
 class TrainingLoss:
     """How the training loss differs from the test loss: its name, and its lowest possible value in nats."""
@@ -138,10 +149,11 @@ class TrainingLoss:
     minimum: float = 0.0
 
     @classmethod
-    def of(cls, config: Config) -> "TrainingLoss":
+    def of(cls, config: Config, classes: int) -> "TrainingLoss":
         """Return it for a run: with smoothed labels the lowest loss is their entropy."""
         smoothing = config.label_smoothing
-        shares = np.array([1 - 0.9 * smoothing] + 9 * [0.1 * smoothing])
+        shares = np.full(classes, smoothing / classes)
+        shares[0] += 1 - smoothing
         entropy = -float(np.sum(shares * np.log(np.maximum(shares, 1e-30))))
         is_augmented = config.shift_px or config.rotation_deg or config.zoom
         differences = (
