@@ -62,7 +62,7 @@ def evaluate(options: Options, stop: StopSignal, terminal: Terminal) -> Result:
     """Return the metrics of a checkpoint."""
     from mnist_jax.inference import classifier
 
-    model = stop.run(lambda: classifier.load(options.workdir, options.step, on_cpu=False))
+    model = stop.run(lambda: classifier.load(options.workdir, options.step))
     name, folder = model.data.name, options.data_dir or model.config.data_dir
     dataset = stop.run(lambda: data.load(name, folder, notify=terminal.warn))
     found = model.evaluate(dataset, stop)

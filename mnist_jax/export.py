@@ -57,7 +57,7 @@ def export(options: Options, stop: StopSignal, terminal: Terminal) -> int:
             raise ConfigError(f"{path} exists; remove it, or use another file name")
     if not options.out.parent.is_dir():
         raise ConfigError(f"{options.out.parent} is not a directory; create it, or use another file name")
-    model = stop.run(lambda: classifier.load(options.workdir, options.step))
+    model = stop.run(lambda: classifier.load(options.workdir, options.step, on_cpu=True))
     if options.out.suffix == ".safetensors":
         metadata = {
             "dataset": model.data.name,

@@ -73,7 +73,7 @@ def print_predictions(options: Options, stop: StopSignal, terminal: Terminal) ->
         raise ConfigError("no image is given: predict WORKDIR IMAGE [IMAGE ...]")
     from mnist_jax.inference import classifier, preprocessing
 
-    model = stop.run(lambda: classifier.load(options.workdir, options.step))
+    model = stop.run(lambda: classifier.load(options.workdir, options.step, on_cpu=True))
     preprocessing.check_shape(model.image_shape)
     if warning := preprocessing.dataset_warning(model.data.name):
         terminal.warn(f"warning: {warning}")

@@ -418,7 +418,7 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=100, help="number of MNIST test images")
     args = parser.parse_args()
     dataset = data.load("mnist", args.data_dir, notify=print)
-    model = classifier.load(args.run)
+    model = classifier.load(args.run, on_cpu=True)
     print(f"fonts: {len(font_files())} and {len(PENS) if HERSHEY.is_dir() else 0} of strokes; step {model.step}\n")
     print("| condition | pictures | right | sure | wrong of the sure | goal |\n|---|---|---|---|---|---|")
     is_missed = False

@@ -239,7 +239,7 @@ def test_errors_are_reported_once_and_retried(growing, monkeypatch, capsys):
     assert "manifest.json" in warning
     newest = add()
     with monkeypatch.context() as patch:
-        patch.setattr(classifier, "load", lambda *_: (_ for _ in ()).throw(OSError("too many open files")))
+        patch.setattr(classifier, "load", lambda *_, **__: (_ for _ in ()).throw(OSError("too many open files")))
         for _ in range(3):
             reloader.reload()
     assert capsys.readouterr().err.count("too many open files") == 1

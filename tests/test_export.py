@@ -136,7 +136,7 @@ LOGITS_TOLERANCE = 1e-5
 def test_program_computes_the_logits_of_the_evaluation_for_any_batch_size(small_run, tmp_path):
     dataset = data.load("digits", notify=print)
     with StopSignal() as stop:
-        expected = classifier.load(small_run.workdir, on_cpu=False).evaluate(dataset, stop)
+        expected = classifier.load(small_run.workdir).evaluate(dataset, stop)
     program, images, logits = (tmp_path / name for name in ("program.stablehlo", "images.npy", "logits.npz"))
     assert export.main([str(small_run.workdir), str(program)]) == 0
     np.save(images, dataset.test_images)

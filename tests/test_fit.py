@@ -11,7 +11,7 @@ import nbformat
 import numpy as np
 import pytest
 from nbclient import NotebookClient
-from runs import DIGITS_CONFIG
+from runs import DIGITS_CONFIG, in_new_process
 
 import mnist_jax
 from mnist_jax.config import Config, ConfigError
@@ -77,6 +77,19 @@ def test_load_predicts(whole, workdir):
     digits = data.load("digits", notify=print)
     predictions = [int(np.argmax(classifier.predict(image))) for image in digits.test_images[:20]]
     assert np.mean(predictions == digits.test_labels[:20]) > 0.8
+
+
+def platforms_before_and_after_load(workdir: Path) -> list[str | None]:
+    import jax
+
+    before = jax.config.values["jax_platforms"]
+    mnist_jax.load(workdir)
+    return [before, jax.config.values["jax_platforms"]]
+
+
+def test_load_does_not_move_a_later_fit_to_the_cpu(small_run, environment):
+    before, after = in_new_process(platforms_before_and_after_load, small_run.workdir, **environment, JAX_PLATFORMS="")
+    assert before == after
 
 
 CELL = f"""

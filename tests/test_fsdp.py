@@ -197,7 +197,7 @@ def test_other_commands_read_a_split_run(attempts):
     assert found["replayed"] == []  # on 8 devices
     with StopSignal() as stop:
         states = replay.read_states(replay.Options(folder / "8"), stop, Terminal())
-        model = classifier.load(folder / "whole", on_cpu=False)
+        model = classifier.load(folder / "whole")
         accuracy = model.evaluate(states.dataset, stop).accuracy
     # This process has one device.
     assert (states.metadata["config"]["fsdp"], states.trainer.config.fsdp) == (4, 1)

@@ -185,7 +185,7 @@ class ModelReloader:
     def _load(self) -> "Classifier":
         from mnist_jax.inference import classifier, preprocessing
 
-        model = classifier.load(self._workdir, self._which)
+        model = classifier.load(self._workdir, self._which, on_cpu=True)
         preprocessing.check_shape(model.image_shape)
         model.predict(np.zeros((*model.image_shape, 1), np.uint8))  # The first call compiles.
         return model

@@ -110,14 +110,15 @@ def _make_trainer(config: Config, described: compatibility.Data) -> Trainer:
     )
 
 
-def load(workdir: Path | str, which: WhichStep = "latest", *, on_cpu: bool = True) -> Classifier:
+def load(workdir: Path | str, which: WhichStep = "latest", *, on_cpu: bool = False) -> Classifier:
     """Return the classifier of a run.
 
     Args:
         workdir: directory of the run.
         which: the latest checkpoint, the one with the best test accuracy so far, or that of a step.
-        on_cpu: compute on the CPU, which is enough for single images. Otherwise an evaluation gives the numbers of the
-            run, if the devices are the same.
+        on_cpu: compute on the CPU, which is enough for single images, and leave an accelerator to others. It holds for
+            the whole process: a later `fit` would train on the CPU too. Otherwise an evaluation gives the numbers of
+            the run, if the devices are the same.
 
     Raises:
         CheckpointError, OSError: the checkpoint cannot be read, or is corrupt.

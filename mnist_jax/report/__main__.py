@@ -272,7 +272,7 @@ def evaluate_newest(workdir: Path, options: Options, stop: StopSignal, terminal:
     from mnist_jax.inference import classifier
 
     try:
-        model = stop.run(lambda: classifier.load(workdir, "latest"))
+        model = stop.run(lambda: classifier.load(workdir, "latest", on_cpu=True))
         folder = options.data_dir or model.config.data_dir
         dataset = stop.run(lambda: data.load(model.data.name, folder, notify=terminal.warn))
         logits = model.evaluate(dataset, stop).logits
