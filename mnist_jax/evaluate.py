@@ -13,9 +13,7 @@ import tyro
 from mnist_jax import cli
 from mnist_jax import config as configs
 from mnist_jax.console import Terminal, exit_process
-from mnist_jax.records.metrics import accuracy_at, read_metrics
 from mnist_jax.runtime.preemption import StopSignal
-from mnist_jax.training import data
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Result:
     images: int
     loss: float
     accuracy: float
-    recorded_accuracy: float | None  # from metrics.jsonl, if the run evaluated this step
+    recorded_accuracy: float | None  # if the run evaluated this step
     class_names: list[str]
     class_accuracy: list[float | None]  # None for a class without images
     confusion: list[list[int]]  # a row for each label, a column for each prediction
@@ -63,22 +61,21 @@ def evaluate(options: Options, stop: StopSignal, terminal: Terminal) -> Result:
     from mnist_jax.inference import classifier
 
     model = stop.run(lambda: classifier.load(options.workdir, options.step))
-    name, folder = model.data.name, options.data_dir or model.config.data_dir
-    dataset = stop.run(lambda: data.load(name, folder, notify=terminal.warn))
+    dataset = stop.run(lambda: model.load_dataset(options.data_dir, notify=terminal.warn))
     found = model.evaluate(dataset, stop)
-    confusion = classifier.confusion_matrix(dataset.test_labels, found.logits.argmax(axis=1), len(dataset.class_names))
-    recorded = accuracy_at(model.step, (record for record, _ in read_metrics(options.workdir / "metrics.jsonl")))
     return Result(
         workdir=str(options.workdir),
         step=model.step,
-        dataset=name,
+        dataset=model.data.name,
         images=len(dataset.test_labels),
         loss=found.loss,
         accuracy=found.accuracy,
-        recorded_accuracy=recorded if recorded is not None and 0 <= recorded <= 1 else None,
+        recorded_accuracy=model.test_accuracy,
         class_names=list(model.class_names),
-        class_accuracy=[int(row[label]) / int(row.sum()) if row.any() else None for label, row in enumerate(confusion)],
-        confusion=confusion.tolist(),
+        class_accuracy=[
+            int(row[label]) / int(row.sum()) if row.any() else None for label, row in enumerate(found.confusion)
+        ],
+        confusion=found.confusion.tolist(),
     )
 
 
@@ -90,9 +87,7 @@ def describe(result: Result) -> str:
         f"test loss {result.loss:.4f}, test accuracy {result.accuracy:.4f}: {incorrect}",
     ]
     if result.recorded_accuracy not in (None, result.accuracy):
-        lines.append(
-            f"metrics.jsonl has a test accuracy of {result.recorded_accuracy:.4f}; other devices can change it"
-        )
+        lines.append(f"the run measured a test accuracy of {result.recorded_accuracy:.4f}; other devices can change it")
     lines += ["", "a row for each label, a column for each prediction"]
     lines.append("label    accuracy " + "".join(f"{name[:5]:>6}" for name in result.class_names))
     for name, accuracy, counts in zip(result.class_names, result.class_accuracy, result.confusion, strict=True):

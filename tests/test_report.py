@@ -25,6 +25,7 @@ from mnist_jax.report import figures
 from mnist_jax.report.history import Curve, read_attempts
 from mnist_jax.report.run_status import CheckpointStatus, NextStart, Status
 from mnist_jax.runtime.preemption import StoppedError, StopSignal
+from mnist_jax.training import data
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -225,7 +226,7 @@ def test_missing_event_log_and_dataset_are_reported(small_copy, capsys, monkeypa
     def fail(*_, **__):
         raise report.DataError("the dataset is missing")
 
-    monkeypatch.setattr(report.data, "load", fail)
+    monkeypatch.setattr(data, "load", fail)
     (small_copy / "events.jsonl").unlink()
     page = write_page(small_copy, capsys=capsys)
     assert "events.jsonl is missing" in page.text

@@ -173,12 +173,9 @@ class ModelReloader:
         Raises:
             DataError: they cannot be loaded.
         """
-        from mnist_jax.training import data
-
         model, loaded = self.model, self._test_set  # Other threads may replace them.
         if loaded is None or loaded[0] != model.metadata["data"]:
-            folder = self._data_dir or model.config.data_dir
-            dataset = data.load(model.data.name, folder, notify=self._terminal.warn)
+            dataset = model.load_dataset(self._data_dir, notify=self._terminal.warn)
             self._test_set = loaded = model.metadata["data"], (dataset.test_images, dataset.test_labels)
         return loaded[1]
 

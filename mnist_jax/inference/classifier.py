@@ -1,5 +1,6 @@
 """A trained classifier: the variables of a checkpoint, and functions that predict with them."""
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,11 +25,12 @@ MIN_SURE = 0.7
 
 
 class Evaluation(NamedTuple):
-    """The result on all test images: mean loss in nats, accuracy, and logits [N, classes] float32."""
+    """The result on all test images: mean loss in nats, and so on."""
 
     loss: float
     accuracy: float
-    logits: np.ndarray
+    logits: np.ndarray  # [N, classes] float32
+    confusion: np.ndarray  # [classes, classes] int64, a row for each label, a column for each prediction
 
 
 class Classifier:
@@ -71,6 +73,10 @@ class Classifier:
         """
         return np.asarray(self._trainer.predict(self.variables, image[np.newaxis]))[0]
 
+    def load_dataset(self, data_dir: Path | None, *, notify: Callable[[str], None]) -> Dataset:
+        """Return the dataset of the run, from `data_dir` or from where the run has it; see `data.load`."""
+        return data.load(self.data.name, data_dir or self.config.data_dir, notify=notify)
+
     def evaluate(self, dataset: Dataset, stop: StopSignal) -> Evaluation:
         """Evaluate all test images with the program of the training; on equal devices the numbers are the same.
 
@@ -82,13 +88,15 @@ class Classifier:
         evaluate, replicated = stop.run(lambda: self._trainer.evaluate), devices.replicated(self._trainer.mesh)
         images = devices.make_global_array(dataset.test_images, replicated)
         labels = devices.make_global_array(dataset.test_labels, replicated)
-        sums, logits = [], []
+        sums, parts = [], []
         for first in range(0, len(dataset.test_labels), self._trainer.eval_call_images):
             call_sums, call_logits = evaluate(self.variables, images, labels, np.int32(first))
             sums.append(call_sums)
-            logits.append(np.asarray(call_logits))
+            parts.append(np.asarray(call_logits))
             stop.check()
-        return Evaluation(*means(add_sums(sums)), np.concatenate(logits)[: len(dataset.test_labels)])
+        logits = np.concatenate(parts)[: len(dataset.test_labels)]
+        confusion = confusion_matrix(dataset.test_labels, logits.argmax(axis=1), self.data.classes)
+        return Evaluation(*means(add_sums(sums)), logits, confusion)
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: int = 10) -> np.ndarray:

@@ -30,7 +30,6 @@ from mnist_jax.records.metrics import read_events
 from mnist_jax.report.history import MAX_TEXT, Attempt, Curve, as_number, as_text, format_time, goodput, read_curve
 from mnist_jax.runtime import lock
 from mnist_jax.runtime.preemption import StopSignal
-from mnist_jax.training import data
 from mnist_jax.training.array_files import DataError
 
 IMAGE = re.compile(r"(\d+-)?(run|confusion|mistakes|comparison)(-dark)?\.png")
@@ -273,14 +272,12 @@ def evaluate_newest(workdir: Path, options: Options, stop: StopSignal, terminal:
 
     try:
         model = stop.run(lambda: classifier.load(workdir, "latest", on_cpu=True))
-        folder = options.data_dir or model.config.data_dir
-        dataset = stop.run(lambda: data.load(model.data.name, folder, notify=terminal.warn))
-        logits = model.evaluate(dataset, stop).logits
+        dataset = stop.run(lambda: model.load_dataset(options.data_dir, notify=terminal.warn))
+        found = model.evaluate(dataset, stop)
     except (CheckpointError, ConfigError, DataError, OSError) as error:
         return TestResults(as_text(str(error)), 0, (), np.zeros((10, 10), int), [])
-    confusion = classifier.confusion_matrix(dataset.test_labels, logits.argmax(axis=1), len(model.class_names))
-    mistakes = worst_mistakes(dataset.test_images, dataset.test_labels, logits, model.class_names)
-    return TestResults(None, model.step, model.class_names, confusion, mistakes)
+    mistakes = worst_mistakes(dataset.test_images, dataset.test_labels, found.logits, model.class_names)
+    return TestResults(None, model.step, model.class_names, found.confusion, mistakes)
 
 
 def worst_mistakes(
