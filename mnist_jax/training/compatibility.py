@@ -24,8 +24,6 @@ from mnist_jax.training.data import MAX_CLASSES, MAX_SIDE_PX, REGISTRY, Dataset
 from mnist_jax.training.train_state import TrainState
 
 MAX_CPU_THREADS = 4096
-# What the environments in checkpoints of older versions lack, with the value that means what those versions did.
-_ADDED_NAMES = {"fsdp": 1}
 
 # Settings of JAX for other numbers, or for debugging, with which the training does not work. The values work.
 REQUIRED_SETTINGS = {
@@ -240,15 +238,11 @@ def diff_environment(metadata: Mapping[str, Any], environment: Mapping[str, Mapp
 
     Nondeterministic kernels are also listed, because with them each attempt may compute different bits.
     """
-
-    def value(described: Mapping[str, Any], name: str) -> Any:
-        return described.get(name, _ADDED_NAMES.get(name))
-
     differences = [
-        f"{part} {name} {value(metadata[part], name)} -> {value(environment[part], name)}"
-        for part in environment
-        for name in sorted(metadata[part].keys() | environment[part].keys())
-        if value(metadata[part], name) != value(environment[part], name)
+        f"{part} {name} {metadata[part].get(name)} -> {described.get(name)}"
+        for part, described in environment.items()
+        for name in sorted(metadata[part].keys() | described.keys())
+        if metadata[part].get(name) != described.get(name)
     ]
     described = environment["devices"]
     flags = [value for name, value in described.items() if name.startswith("xla_flags")]  # of each process
