@@ -8,7 +8,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,10 @@ class Checkpoint:
         """
         manifest = self.verify()
         saved = self._chunk_digests(manifest)
-        _check_same_tree(self.step, manifest["leaves"], integrity.named_leaves(like), partial=partial)
+        expected = integrity.named_leaves(like)
+        leaves = {name: row for name, row in manifest["leaves"].items() if not partial or name in expected}
+        if difference := integrity.difference_of(leaves, expected):
+            raise IncompatibleCheckpointError(f"the checkpoint of step {self.step} holds another tree: {difference}")
         try:
             restored = orbax_io.restore_state(self.path / "state", like)
         except Exception as error:  # The files are those that were saved, so the checkpoint is not known to be corrupt.
@@ -166,15 +169,3 @@ def list_checkpoints(directory: Path) -> list[Checkpoint]:
         return []
     found = [Checkpoint(path) for path in directory.iterdir() if STEP.fullmatch(path.name)]
     return sorted(found, key=lambda checkpoint: checkpoint.step)
-
-
-def _check_same_tree(step: int, table: Mapping[str, Json], like: Mapping[str, Any], *, partial: bool) -> None:
-    """Raise IncompatibleCheckpointError unless the leaves in a manifest have the names, shapes and types of `like`."""
-    expected = {name: "{shape} {dtype}".format(**integrity.describe(leaf)) for name, leaf in like.items()}
-    found = {name: f"{row['shape']} {row['dtype']}" for name, row in table.items() if not partial or name in expected}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise IncompatibleCheckpointError(
-                f"the checkpoint of step {step} holds another tree: leaf {name} should be "
-                f"{expected.get(name, 'absent')} and is {found.get(name, 'absent')}"
-            )

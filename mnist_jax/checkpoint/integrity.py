@@ -135,6 +135,18 @@ def describe(leaf: Any) -> Json:
     return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
 
 
+def difference_of(table: Mapping[str, Json], like: Mapping[str, Any]) -> str:
+    """Return how the leaves in a manifest differ from others in name, shape or type; "" if they do not."""
+    expected = {name: "{shape} {dtype}".format(**describe(leaf)) for name, leaf in like.items()}
+    found = {name: f"{row['shape']} {row['dtype']}" for name, row in table.items()}
+    different = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
+    if not different:
+        return ""
+    # A leaf that both have says more than one that is absent in one of them.
+    name = min(different, key=lambda name: (name not in expected or name not in found, name))
+    return f"leaf {name} should be {expected.get(name, 'absent')} and is {found.get(name, 'absent')}"
+
+
 def layout(leaf: Any) -> Json:
     """Return shape and item size of the numbers of a leaf, and the number of chunks on each axis."""
     values = jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf) else leaf

@@ -57,28 +57,15 @@ def select(init_from: Path, read: Callable[[Checkpoint], T]) -> T:
 
 def _check_same_model(checkpoint: Checkpoint, manifest: Json, trainer: Trainer) -> None:
     """Raise ConfigError unless a checkpoint holds the weights of the model that is trained."""
-    expected = _shapes({name: integrity.describe(leaf) for name, leaf in _leaves(trainer).items()})
-    found = _shapes(manifest["leaves"])
-    found = {name: shape for name, shape in found.items() if name.startswith(("params.", "batch_stats."))}
-    different = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
-    # A leaf that both have says more than one that is absent in one of them.
-    if different:
-        name = min(different, key=lambda name: (name not in expected or name not in found, name))
+    leaves = manifest["leaves"]
+    weights = {name: row for name, row in leaves.items() if name.startswith(("params.", "batch_stats."))}
+    if difference := integrity.difference_of(weights, integrity.named_leaves(trainer.abstract_state.variables)):
         metadata = compatibility.check_metadata(checkpoint.metadata(), checkpoint.step)
         other = configs.from_json(metadata["config"], checkpoint.path).model
         raise ConfigError(
             f"it holds the model {other}, and this run trains {trainer.config.model}: "
-            f"leaf {name} should be {expected.get(name, 'absent')} and is {found.get(name, 'absent')}; "
-            f"use --model {other}, or another run"
+            f"{difference}; use --model {other}, or another run"
         )
-
-
-def _leaves(trainer: Trainer) -> dict[str, Any]:
-    return integrity.named_leaves(trainer.abstract_state.variables)
-
-
-def _shapes(table: dict[str, Json]) -> dict[str, str]:
-    return {name: f"{row['shape']} {row['dtype']}" for name, row in table.items()}
 
 
 def make_state(trainer: Trainer, parent: Json | None) -> TrainState:
