@@ -93,12 +93,13 @@ def print_predictions(options: Options, stop: StopSignal, terminal: Terminal) ->
 def predict(model: "Classifier", path: Path) -> Prediction:
     """Return the prediction for an image file, or the error."""
     from mnist_jax.inference import classifier, preprocessing
+    from mnist_jax.inference.images import MAX_BYTES, UnreadableImageError
 
     try:
-        image = preprocessing.prepare(read(path, preprocessing.MAX_BYTES + 1), model.data.name)
+        image = preprocessing.prepare(read(path, MAX_BYTES + 1), model.data.name)
     except OSError as error:
         return Prediction(str(path), error=f"it cannot be read ({error.strerror})", problem="unreadable")
-    except preprocessing.UnreadableImageError as error:
+    except UnreadableImageError as error:
         places = [box._asdict() for box in error.places] or None
         return Prediction(str(path), error=str(error), problem=error.problem, places=places)
     probabilities = dict(zip(model.class_names, map(float, model.predict(image)), strict=True))

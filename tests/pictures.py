@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from mnist_jax.inference import classifier, preprocessing
+from mnist_jax.inference.images import UnreadableImageError
 from mnist_jax.training import data
 
 Array = np.ndarray
@@ -442,7 +443,7 @@ def read(model: classifier.Classifier, content: bytes) -> tuple[int | None, floa
     """Return the answer and its probability; None and 0 if the picture shows no single digit."""
     try:
         probabilities = model.predict(preprocessing.prepare(content))
-    except preprocessing.UnreadableImageError:
+    except UnreadableImageError:
         return None, 0.0
     return int(probabilities.argmax()), float(probabilities.max())
 

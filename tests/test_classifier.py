@@ -12,10 +12,10 @@ from mnist_jax.checkpoint.checkpoint import Checkpoint
 from mnist_jax.checkpoint.integrity import CorruptCheckpointError, IncompatibleCheckpointError
 from mnist_jax.config import ConfigError
 from mnist_jax.inference import classifier
-from mnist_jax.inference.classifier import NoCheckpointYetError
 from mnist_jax.records.metrics import read_metrics
 from mnist_jax.runtime.preemption import StoppedError, StopSignal
 from mnist_jax.training import data
+from mnist_jax.training.selection import NoCheckpointYetError
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 

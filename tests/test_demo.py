@@ -33,6 +33,7 @@ from mnist_jax.console import Terminal
 from mnist_jax.demo import __main__ as demo
 from mnist_jax.inference import classifier, preprocessing
 from mnist_jax.runtime.preemption import StopSignal
+from mnist_jax.training import selection
 from mnist_jax.training.data import DataError
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -129,7 +130,7 @@ def client(reloader):
 @pytest.fixture
 def growing(small_copy, tmp_path) -> tuple[Path, Callable[[], Path], Callable[[], Path]]:
     """A run at its first checkpoint, and functions that add a newer one: good, or corrupt."""
-    first, *others = classifier.find_checkpoints(small_copy)
+    first, *others = selection.find_checkpoints(small_copy)
     for checkpoint in others:
         checkpoint.path.rename(tmp_path / checkpoint.path.name)
     folder = small_copy / "checkpoints"
@@ -270,7 +271,7 @@ def test_run_that_is_started_over_is_loaded(small_copy, tmp_path):
 
 def test_demo_waits_for_a_run_and_follows_it(growing, environment, tmp_path):
     workdir, add, _ = growing
-    [first] = classifier.find_checkpoints(workdir)
+    [first] = selection.find_checkpoints(workdir)
     first.path.rename(tmp_path / "first")
     with serving(workdir, environment, "--host", "0.0.0.0") as process:
         assert "no checkpoint yet" in process.stdout.readline()

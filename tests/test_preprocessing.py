@@ -13,7 +13,8 @@ from hypothesis.extra import numpy as arrays
 from PIL import Image, ImageDraw, PngImagePlugin
 
 from mnist_jax.inference import classifier, foreground, preprocessing
-from mnist_jax.inference.preprocessing import UnreadableImageError, prepare
+from mnist_jax.inference.images import MAX_BYTES, UnreadableImageError
+from mnist_jax.inference.preprocessing import prepare
 from mnist_jax.training import data
 
 WHITE = Image.new("RGB", (60, 40), "white")
@@ -166,7 +167,7 @@ UNREADABLE = {
     "nothing": lambda: encode(Image.new("RGBA", (30, 30), (0, 0, 0, 0))),
     "nothing is": lambda: encode(Image.fromarray(np.uint8([[0, 255]]).repeat(15, axis=1).repeat(30, axis=0))),
     "it has 20000×20000 pixels, more than": lambda: encode(Image.new("1", (20000, 20000))),
-    "more than 67 MB": lambda: b"\x89PNG" + bytes(preprocessing.MAX_BYTES),
+    "more than 67 MB": lambda: b"\x89PNG" + bytes(MAX_BYTES),
 }
 
 

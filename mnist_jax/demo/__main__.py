@@ -117,14 +117,15 @@ def make_server(app: "Flask", listener: socket.socket, *, timeout_s: int = REQUE
 
 def wait_for_classifier(options: Options, stop: StopSignal, terminal: Terminal) -> "ModelReloader":
     """Return the classifier of a run. If the run has no checkpoint yet, wait for it."""
-    from mnist_jax.inference import classifier, preprocessing
+    from mnist_jax.inference import preprocessing
+    from mnist_jax.training import selection
 
     is_waiting = False
     while True:
         try:
             reloader = stop.run(lambda: ModelReloader(options.workdir, options.step, terminal, options.data_dir))
             break
-        except classifier.NoCheckpointYetError as error:
+        except selection.NoCheckpointYetError as error:
             if not is_waiting:
                 terminal.info(f"waiting: {error}")
             is_waiting = True
@@ -199,6 +200,7 @@ def make_app(reloader: ModelReloader, own_names: Container[str] | None = None) -
     from flask import Flask, request
 
     from mnist_jax.inference import classifier, preprocessing
+    from mnist_jax.inference.images import UnreadableImageError
     from mnist_jax.training.array_files import DataError
 
     app = Flask(__name__, static_folder=None)
@@ -237,7 +239,7 @@ def make_app(reloader: ModelReloader, own_names: Container[str] | None = None) -
                 image = preprocessing.prepare(request.get_data(), model.data.name, max_pixels=MAX_PIXELS)
             else:
                 image = reloader.test_set()[0][index]
-        except preprocessing.UnreadableImageError as error:
+        except UnreadableImageError as error:
             return {"error": str(error)}, 400 if error.problem == "unreadable" else 200
         except (DataError, IndexError) as error:
             return {"error": str(error)}, 400

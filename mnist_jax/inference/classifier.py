@@ -15,8 +15,6 @@ from mnist_jax.runtime.preemption import StopSignal
 from mnist_jax.training import compatibility, data, selection
 from mnist_jax.training.data import Dataset
 from mnist_jax.training.dispatch import add_sums, means
-from mnist_jax.training.selection import NoCheckpointYetError as NoCheckpointYetError
-from mnist_jax.training.selection import find_checkpoints as find_checkpoints
 from mnist_jax.training.trainer import Trainer
 
 # Of 1,683 pictures of docs/pictures.md, 90 % had an answer of at least this probability, and one of these was wrong

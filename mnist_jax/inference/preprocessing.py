@@ -15,10 +15,8 @@ from scipy import ndimage
 
 from mnist_jax.config import ConfigError
 from mnist_jax.inference.foreground import find_foreground
-from mnist_jax.inference.images import MAX_BYTES, MAX_PIXELS, UnreadableImageError, decode
+from mnist_jax.inference.images import MAX_PIXELS, UnreadableImageError, decode
 from mnist_jax.inference.parts import Box, Digit, find_digits
-
-__all__ = ["MAX_BYTES", "BlankImageError", "SeveralDigitsError", "UnreadableImageError", "decode", "prepare"]
 
 BOX_PX, SIZE_PX = 20, 28
 MIN_STROKE, MAX_STROKE = 0.08, 0.2  # widths of strokes that stay, in shares of the digit's longer side

@@ -164,14 +164,13 @@ class TrainingLoss:
 
 def describe_run(workdir: Path) -> dict[str, str]:
     """Return the settings of a run and its newest state, as far as they can be read."""
-    from mnist_jax.inference import classifier
-    from mnist_jax.training import compatibility
+    from mnist_jax.training import compatibility, selection
 
     facts = {"Directory": str(workdir)}
     try:
         config = configs.load(workdir / "config.json")
         facts["Training"] = f"{config.model} on {config.dataset}, preset {config.preset}, seed {config.seed}"
-        newest = classifier.find_checkpoints(workdir)[-1]
+        newest = selection.find_checkpoints(workdir)[-1]
         metadata = compatibility.check_metadata(newest.metadata(), newest.step)
         if isinstance(parent := metadata.get("parent"), dict):
             facts["Initial weights"] = (
