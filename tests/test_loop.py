@@ -139,17 +139,17 @@ def test_only_log_intervals_fetch_from_the_device(tmp_path, monkeypatch):
 def test_at_most_two_calls_are_in_flight(monkeypatch):
     waited = []
     monkeypatch.setattr(jax, "block_until_ready", waited.append)
-    queue = DispatchQueue(call_s=0.04)
+    queue = DispatchQueue()
     assert [queue.put(1, name) for name in "abcd"] == [None, "a", "b", "c"]
     assert waited == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize(("seconds_per_step", "steps_per_call"), [(0.5, 1), (0.01, 4), (1e-5, 4000)])
+@pytest.mark.parametrize(("seconds_per_step", "steps_per_call"), [(0.5, 1), (0.01, 6), (1e-5, 6000)])
 def test_call_length_adapts_to_the_step_time(monkeypatch, seconds_per_step, steps_per_call):
     now = 0.0
     monkeypatch.setattr(dispatch.time, "monotonic", lambda: now)
     monkeypatch.setattr(jax, "block_until_ready", lambda result: None)
-    queue = DispatchQueue(call_s=0.04)
+    queue = DispatchQueue()
     for _ in range(60):
         n = queue.steps_per_call
         queue.put(n, None)

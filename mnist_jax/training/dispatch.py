@@ -69,7 +69,7 @@ class Dispatcher:
         """
         self.trainer, self.config, self.state = trainer, trainer.config, state
         self.step = int(state.step)  # number of updates dispatched
-        self.queue = DispatchQueue(CALL_S)
+        self.queue = DispatchQueue()
         self.latest: tuple[int, MetricSums] | None = None  # the newest finished call: its last step and its sums
         self.agreement = Agreement(trainer.mesh, stop)
         self._group, self._data = group, trainer.put(dataset)
@@ -174,7 +174,7 @@ class Dispatcher:
         return metrics, is_best
 
     def _evaluate(self) -> MetricSums | None:
-        queue = DispatchQueue(CALL_S)
+        queue = DispatchQueue()
         parts: list[MetricSums] = []
         images, labels = self._data.test_images, self._data.test_labels
         for first in range(0, len(labels), self.trainer.eval_call_images):
@@ -225,13 +225,12 @@ def means(sums: MetricSums) -> tuple[float, float]:
 
 
 class DispatchQueue:
-    """Keeps at most two calls in flight, and adapts the steps per call so that a call takes `call_s`."""
+    """Keeps at most two calls in flight, and adapts the steps per call so that a call takes `CALL_S`."""
 
-    def __init__(self, call_s: float) -> None:
+    def __init__(self) -> None:
         """Start with one step per call."""
         self.steps_per_call = 1
-        self.seconds_per_step = call_s
-        self._call_s = call_s
+        self.seconds_per_step = CALL_S
         self._in_flight: deque[tuple[int, Any, float]] = deque()
         self._last_end_s = 0.0
 
@@ -246,7 +245,7 @@ class DispatchQueue:
         call_s = end_s - max(dispatched_s, self._last_end_s)
         self._last_end_s = end_s
         self.seconds_per_step += 0.3 * (call_s / n - self.seconds_per_step)
-        fitting = max(1, round(self._call_s / self.seconds_per_step))
+        fitting = max(1, round(CALL_S / self.seconds_per_step))
         self.steps_per_call = min(2 * self.steps_per_call, fitting)
         return result
 
