@@ -145,11 +145,9 @@ def test_evaluation_counts_each_image_once(size):
     np.testing.assert_allclose(sums.loss, cross_entropies(wanted, labels).sum(), rtol=1e-5)
 
 
-def test_cross_entropy_and_correctness_are_those_of_numpy():
+def test_correctness_is_that_of_numpy():
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(scale=5, size=(50, 10)).astype(np.float32), rng.integers(0, 10, 50)
-    found = train_step.cross_entropy(logits, labels)
-    np.testing.assert_allclose(found, cross_entropies(logits, labels), rtol=1e-4, atol=1e-6)
     np.testing.assert_array_equal(train_step.is_correct(logits, labels), logits.argmax(axis=1) == labels)
 
 

@@ -209,7 +209,7 @@ def evaluate(
     exists = rows < labels.size
     rows = jnp.minimum(rows, labels.size - 1)
     logits: Any = model.apply(variables, images[rows], train=False)
-    losses = cross_entropy(logits, labels[rows])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows])
     sums = MetricSums(
         loss=jnp.sum(losses, where=exists),
         correct=jnp.sum(is_correct(logits, labels[rows]) & exists, dtype=jnp.int32),
@@ -228,11 +228,6 @@ def is_finite(state: TrainState) -> jax.Array:
     """Return whether all floating-point numbers of a state are finite, [] bool."""
     leaves = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
-
-
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Return the cross-entropy of each image, in nats. logits: [N, classes], labels: [N] -> [N]."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
 def is_correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
