@@ -81,14 +81,10 @@ def idx_files(folder: Path) -> dict[str, Path]:
     """
     found = {}
     for part, official in FILES.items():
-        names = [f"{stem}{end}" for end in (".gz", "") for stem in _stems(official)]
+        stem = official.removesuffix(".gz")
+        names = [f"{name}{end}" for end in (".gz", "") for name in (stem, stem.replace("-idx", ".idx"))]
         found[part] = next((folder / name for name in names if (folder / name).is_file()), folder / official)
     return found
-
-
-def _stems(official: str) -> tuple[str, str]:
-    stem = official.removesuffix(".gz")
-    return stem, stem.replace("-idx", ".idx")
 
 
 def _dashed(name: str) -> str:
