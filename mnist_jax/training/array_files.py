@@ -7,15 +7,13 @@ import gzip
 import hashlib
 import math
 import os
+import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from zipfile import ZipFile, ZipInfo
 
 MAX_BYTES = 2**32  # of the content of a file
 MAX_DEFLATE_RATIO = 1032  # No input of zlib's format grows more (M. Adler, zlib's technical details).
@@ -82,8 +80,6 @@ def read_npz(path: Path, names: Sequence[str]) -> list[np.ndarray]:
     Raises:
         DataError: the file cannot be read, or lacks such an array.
     """
-    import zipfile  # Only this layout needs it.
-
     corrupt = (EOFError, OSError, ValueError, zlib.error)
     unsupported = (zipfile.BadZipFile, NotImplementedError, RuntimeError, KeyError)
     try:
@@ -93,7 +89,7 @@ def read_npz(path: Path, names: Sequence[str]) -> list[np.ndarray]:
         raise _unusable(path, error) from error
 
 
-def _read_npy(archive: "ZipFile", info: "ZipInfo") -> np.ndarray:
+def _read_npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
     """Return the array of uint8 in a member of an npz file; raise ValueError if it is none.
 
     `np.load` would allocate what the header says.
