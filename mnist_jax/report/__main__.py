@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import jinja2
 import numpy as np
@@ -31,6 +31,9 @@ from mnist_jax.report.history import MAX_TEXT, Attempt, Curve, as_number, as_tex
 from mnist_jax.runtime import lock
 from mnist_jax.runtime.preemption import StopSignal
 from mnist_jax.training.array_files import DataError
+
+if TYPE_CHECKING:
+    from mnist_jax.report.run_status import Status
 
 IMAGE = re.compile(r"(\d+-)?(run|confusion|mistakes|comparison)(-dark)?\.png")
 MAX_MISTAKES = 24
@@ -57,7 +60,7 @@ class RunReport:
     name: str
     facts: dict[str, str]
     settings: dict[str, str]
-    status: Any
+    status: "Status"
     attempts: Sequence[Attempt]
     train: Curve
     test: Curve
@@ -184,7 +187,7 @@ def describe_run(workdir: Path) -> dict[str, str]:
     return facts
 
 
-def describe_progress(status: Any, attempts: Sequence[Attempt], test: Curve) -> dict[str, str]:
+def describe_progress(status: "Status", attempts: Sequence[Attempt], test: Curve) -> dict[str, str]:
     """Return the state of a run, its latest test accuracy and what the next start does."""
     state = attempts[-1].outcome if attempts else "unknown: events.jsonl is missing or empty"
     return {
@@ -194,7 +197,7 @@ def describe_progress(status: Any, attempts: Sequence[Attempt], test: Curve) -> 
     }
 
 
-def count_interruptions(status: Any, attempts: Sequence[Attempt]) -> dict[str, str]:
+def count_interruptions(status: "Status", attempts: Sequence[Attempt]) -> dict[str, str]:
     """Return how exact the resumes were, how long the stops took, what the kills cost, and which checkpoints are good.
 
     The event log is the only source. `replay` proves exactness.
