@@ -162,7 +162,6 @@ def test_page_and_predict_agree(client, trained_run, tmp_path, capsys):
     [end] = trained_run.events("exit")
     model = {
         "run": trained_run.workdir.name,
-        "dataset": "mnist",
         "class_names": list(expected["probabilities"]),
         "step": end["step"],
         "test_accuracy": end["test_accuracy"],

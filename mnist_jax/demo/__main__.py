@@ -259,7 +259,6 @@ def describe(model: "Classifier") -> dict[str, Any]:
     """Return what the page shows about a classifier, as JSON values."""
     return {
         "run": model.checkpoint.path.absolute().parents[1].name,
-        "dataset": model.data.name,
         "class_names": list(model.class_names),
         "step": model.step,
         "test_accuracy": model.test_accuracy,
