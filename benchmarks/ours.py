@@ -5,6 +5,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def main(args: Sequence[str]) -> None:
     """Prepare a run as `loop.run` and `loop.train_and_evaluate` do, and train on request."""
     gc.freeze()  # as in `train.py`
     compatibility.prepare_jax(None)
-    config = cli.parse_config(args)
+    config = replace(cli.parse_config(args), preemption_notice="none")  # It would ask the network.
     dataset = data.load(config.dataset, config.data_dir, notify=print)
     trainer = setup.make_trainer(config, dataset)
     trainer.compile()

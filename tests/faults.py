@@ -670,7 +670,7 @@ def limit(kind: str | None) -> None:
 
 
 def set_in_jax(name: str, value: str) -> None:
-    """Have JAX as if an environment variable had this value at its import."""
+    """Set an option of JAX as its environment variable would have done at the import."""
     import jax
 
     os.environ[name] = value

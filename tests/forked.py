@@ -65,7 +65,7 @@ class ForkedProcess:
         ends = [context.Pipe(duplex=False) for _ in range(2)]
         self._process: ForkServerProcess = context.Process(
             target=_run_command,
-            args=(arguments, environment, faults, os.sched_getaffinity(0), *(writer for _, writer in ends)),
+            args=(arguments, environment, faults, _cores(), *(writer for _, writer in ends)),
             daemon=True,
         )
         self._process.start()
@@ -164,13 +164,16 @@ def call(function: Callable[..., Any], arguments: tuple[Any, ...], environment: 
     JAX has read its own variables before: the function must set those that differ.
     """
     receiver, sender = server().Pipe(duplex=False)
-    cores = os.sched_getaffinity(0)
-    process = server().Process(target=_call, args=(sender, function, arguments, environment, cores), daemon=True)
+    details = function, arguments, environment, _cores()
+    process = server().Process(target=_call, args=(sender, *details), daemon=True)
     process.start()
     sender.close()
     try:
         assert receiver.poll(120), f"{function.__name__} does not end"
         result, error = receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"the process of {function.__name__} ended with {process.exitcode}") from None
     finally:
         process.kill()
         process.join()
@@ -186,7 +189,12 @@ def _call(sender: Connection, function: Any, arguments: Any, environment: dict[s
         sender.send((None, traceback.format_exc()))
 
 
+def _cores() -> set[int]:
+    return os.sched_getaffinity(0) if sys.platform == "linux" else set()
+
+
 def _become(environment: dict[str, str], cores: set[int]) -> None:
-    os.sched_setaffinity(0, cores)  # The server may have others.
+    if sys.platform == "linux":
+        os.sched_setaffinity(0, cores)  # The server may have others.
     os.environ.clear()
     os.environ.update(environment)

@@ -529,6 +529,7 @@ def _out_of_memory(*_: Any, **__: Any) -> Any:
 
 
 FAULTS: dict[str | None, Callable[[], AbstractContextManager[None]]] = {
+    "prepare": lambda: _failing(Path, "mkdir", errno.EIO),
     "create": lambda: _failing(os, "mkdir", errno.ENOSPC, only_unfinished=True),
     "hash": lambda: _patched(integrity, "hash_shards", _out_of_memory),
     "write": lambda: _limited_file_size(20_000),  # TensorStore fails with EFBIG.

@@ -4,7 +4,7 @@ import os
 
 import jax
 import pytest
-from runs import DIGITS, in_new_process
+from runs import in_new_process
 
 from mnist_jax.checkpoint.integrity import CorruptCheckpointError, IncompatibleCheckpointError
 from mnist_jax.training import compatibility
@@ -18,7 +18,6 @@ METADATA = {
     "metrics": {"lines": ""},
     "reason": "steps",
 }
-ARGS = (*DIGITS, "--steps", "40", "--log-every-steps", "10", "--eval-every-steps", "40")
 
 
 def test_every_changed_field_is_reported():

@@ -90,13 +90,19 @@ def port(trained_run) -> Iterator[int]:
     options = demo.Options(trained_run.workdir, port=0, step=end["step"])  # so that it watches for no newer one
     thread = threading.Thread(target=demo.serve, args=(options, StopSignal(), terminal))
     made, make_server = queue.Queue(), demo.make_server
+
+    def make_and_put(*args):
+        server = make_server(*args)
+        made.put(server)
+        return server
+
     logged, handler = [], logging.Handler(logging.WARNING)
     handler.emit = logged.append
     with pytest.MonkeyPatch.context() as patch:
         for name in ("waitress", demo.__name__):  # Flask's logger has the name of the module.
             patch.setattr(logging.getLogger(name), "handlers", [handler])
         with patch.context() as at_start:
-            at_start.setattr(demo, "make_server", lambda *args: made.put(make_server(*args)) or made.queue[0])
+            at_start.setattr(demo, "make_server", make_and_put)
             thread.start()
             server = made.get(timeout=60)
         with closing_at_the_end(server, thread):

@@ -49,7 +49,7 @@ def test_long_class_names_fit_the_table():
 
 
 def test_evaluate_needs_no_metrics_file(small_copy, capfd):
-    change_metadata(small_copy / "checkpoints" / "40", test_accuracy=None)
+    change_metadata(small_copy / "checkpoints" / "40", test_accuracy=None, metrics={"lines": ""})
     for metrics in ("", '{"step": 40, "split": "test", "accuracy": NaN}\n'):
         (small_copy / "metrics.jsonl").write_text(metrics)
         code, out, err = run(small_copy, "--json", capfd=capfd)

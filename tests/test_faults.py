@@ -1,4 +1,4 @@
-"""A few faults of each kind of the campaign in `faults.py`; `scripts/faults` injects hundreds."""
+"""Some faults of the campaign in `faults.py` that no other test injects; `scripts/faults` injects hundreds."""
 
 import signal
 

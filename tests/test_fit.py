@@ -31,7 +31,7 @@ def workdir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(in_this_process, workdir) -> Result:
-    """What the call comes to that makes it."""
+    """The result of the call that makes it."""
     return mnist_jax.fit(CONFIG, workdir=workdir)
 
 

@@ -32,7 +32,6 @@ from mnist_jax.training.remote_copies import RemoteCopies
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
 DEFAULTS = {**DIGITS_CONFIG, "steps": 40, "log_every_steps": 10, "checkpoint_every_steps": 10}
-ONLY_AT_THE_END = {"checkpoint_every_steps": None, "eval_every_steps": 400}
 
 
 def attempt(workdir: Path, loading: Future | None = None, **settings) -> int:

@@ -122,8 +122,9 @@ def test_restore_keeps_the_lines_that_were_computed_from_the_state_of_the_checkp
     whole = metrics(tmp_path).splitlines(keepends=True)
     before, evaluated = b"".join(whole[:2]), b"".join(whole[:3])
     foreign = (before + whole[2].replace(b'"accuracy": 0.5', b'"accuracy": ' + value) for value in (b"NaN", b"1.5"))
-    torn = (evaluated[:-1], *foreign)
-    for found, kept in ((b"".join(whole), evaluated), (evaluated, evaluated), *((each, before) for each in torn)):
+    others = (evaluated[:-1], before + whole[1] + whole[2], *foreign)
+    evaluations = (evaluated, evaluated + whole[2], b"".join(whole))
+    for found, kept in (*((each, evaluated) for each in evaluations), *((each, before) for each in others)):
         (tmp_path / "metrics.jsonl").write_bytes(found)
         with closing(MetricWriter(tmp_path)) as writer:
             assert not writer.restore(before, 20).is_rebuilt

@@ -26,7 +26,6 @@ from mnist_jax.training import setup
 from mnist_jax.training.dispatch import Dispatcher
 
 ARGS = (*DIGITS, "--steps", "200", "--log-every-steps", "5", "--eval-every-steps", "75")
-PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
 
 @pytest.fixture(scope="module")

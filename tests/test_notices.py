@@ -148,16 +148,28 @@ def test_token_of_aws_is_reused_until_it_expires(poll, server, stop):
 
 
 @pytest.mark.parametrize("cloud", DMI_OF)
-def test_cloud_is_found_without_the_network(cloud, tmp_path):
-    assert notices.find_cloud(tmp_path) is None
+def test_cloud_is_found_without_the_network(cloud, tmp_path, monkeypatch):
+    monkeypatch.setattr(notices, "DMI", tmp_path)
+    assert notices.find_cloud() is None
     write_dmi(tmp_path, cloud)
-    assert notices.find_cloud(tmp_path) == cloud
+    assert notices.find_cloud() == cloud
 
 
-def test_instances_of_aws_on_xen_are_found(tmp_path):
+def test_instances_of_aws_on_xen_are_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(notices, "DMI", tmp_path)
     (tmp_path / "sys_vendor").write_text("Xen\n")
     (tmp_path / "bios_version").write_text("4.11.amazon\n")
-    assert notices.find_cloud(tmp_path) == "aws"
+    assert notices.find_cloud() == "aws"
+
+
+def test_limit_on_threads_ends_no_run(monkeypatch):
+    def fail(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    [(event_name, text)] = NoticePoller(StopSignal(), "gcp").pop_events()
+    assert event_name == UNAVAILABLE
+    assert "thread" in text
 
 
 def test_flag_names_the_clouds():

@@ -136,7 +136,7 @@ def test_changes_in_a_file_of_one_process_are_found_by_all(pair, tmp_path):
 
 @pytest.mark.parametrize(
     ("fault", "process"),
-    [("create", 0), ("hash", 1), ("write", 0), ("write", 1), ("fsync", 1), ("rename", 0)],
+    [("prepare", 0), ("create", 0), ("hash", 1), ("write", 0), ("write", 1), ("fsync", 1), ("rename", 0)],
 )
 def test_failed_save_hangs_nobody_and_is_retried(pair, tmp_path, fault, process):
     open_pair(pair, tmp_path)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from object_store import closed_port, s3_environment, s3_server
-from runs import ALL_THREADS, DIGITS, REFERENCE, Ended, Run, end, stop
+from runs import ALL_THREADS, DIGITS, REFERENCE, Ended, Run, end, signal_here, stop
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mnist_jax import cli, train
@@ -59,8 +59,7 @@ def signal_in_phase(monkeypatch, phase: str, number: signal.Signals = signal.SIG
         log_phase(self, name, step)
         if name == phase and step >= first_step:
             monkeypatch.setattr(Recorder, "log_phase", log_phase)
-            os.kill(os.getpid(), number)
-            time.sleep(0.1)  # The main thread handles it; this is the thread that trains.
+            signal_here(number)
 
     monkeypatch.setattr(Recorder, "log_phase", log_and_signal)
 
@@ -119,6 +118,9 @@ def test_a_last_evaluation_that_is_interrupted_is_made_once(finished, tmp_path, 
     assert result(run.workdir) == result(finished)
     assert classifier.load(run.workdir, "best").step == classifier.load(finished, "best").step == 40
     assert classifier.load(run.workdir).test_accuracy == accuracy_of(finished)
+    changed = Path(shutil.copytree(run.workdir, tmp_path / "changed"))
+    (changed / "metrics.jsonl").write_bytes(run.metrics().replace(b'"train"', b'"other"', 1))
+    assert run_status.examine(changed, verify=True).next_start.action == "resume"  # It evaluates again.
     assert start(tmp_path / "child", *FLAGS, "--init-from", f"{run.workdir}@best") == 0
     assert "those of step 40" in capsys.readouterr().out
 
@@ -312,7 +314,12 @@ def test_sigterm_while_jax_is_imported_stops_the_run(environment, tmp_path):
 
 def test_ctrl_c_twice_in_a_terminal_exits_at_once_with_130(new_run):
     run = new_run()
-    command = [sys.executable, "-m", "mnist_jax.train", "--workdir", str(run.workdir), *DIGITS, "--steps", "100000"]
+    slow = (
+        Path(__file__).with_name("faults.py"),
+        "drive",
+        '[["slow_saves"]]',
+    )  # The second comes in the last save.
+    command = [sys.executable, *map(str, slow), "--workdir", str(run.workdir), *DIGITS, "--steps", "100000"]
     # Ctrl-C is a signal to those whose controlling terminal it is typed on.
     in_terminal = (
         "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY); os.execv(sys.argv[1], sys.argv[1:])"

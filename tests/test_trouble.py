@@ -227,7 +227,8 @@ def test_a_leftover_that_cannot_be_removed_is_reported_once(interrupted, undistu
     ended = call(interrupted.workdir)
     check_ends_like(interrupted, ended, undisturbed)
     assert [event["step"] for event in interrupted.events("resume")] == [40]
-    assert len(interrupted.events("removal_failed")) == 1
+    [failed] = interrupted.events("removal_failed")
+    assert failed["step"] >= 40
     assert ended.err.count("\n") == 1, ended.err
     [left] = interrupted.workdir.rglob(mounted)
     assert left.is_mount()

@@ -117,22 +117,17 @@ def make_server(app: "Flask", listener: socket.socket, *, timeout_s: int = REQUE
 
 def wait_for_classifier(options: Options, stop: StopSignal, terminal: Terminal) -> "ModelReloader":
     """Return the classifier of a run. If the run has no checkpoint yet, wait for it."""
-    from mnist_jax.inference import preprocessing
     from mnist_jax.training import selection
 
     is_waiting = False
     while True:
         try:
-            reloader = stop.run(lambda: ModelReloader(options.workdir, options.step, terminal, options.data_dir))
-            break
+            return stop.run(lambda: ModelReloader(options.workdir, options.step, terminal, options.data_dir))
         except selection.NoCheckpointYetError as error:
             if not is_waiting:
                 terminal.info(f"waiting: {error}")
             is_waiting = True
             time.sleep(0.2)
-    if warning := preprocessing.dataset_warning(reloader.model.data.name):
-        terminal.warn(f"warning: {warning}")
-    return reloader
 
 
 class ModelReloader:
@@ -143,7 +138,7 @@ class ModelReloader:
     ) -> None:
         """Load the classifier; see `classifier.load`. `data_dir` holds the test images, by default as the run says."""
         self._workdir, self._which, self._terminal, self._data_dir = workdir, which, terminal, data_dir
-        self._last_error = ""
+        self._last_error = self._last_warning = ""
         self._test_set: tuple[Any, tuple[np.ndarray, np.ndarray]] | None = None  # the data in the metadata, and arrays
         self.model = self._load()
 
@@ -186,6 +181,10 @@ class ModelReloader:
         model = classifier.load(self._workdir, self._which, on_cpu=True)
         preprocessing.check_shape(model.image_shape)
         model.predict(np.zeros((*model.image_shape, 1), np.uint8))  # The first call compiles.
+        warning = preprocessing.dataset_warning(model.data.name)
+        if warning and warning != self._last_warning:
+            self._terminal.warn(f"warning: {warning}")
+        self._last_warning = warning or ""
         return model
 
 

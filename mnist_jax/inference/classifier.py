@@ -23,7 +23,7 @@ MIN_SURE = 0.7
 
 
 class Evaluation(NamedTuple):
-    """The result on all test images: mean loss in nats, and so on."""
+    """The result on all test images; `loss` is the mean in nats."""
 
     loss: float
     accuracy: float
@@ -39,6 +39,7 @@ class Classifier:
         self.checkpoint, self.step = checkpoint, checkpoint.step
         self.metadata = compatibility.check_metadata(checkpoint.metadata(), self.step)
         self.data = compatibility.data_of(self.metadata, self.step)
+        self.test_accuracy = selection.accuracy_of(checkpoint, self.metadata)  # as the run measured it, if it did
         self.config = configs.from_json(self.metadata["config"], checkpoint.path)
         # `setup.make_trainer` would require that the training batches divide over the available devices.
         self._trainer = _make_trainer(self.config, self.data)
@@ -56,11 +57,6 @@ class Classifier:
     def image_shape(self) -> tuple[int, int]:
         """Height and width of the images."""
         return self.data.height, self.data.width
-
-    @property
-    def test_accuracy(self) -> float | None:
-        """The test accuracy that the run measured at this step, None if it did not evaluate there."""
-        return selection.accuracy_of(self.checkpoint, self.metadata)
 
     def predict(self, image: np.ndarray) -> np.ndarray:
         """Return the probabilities of the classes. image: [28, 28, 1] uint8, foreground 255 -> [10] float32.
@@ -123,8 +119,8 @@ def load(workdir: Path | str, which: WhichStep = "latest", *, on_cpu: bool = Fal
         workdir: directory of the run.
         which: the latest checkpoint, the one with the best test accuracy so far, or that of a step.
         on_cpu: compute on the CPU, which is enough for single images, and leave an accelerator to others. It holds for
-            the whole process: a later `fit` would train on the CPU too. Otherwise an evaluation gives the numbers of
-            the run, if the devices are the same.
+            the whole process: a later `fit` would train on the CPU too. If it is False, an evaluation gives the numbers
+            of the run on equal devices.
 
     Raises:
         CheckpointError, OSError: the checkpoint cannot be read, or is corrupt.

@@ -6,7 +6,6 @@
 
 import contextlib
 import errno
-import itertools
 import json
 import os
 import time
@@ -64,11 +63,7 @@ class MetricWriter:
         return replaced
 
     def restore(self, lines: bytes, step: int) -> Restoration:
-        """Make `metrics.jsonl` hold the lines of a checkpoint, and no lines of later steps.
-
-        If the lines of the checkpoint are there, those of the same step that follow are kept: they were computed from
-        this state. A signal interrupted that evaluation, and the start after it made it, when the checkpoint was
-        already committed.
+        """Make `metrics.jsonl` hold the lines of a checkpoint and, as `with_test_line` says, its test line.
 
         Args:
             lines: the lines up to the checkpoint; none if there is no checkpoint.
@@ -81,16 +76,12 @@ class MetricWriter:
         found = self._path.read_bytes() if self._path.exists() else b""
         records = list(parse_metrics(found.splitlines(keepends=True)))
         furthest = max([step, *(record["step"] for record, _ in records)])
-        is_intact = found.startswith(lines)
-        if is_intact:
-            after = records[lines.count(b"\n") :]
-            own = itertools.takewhile(lambda row: row[0]["step"] == step and 0 <= row[0]["accuracy"] <= 1, after)
-            lines += b"".join(line for _, line in own)
+        lines = with_test_line(lines, found, step)
         self._content = bytearray(lines)
         self._records = [record for record, _ in parse_metrics(lines.splitlines(keepends=True))]
         # They are written with the next line: the first step does not wait for it.
         self._are_scalars_stale = len(self._records) != len(records)
-        if is_intact:
+        if found.startswith(lines):
             self._file.truncate(len(lines))
             return Restoration(furthest, is_rebuilt=False, moved_to=None)
         moved_to = move_aside(self._path) if found else None
@@ -282,6 +273,23 @@ def parse_metrics(lines: Iterable[bytes]) -> Iterator[tuple[dict[str, Any], byte
         if not is_valid:
             return
         yield record, line
+
+
+def with_test_line(lines: bytes, found: bytes, step: int) -> bytes:
+    """Return the lines of a checkpoint, and the test line of its step if it follows them in a metrics file.
+
+    A signal may interrupt an evaluation. The next start makes it from the same state, when the checkpoint is committed.
+
+    Args:
+        lines: the lines of the checkpoint.
+        found: the content of the file.
+        step: the step of the checkpoint.
+    """
+    following = found[len(lines) :].splitlines(keepends=True)[:1] if found.startswith(lines) else []
+    for record, line in parse_metrics(following):
+        if (record["step"], record["split"]) == (step, "test") and 0 <= record["accuracy"] <= 1:
+            return lines + line
+    return lines
 
 
 def accuracy_at(step: int, records: Iterable[dict[str, Any]]) -> float | None:

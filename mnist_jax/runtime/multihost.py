@@ -121,7 +121,7 @@ def initialize(
 def _wait_until_connected(
     connecting: "Future[None]", stop: StopSignal, *, count: int | None, notify: Callable[[str], None]
 ) -> None:
-    """Wait until all processes are connected; JAX does not tell how many are.
+    """Wait until all processes are connected; JAX does not say how many are.
 
     In an interactive shell of several tasks, such as that of `srun --pty`, the others never come.
     """

@@ -140,12 +140,12 @@ CLOUDS = {
 }
 
 
-def find_cloud(dmi: Path) -> str | None:
-    """Return the name of the cloud that a machine with this `DMI` is in, None if it is in none. It asks no network."""
+def find_cloud() -> str | None:
+    """Return the name of the cloud that this machine is in, None if it is in none. It asks no network."""
     for name, cloud in CLOUDS.items():
         for file, pattern in cloud.marks:
             try:
-                text = (dmi / file).read_text(errors="replace").strip()
+                text = (DMI / file).read_text(errors="replace").strip()
             except OSError:  # no firmware tables, as in some containers
                 continue
             if re.fullmatch(pattern, text):
@@ -167,7 +167,11 @@ class NoticePoller:
         self._events = queue.SimpleQueue[tuple[str, str]]()
         self._is_closed = threading.Event()
         if cloud != "none":
-            threading.Thread(target=self._poll, daemon=True, name="preemption notices").start()
+            try:
+                threading.Thread(target=self._poll, daemon=True, name="preemption notices").start()
+            except RuntimeError as error:  # A limit on threads: a run needs no notices.
+                text = f"preemption notices are not seen ({error}); signals still stop the run"
+                self._events.put((UNAVAILABLE, text))
 
     def pop_events(self) -> list[tuple[str, str]]:
         """Return what happened since the last call, each as an event and a text.
@@ -182,12 +186,11 @@ class NoticePoller:
         self._is_closed.set()
 
     def _poll(self) -> None:
-        name = find_cloud(DMI) if self._cloud == "auto" else self._cloud
+        name = find_cloud() if self._cloud == "auto" else self._cloud
         if name is None:
             return
         cloud = CLOUDS[name]
-        patience_s = cloud.first_answer_s
-        server = MetadataServer(ADDRESS, patience_s)
+        server = MetadataServer(ADDRESS, cloud.first_answer_s)
         has_answered = is_reported = False
         answered_s = time.monotonic()
         while not self._is_closed.is_set() and self._stop.received is None:
@@ -196,7 +199,7 @@ class NoticePoller:
             except Exception as error:  # A server that is another one than expected can send anything.
                 silent_s = time.monotonic() - answered_s
                 is_expected = has_answered or self._cloud != "auto"
-                if is_expected and not is_reported and silent_s >= patience_s:
+                if is_expected and not is_reported and silent_s >= cloud.first_answer_s:
                     is_reported = True
                     text = (
                         f"the metadata server of {name} gives no answer ({error!r:.200}). "

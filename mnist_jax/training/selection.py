@@ -8,7 +8,7 @@ from mnist_jax import config as configs
 from mnist_jax.checkpoint.checkpoint import Checkpoint, list_checkpoints
 from mnist_jax.checkpoint.integrity import CheckpointError
 from mnist_jax.config import ConfigError, WhichStep
-from mnist_jax.records.metrics import accuracy_at, read_metrics
+from mnist_jax.records.metrics import accuracy_at, parse_metrics, with_test_line
 
 T = TypeVar("T")
 
@@ -63,10 +63,15 @@ def choose(checkpoints: list[Checkpoint], which: WhichStep, workdir: Path) -> Ch
 def accuracy_of(checkpoint: Checkpoint, metadata: Any) -> float | None:
     """Return the test accuracy that the run measured at a checkpoint, None if it did not evaluate there.
 
-    It is in the metadata, or only in `metrics.jsonl`, if the evaluation was made after the checkpoint was committed.
+    It is in the metadata, or only in `metrics.jsonl`, if the evaluation was made after the checkpoint was committed: a
+    resume would find it by the same rule.
     """
-    accuracy = metadata.get("test_accuracy") if isinstance(metadata, dict) else None
-    if accuracy is None:
-        metrics = read_metrics(checkpoint.path.parents[1] / "metrics.jsonl")
-        accuracy = accuracy_at(checkpoint.step, (record for record, _ in metrics))
-    return accuracy if isinstance(accuracy, float) and 0 <= accuracy <= 1 else None
+    match metadata:
+        case {"test_accuracy": float(accuracy)} if 0 <= accuracy <= 1:
+            return accuracy
+        case {"test_accuracy": None, "metrics": {"lines": str(text)}}:
+            lines, path = text.encode(errors="replace"), checkpoint.path.parents[1] / "metrics.jsonl"
+            lines = with_test_line(lines, path.read_bytes() if path.exists() else b"", checkpoint.step)
+            records = [record for record, _ in parse_metrics(lines.splitlines(keepends=True))]
+            return accuracy_at(checkpoint.step, records)
+    return None
