@@ -4,6 +4,7 @@ They are real processes, forked from a server that has imported JAX but not init
 before `mnist_jax.train.main` need a new interpreter.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -126,7 +127,8 @@ class ForkedProcess:
     def send_signal(self, number: int) -> None:
         """Send a signal, unless the process has ended."""
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # It ended meanwhile, and the server has waited for it.
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         """Send SIGKILL."""
