@@ -399,6 +399,7 @@ def move_aside(path: Path) -> Path:
 
 
 def _fsync_directory(directory: Path) -> None:
+    # As `checkpoint.integrity.fsync_path`, whose module imports JAX; that package is to be copied without this one.
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
