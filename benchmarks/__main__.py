@@ -68,31 +68,31 @@ def main(options: Options) -> int:
             return 2
         plan = QUICK if options.quick else Plan()
         bench = Bench(plan, found, folders[1], report.cores(), options.platform)
-        rows, failures = measure(bench, options.only or tuple(ROWS))
+        rows: list[Row] = []
+        failures: dict[str, str] = {}
+        for name in options.only or tuple(ROWS):
+            measure(bench, name, rows, failures)
+            if options.json:  # After each name: a benchmark that is ended early has written what it measured.
+                report.write(options.json, rows, {**about, "failures": failures})
     report.show(rows, about)
     if options.quick:
         print("This was --quick: the numbers mean nothing.")
-    if options.json:
-        report.write(options.json, rows, {**about, "failures": failures})
     return 1 if failures else 0
 
 
-def measure(bench: Bench, names: tuple[str, ...]) -> tuple[list[Row], dict[str, str]]:
-    """Return the rows, and the error of each name that failed. A failure does not lose the other rows."""
-    rows: list[Row] = []
-    failures = {}
-    for name in names:
-        if name in gpu.ROWS and bench.platform == "gpu" and not gpu.has_gpu():
-            notify(f"{name}: skipped, no GPU")
-            continue
-        start_s = time.monotonic()
-        try:
-            rows += ROWS[name](bench)
-            notify(f"{name}: measured in {time.monotonic() - start_s:.0f} s")
-        except Exception as error:
-            failures[name] = f"{type(error).__name__}: {error}"
-            notify(f"{name}: {failures[name]}")
-    return rows, failures
+def measure(bench: Bench, name: str, rows: list[Row], failures: dict[str, str]) -> None:
+    """Add the rows of a name, or its error. A failure loses neither these rows nor the others."""
+    if name in gpu.ROWS and bench.platform == "gpu" and not gpu.has_gpu():
+        notify(f"{name}: skipped, no GPU")
+        return
+    start_s = time.monotonic()
+    try:
+        for row in ROWS[name](bench):
+            rows.append(row)  # noqa: PERF402 - those before a failure count
+        notify(f"{name}: measured in {time.monotonic() - start_s:.0f} s")
+    except Exception as error:
+        failures[name] = f"{type(error).__name__}: {error}"
+        notify(f"{name}: {failures[name]}")
 
 
 def notify(text: str) -> None:

@@ -31,19 +31,22 @@ def race(bench: Bench, model: str, batch_size: int, *, device: str, goal: str) -
             raise BenchmarkError(
                 f"{model} has {jax.about['parameters']} parameters, and {torch.about['parameters']} in PyTorch"
             )
-        # In this order and its reverse, ours is next to both others.
-        rates = compare(bench, {"float32": (torch, "float32"), "ours": (jax, "train"), "bfloat16": (torch, "bfloat16")})
+        # In this order and its reverse, ours is next to two of the others.
+        ours = {"ours": (jax, "train")}
+        compiled = {"compiled": (torch, "compiled")} if device == "cuda" else {}
+        contestants = {"float32": (torch, "float32"), **ours, "bfloat16": (torch, "bfloat16"), **compiled}
+        rates = compare(bench, contestants)
         trials = ", ".join(f"{name} {report.number(rate)}" for name, rate in torch.about["images_per_s"].items())
     images_per_s = {name: [batch_size * rate for rate in windows] for name, windows in rates.items()}
-    for precision in ("float32", "bfloat16"):
+    for name in [name for name in contestants if name not in ours]:
         yield Row(
-            what=f"{model} on {device}, batch {batch_size}, against PyTorch's {precision}",
+            what=f"{model} on {device}, batch {batch_size}, against PyTorch's {name}",
             unit="images/s",
             ours=images_per_s["ours"],
-            theirs=images_per_s[precision],
-            ratio=report.ratio(rates["ours"], rates[precision]),
-            goals=(goal,) if precision == "float32" else (),
-            note=f"PyTorch uses the faster memory format: {trials} images/s" * (precision == "float32"),
+            theirs=images_per_s[name],
+            ratio=report.ratio(rates["ours"], rates[name]),
+            goals=(goal,) if name == "float32" else (),
+            note=f"PyTorch uses the faster memory format: {trials} images/s" * (name == "float32"),
         )
 
 

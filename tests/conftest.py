@@ -50,7 +50,7 @@ def environment(tmp_path_factory, shared_folder) -> dict[str, str]:
     made = shared_folder / "programs"
     with FileLock(shared_folder / "programs.lock"):
         if not made.exists():
-            args = (*DIGITS, "--steps", "3")
+            args = (*DIGITS, "--steps", "3", "--log-every-steps", "2")
             one, averaged, two = (Run(home / name / "run", _isolated(home / name)) for name in ("1", "averaged", "2"))
             started = [one.start(*args), averaged.start(*args, *AVERAGED), *several.start(two, *args).processes]
             ended = [end(process) for process in started]

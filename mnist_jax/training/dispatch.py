@@ -231,6 +231,7 @@ class DispatchQueue:
         """Start with one step per call."""
         self.steps_per_call = 1
         self.seconds_per_step = CALL_S
+        self._mean_s = self._mean_steps = 0.0  # of a call: exponential moving averages
         self._in_flight: deque[tuple[int, Any, float]] = deque()
         self._last_end_s = 0.0
 
@@ -244,7 +245,10 @@ class DispatchQueue:
         end_s = time.monotonic()
         call_s = end_s - max(dispatched_s, self._last_end_s)
         self._last_end_s = end_s
-        self.seconds_per_step += 0.3 * (call_s / n - self.seconds_per_step)
+        # Not the mean of the ratios: the few steps of a call that ends an epoch would count as much as the others.
+        self._mean_s += 0.3 * (call_s - self._mean_s)
+        self._mean_steps += 0.3 * (n - self._mean_steps)
+        self.seconds_per_step = self._mean_s / self._mean_steps
         fitting = max(1, round(CALL_S / self.seconds_per_step))
         self.steps_per_call = min(2 * self.steps_per_call, fitting)
         return result

@@ -123,9 +123,9 @@ def train_and_evaluate(
     else:
         state = stop.run(lambda: initial_weights.make_state(trainer, start["parent"]))
     stop.run(lambda: checkpointer.prepare(state))
-    compilation_cache.write_digests()
     group.start_training()  # From here on a signal raises no StoppedError; the processes agree when to stop.
     dispatcher = Dispatcher(trainer, dataset, state, stop=stop, group=group, **start["evaluation"])
+    compilation_cache.write_digests()
     recorder.start_training(dispatcher, {"data": compatibility.describe_data(dataset), **environment})
     if step is None and start["parent"]:  # From here on the run does not need its parent.
         save_and_wait(dispatcher, checkpointer, recorder, initial_weights.REASON)

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 
@@ -20,8 +21,9 @@ class MetricSums(struct.PyTreeNode):
 
     @classmethod
     def zeros(cls) -> "MetricSums":
-        """Return the sums over no images."""
-        return cls(loss=jnp.float32(0), correct=jnp.int32(0), images=jnp.int32(0))
+        """Return the sums over no images, on the host: a device would compute them after the calls in flight."""
+        none: dict[str, Any] = {"loss": np.float32(0), "correct": np.int32(0), "images": np.int32(0)}
+        return cls(**none)
 
 
 class TrainState(struct.PyTreeNode):

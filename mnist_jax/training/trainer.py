@@ -32,6 +32,14 @@ CPU_OPTIONS: dict[str, str | bool] = {
     # Shorter compilation: all programs in 2.4 s instead of 3.9 s, with the same speed and the same bits.
     "xla_backend_optimization_level": "1",
 }
+GPU_OPTIONS: dict[str, str | bool] = {
+    # A call is launched as one CUDA graph. By default XLA launches convolutions one by one, and copies the condition of
+    # the loop to the host before each update. On an H200 `cnn`, batch 256, makes 4,318 instead of 3,220 updates/s.
+    "xla_gpu_enable_command_buffer": (
+        "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONVOLUTION,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+    ),
+}
+OPTIONS = {"cpu": CPU_OPTIONS, "gpu": GPU_OPTIONS}  # by platform
 
 
 class DeviceData(NamedTuple):
@@ -82,8 +90,9 @@ class Trainer:
         self.steps_per_epoch = config.steps_per_epoch(train_size)
         self.eval_every_steps = config.eval_every_steps or self.steps_per_epoch
         self.eval_call_images = -(-EVAL_CALL_IMAGES // mesh.size) * mesh.size  # the same number on each device
-        self._on_cpu = mesh.devices.flat[0].platform == "cpu"
-        self._model = MODELS[config.model].clone(for_cpu=self._on_cpu, classes=classes)
+        platform = mesh.devices.flat[0].platform
+        self._compiler_options = OPTIONS.get(platform)
+        self._model = MODELS[config.model].clone(for_cpu=platform == "cpu", classes=classes)
         if min(image_shape) < self._model.min_side_px:
             height, width = image_shape
             raise ConfigError(
@@ -214,7 +223,7 @@ class Trainer:
         return self._compile_jitted(jax.jit(function, in_shardings=shardings, **options), *arguments)
 
     def _compile_jitted(self, jitted: Any, *arguments: Any) -> Any:
-        compiled = jitted.lower(*arguments).compile(compiler_options=CPU_OPTIONS if self._on_cpu else None)
+        compiled = jitted.lower(*arguments).compile(compiler_options=self._compiler_options)
         # In all commands: the next start removes a program without a digest, and would compile it again.
         compilation_cache.write_digests()
         return compiled
