@@ -13,8 +13,6 @@ from typing import Any, NamedTuple, Self, TypeVar
 T = TypeVar("T")
 
 ON_CPU = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-# For workers that train on one GPU in turn: by default JAX allocates three quarters of its memory at once.
-LIMITED_MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.4"}
 
 
 class BenchmarkError(Exception):

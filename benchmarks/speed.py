@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 
 from benchmarks import report
 from benchmarks.bench import ENDLESS, Bench, wait_for_phase
-from benchmarks.processes import LIMITED_MEMORY, ON_CPU, BenchmarkError, Completed, Worker, alternate, run
+from benchmarks.processes import ON_CPU, BenchmarkError, Completed, Worker, alternate, run
 from benchmarks.report import Row
 
 
@@ -19,7 +19,7 @@ def throughput(bench: Bench) -> Iterator[Row]:
 
 def race(bench: Bench, model: str, batch_size: int, *, device: str, goal: str) -> Iterator[Row]:
     """Yield images per second, ours against PyTorch's. The goal is for float32."""
-    environment = ON_CPU if device == "cpu" else LIMITED_MEMORY
+    environment = ON_CPU if device == "cpu" else {}
     sizes = ("--model", model, "--batch-size", str(batch_size))
     run_flags = ("--threads", str(bench.threads), "--device", device, "--try-s", str(bench.plan.window_s))
     theirs = ("benchmarks.torch_throughput", *sizes, *run_flags, "--data-dir", str(bench.images.folder))

@@ -22,7 +22,6 @@ from mnist_jax.checkpoint.checkpoint import Checkpoint, list_checkpoints
 from mnist_jax.checkpoint.integrity import CheckpointError, digest_leaves, host_leaves
 from mnist_jax.config import ConfigError
 from mnist_jax.console import Terminal, exit_process
-from mnist_jax.runtime import devices
 from mnist_jax.runtime.preemption import StopSignal
 from mnist_jax.training import compatibility, data, setup
 from mnist_jax.training.data import Dataset
@@ -118,7 +117,6 @@ def read_states(options: Options, stop: StopSignal, terminal: Terminal) -> State
 
 def _read_states(first: Checkpoint | None, last: Checkpoint, stop: StopSignal, terminal: Terminal) -> States:
     compatibility.prepare_jax(compatibility.cpu_threads_of([last]))
-    devices.share_accelerator(on_cpu=False)  # The run may be training on it.
     metadata = compatibility.check_metadata(last.metadata(), last.step)
     config = configs.from_json(metadata["config"], last.path)
     if first is None and config.init_from is not None:

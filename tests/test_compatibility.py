@@ -87,6 +87,16 @@ def test_the_dataset_in_metadata_is_checked():
             compatibility.data_of(metadata, 3)
 
 
+@pytest.mark.parametrize(("given", "wanted"), [("", "false"), ("true", "true")])
+def test_memory_of_an_accelerator_is_allocated_on_demand(monkeypatch, given, wanted):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", given)
+    if not given:
+        del os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"]
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
+    compatibility.prepare_jax(None)
+    assert os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] == wanted
+
+
 def prepare_and_multiply() -> list[str]:
     """Return the precision that is recorded, and a matrix product as XLA gets it. Runs in a new process."""
     compatibility.prepare_jax(None)

@@ -35,7 +35,7 @@ def set_up_and_compute(cores: list[int] | None = None) -> dict[str, Any]:
         os.sched_setaffinity(0, cores)
     devices.enable_determinism()
     compilation_cache.enable()
-    devices.share_accelerator(on_cpu=True)
+    devices.use_cpu()
     mesh, array = devices.make_mesh(), np.arange(12 * 5).reshape(12, 5)
     jax.block_until_ready(jax.jit(jnp.dot)(jnp.ones((300, 300)), jnp.ones((300, 300))))
     shardings = {"split": devices.split_over_batch(mesh), "replicated": devices.replicated(mesh)}
@@ -113,6 +113,13 @@ def test_determinism_keeps_the_flags_of_the_user(three_devices, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=false")
     devices.enable_determinism()
     assert os.environ["XLA_FLAGS"] == "--xla_gpu_deterministic_ops=false"
+
+
+def test_all_programs_of_a_run_have_a_digest(environment, shared_folder):
+    """A start removes programs without one, and would compile them again. These are of one process and of two."""
+    programs = {path.name for path in (shared_folder / "programs").glob("*-cache")}
+    assert len(programs) > 10
+    assert programs == {path.name.removesuffix(".sha256") for path in (shared_folder / "programs").glob("*.sha256")}
 
 
 def test_compiled_programs_are_cached_under_home(three_devices):

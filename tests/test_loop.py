@@ -156,6 +156,19 @@ def test_call_length_adapts_to_the_step_time(monkeypatch, seconds_per_step, step
     assert queue.steps_per_call == pytest.approx(steps_per_call, rel=0.05)
 
 
+def test_short_calls_count_by_their_steps(monkeypatch):
+    """A call ends early at the end of an epoch. It takes long for its steps, and there is one for each long one."""
+    now = 0.0
+    monkeypatch.setattr(dispatch.time, "monotonic", lambda: now)
+    monkeypatch.setattr(jax, "block_until_ready", lambda result: None)
+    queue = DispatchQueue()
+    for number in range(60):
+        n = 100 if number % 2 else 4
+        queue.put(n, None)
+        now += 0.004 + n * 1e-4
+    assert queue.seconds_per_step == pytest.approx((0.008 + 104e-4) / 104, rel=0.2)
+
+
 def test_each_epoch_has_its_order_and_each_interval_its_sums(tmp_path, monkeypatch):
     epochs, images = [], []
     compile_, means = trainer.Trainer.compile, dispatch.means

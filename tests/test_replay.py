@@ -178,12 +178,6 @@ def test_changed_software_is_a_warning(finished, monkeypatch, capsys):
     assert "0.0.1" in err
 
 
-def test_replay_leaves_memory_of_an_accelerator_to_a_training(finished, monkeypatch, capsys):
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
-    assert run(finished, "--from", 30, capsys=capsys)[0] == 0
-    assert os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
-
-
 def test_signal_stops_replay_between_calls(finished, monkeypatch, capsys):
     advance, steps = Trainer.advance, []
 

@@ -1,5 +1,6 @@
 import hashlib
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -86,6 +87,35 @@ def test_compiled_functions_have_the_bits_of_the_pure_functions(trainer, state):
     assert trainer.is_finite(good)
     nan = jax.device_put(jnp.float32(np.nan), devices.replicated(trainer.mesh))
     assert not trainer.is_finite(good.replace(metrics=good.metrics.replace(loss=nan)))
+
+
+@pytest.mark.parametrize(
+    ("runtime", "count", "flags", "is_graph"),
+    [
+        ("cuda 13000", 1, "--xla_gpu_deterministic_ops=true", True),
+        ("cuda 13000", 2, "", False),
+        ("cuda 13000", 1, "--xla_gpu_enable_command_buffer=", False),
+        ("rocm 70000", 1, "", False),
+        ("cpu", 1, "", False),
+    ],
+)
+def test_a_call_is_one_graph_on_one_nvidia_gpu(monkeypatch, runtime, count, flags, is_graph):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    device = SimpleNamespace(client=SimpleNamespace(platform_version=runtime))
+    mesh: Any = SimpleNamespace(devices=np.array([device] * count), size=count)
+    options = trainer_module.graph_options(mesh)
+    assert (options is not None) == is_graph
+    # Unknown options of a GPU are refused on a CPU too, and so are unknown values.
+    assert jax.jit(lambda x: x + 1, compiler_options=options).lower(1).compile()(1) == 2
+
+
+def test_cudnn_is_initialized_before_a_graph_is_recorded(monkeypatch):
+    """Without it each start that found its programs in the cache failed on a GPU; compiling them initializes it."""
+    convolutions, initialize = [], devices.initialize_cudnn
+    monkeypatch.setattr(trainer_module, "graph_options", lambda mesh: {trainer_module.GRAPH_FLAG: "FUSION"})
+    monkeypatch.setattr(devices, "initialize_cudnn", lambda: convolutions.append(initialize()))
+    _ = trainer_on(1, model="cnn-tiny").train_steps
+    assert len(convolutions) == 1
 
 
 def test_training_donates_the_state_and_keeps_its_metric_sums(trainer, state):

@@ -129,7 +129,8 @@ def load(workdir: Path | str, which: WhichStep = "latest", *, on_cpu: bool = Fal
 
     def read(checkpoint: Checkpoint) -> Classifier:
         compatibility.prepare_jax(compatibility.cpu_threads_of([checkpoint]))
-        devices.share_accelerator(on_cpu=on_cpu)
+        if on_cpu:
+            devices.use_cpu()
         return Classifier(checkpoint)
 
     return selection.read(Path(workdir), which, read)

@@ -57,6 +57,7 @@ def prepare_jax(cpu_threads: int | None) -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     devices.enable_determinism()
+    devices.allocate_on_demand()
     if jax.config.values["jax_default_matmul_precision"] is None:
         # The default of NVIDIA's GPUs: products of numbers with 10 fraction bits, sums in float32. Set explicitly, it
         # is recorded in each checkpoint. On a CPU it changes no bit; a TPU multiplies three times for it.
