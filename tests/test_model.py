@@ -115,13 +115,17 @@ def test_an_image_has_a_smallest_size_and_any_number_of_classes(name, side_px):
     assert model.min_side_px == side_px
 
     def logits(height, width):
+        """Return the logits, or None if nothing is left of the images for the layers after a pooling."""
         images = jnp.zeros((3, height, width, 1), jnp.uint8)
-        return jax.eval_shape(lambda: model.init_with_output(jax.random.key(0), images, train=False)[0])
+        try:
+            found, variables = jax.eval_shape(lambda: model.init_with_output(jax.random.key(0), images, train=False))
+        except (ZeroDivisionError, TypeError, ValueError):
+            return None  # jax 0.12 computes with the empty arrays.
+        return found if all(leaf.size for leaf in jax.tree.leaves(variables)) else None
 
     for height, width in ((side_px, side_px), (side_px + 1, side_px + 3)):
         assert logits(height, width).shape == (3, 7)
-    with pytest.raises((ZeroDivisionError, TypeError, ValueError)):
-        logits(side_px - 1, side_px)
+    assert logits(side_px - 1, side_px) is None
 
 
 @pytest.mark.parametrize("exponent", [0.1, 2.0])
