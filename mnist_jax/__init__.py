@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from mnist_jax.inference.classifier import load as load
     from mnist_jax.training.fit import fit as fit
 
-__version__ = "0.5.0"  # Raise it with each change after which a run would end with different bits.
+__version__ = "0.6.0"  # Raise it with each change after which a run would end with different bits.
 __all__ = ["Config", "__version__", "fit", "load"]
 _MODULES = {"Config": "mnist_jax.config", "fit": "mnist_jax.training.fit", "load": "mnist_jax.inference.classifier"}
 

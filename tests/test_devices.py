@@ -34,7 +34,7 @@ def set_up_and_compute(cores: list[int] | None = None) -> dict[str, Any]:
     if cores is not None:
         os.sched_setaffinity(0, cores)
     devices.enable_determinism()
-    compilation_cache.enable()
+    compilation_cache.enable(devices.cpu_threads)
     devices.use_cpu()
     mesh, array = devices.make_mesh(), np.arange(12 * 5).reshape(12, 5)
     jax.block_until_ready(jax.jit(jnp.dot)(jnp.ones((300, 300)), jnp.ones((300, 300))))
@@ -144,14 +144,15 @@ def test_thread_pool_has_the_size_that_we_say(tmp_path, monkeypatch):
     assert (os.environ["PJRT_NPROC"], devices.cpu_threads()) == ("", 5)
 
 
-def test_processes_share_programs_only_on_equal_processors(tmp_path, monkeypatch):
+def test_processes_share_programs_only_on_equal_processors_with_equal_threads(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setattr(jax.config, "update", lambda name, value: None)
-    compilation_cache.enable()
+    compilation_cache.enable(devices.cpu_threads)
     monkeypatch.setattr(compilation_cache, "Path", lambda _: tmp_path / "cpuinfo")
 
-    def name_of_program(*processes: int, flags: str = "avx2") -> str:
+    def name_of_program(*processes: int, flags: str = "avx2", threads: int = 2) -> str:
+        monkeypatch.setenv("PJRT_NPROC", str(threads))
         (tmp_path / "cpuinfo").write_text(f"processor : 0\nmodel name : X\nflags : {flags}\n\nprocessor : 1\n")
         digest, cpus = hashlib.sha256(), [SimpleNamespace(platform="cpu", process_index=i) for i in processes]
         cache_key._hash_accelerator_config(digest, np.array(cpus))
@@ -160,6 +161,7 @@ def test_processes_share_programs_only_on_equal_processors(tmp_path, monkeypatch
     assert name_of_program(0, 1) == name_of_program(0, 1)
     assert name_of_program(0, 1) != name_of_program(0, 1, 1)
     assert name_of_program(0, 1) != name_of_program(0, 1, flags="avx512")
+    assert name_of_program(0, 1) != name_of_program(0, 1, threads=3)
 
 
 @pytest.mark.parametrize("damage", ["torn", "swapped", "one bit", "no digest"])
@@ -168,7 +170,7 @@ def test_corrupt_compiled_program_is_removed(tmp_path, monkeypatch, damage):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     with monkeypatch.context() as patch:
         patch.setattr(jax.config, "update", lambda name, value: None)
-        compilation_cache.enable()
+        compilation_cache.enable(devices.cpu_threads)
         cache = tmp_path / "mnist_jax"
         for name in "ab":
             (cache / f"{name}-cache").write_bytes(name.encode() * 1000)
@@ -182,5 +184,5 @@ def test_corrupt_compiled_program_is_removed(tmp_path, monkeypatch, damage):
             program.write_bytes(b"a" * 500 + b"c" + b"a" * 499)
         else:
             (cache / "a-cache.sha256").unlink()
-        compilation_cache.enable()
+        compilation_cache.enable(devices.cpu_threads)
     assert sorted(path.name for path in cache.iterdir()) == ["b-cache", "b-cache.sha256"]

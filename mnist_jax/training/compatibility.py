@@ -63,7 +63,7 @@ def prepare_jax(cpu_threads: int | None) -> None:
         # is recorded in each checkpoint. On a CPU it changes no bit; a TPU multiplies three times for it.
         jax.config.update("jax_default_matmul_precision", "tensorfloat32")
     try:
-        compilation_cache.enable()
+        compilation_cache.enable(devices.cpu_threads)
     except (OSError, RuntimeError) as error:
         print_stderr(f"notice: compiled programs are not cached ({error}); set XDG_CACHE_HOME to a writable folder")
     if cpu_threads is not None:
