@@ -47,7 +47,7 @@ def tests(bench: Bench) -> Iterator[Row]:
     """Run the tests of the pure functions on the device."""
     root = Path(__file__).parents[1]
     paths = [f"tests/{name}.py" for name in TESTS[: bench.plan.rounds]]
-    # pytest-benchmark warns that it does not work beside xdist, and warnings are errors.
+    # pytest-benchmark, if it is installed, warns that it does not work beside xdist, and warnings are errors.
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", *paths]
     if find_spec("xdist") is not None:
         command += ["-n", str(min(len(paths), bench.threads))]

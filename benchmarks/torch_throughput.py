@@ -40,7 +40,8 @@ def main(options: Options) -> None:
     """Choose a memory format for each precision, and train on request."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as in our training
+    if options.device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as in our training
     arrays = images.read(options.data_dir)
     pixels = torch.tensor(arrays["train_images"], device=options.device).unsqueeze(1)
     labels = torch.tensor(arrays["train_labels"], device=options.device).long()

@@ -132,7 +132,7 @@ def new_run(tmp_path, environment) -> Callable[..., Run]:
 def _variables_are_restored() -> Iterator[None]:
     """Restore what a run in this process sets in the environment: other files start processes that inherit it."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("XLA_FLAGS", "PJRT_NPROC"):
+        for name in ("XLA_FLAGS", "XLA_PYTHON_CLIENT_PREALLOCATE", "PJRT_NPROC"):
             patch.setenv(name, os.environ.get(name, ""))
         yield
 

@@ -88,10 +88,9 @@ def test_the_dataset_in_metadata_is_checked():
 
 
 @pytest.mark.parametrize(("given", "wanted"), [("", "false"), ("true", "true")])
-def test_memory_of_an_accelerator_is_allocated_on_demand(monkeypatch, given, wanted):
+def test_memory_of_an_accelerator_is_allocated_on_demand(monkeypatch, tmp_path, given, wanted):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", given)
-    if not given:
-        del os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"]
     monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
     compatibility.prepare_jax(None)
     assert os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] == wanted

@@ -90,32 +90,41 @@ def test_compiled_functions_have_the_bits_of_the_pure_functions(trainer, state):
 
 
 @pytest.mark.parametrize(
-    ("runtime", "count", "flags", "is_graph"),
+    ("runtime", "count", "version", "flags", "is_graph"),
     [
-        ("cuda 13000", 1, "--xla_gpu_deterministic_ops=true", True),
-        ("cuda 13000", 2, "", False),
-        ("cuda 13000", 1, "--xla_gpu_enable_command_buffer=", False),
-        ("rocm 70000", 1, "", False),
-        ("cpu", 1, "", False),
+        ("cuda 13000", 1, (0, 11, 2), "--xla_gpu_deterministic_ops=true", True),
+        ("PJRT C API\ncuda 13000", 1, (0, 11, 0), "", True),
+        ("PJRT C API\ncuda 13000", 1, (0, 10, 2), "", False),
+        ("cuda 13000", 2, (0, 11, 2), "", False),
+        ("cuda 13000", 1, (0, 11, 2), "--xla_gpu_enable_command_buffer=", False),
+        ("rocm 70000", 1, (0, 11, 2), "", False),
+        ("cpu", 1, (0, 11, 2), "", False),
     ],
 )
-def test_a_call_is_one_graph_on_one_nvidia_gpu(monkeypatch, runtime, count, flags, is_graph):
+def test_a_call_is_one_graph_on_one_nvidia_gpu(monkeypatch, runtime, count, version, flags, is_graph):
     monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.setattr(jax, "__version_info__", version)
     device = SimpleNamespace(client=SimpleNamespace(platform_version=runtime))
     mesh: Any = SimpleNamespace(devices=np.array([device] * count), size=count)
-    options = trainer_module.graph_options(mesh)
+    options = trainer_module.choose_graph_options(mesh)
     assert (options is not None) == is_graph
     # Unknown options of a GPU are refused on a CPU too, and so are unknown values.
     assert jax.jit(lambda x: x + 1, compiler_options=options).lower(1).compile()(1) == 2
 
 
-def test_cudnn_is_initialized_before_a_graph_is_recorded(monkeypatch):
+def test_cudnn_is_initialized_where_a_call_is_a_graph(monkeypatch):
     """Without it each start that found its programs in the cache failed on a GPU; compiling them initializes it."""
-    convolutions, initialize = [], devices.initialize_cudnn
-    monkeypatch.setattr(trainer_module, "graph_options", lambda mesh: {trainer_module.GRAPH_FLAG: "FUSION"})
-    monkeypatch.setattr(devices, "initialize_cudnn", lambda: convolutions.append(initialize()))
-    _ = trainer_on(1, model="cnn-tiny").train_steps
-    assert len(convolutions) == 1
+    convolve, results = jax.lax.conv_general_dilated, []
+
+    def convolve_and_record(*args: Any, **options: Any) -> Any:
+        results.append(convolve(*args, **options))
+        return results[-1]
+
+    monkeypatch.setattr(jax.lax, "conv_general_dilated", convolve_and_record)
+    monkeypatch.setattr(trainer_module, "choose_graph_options", lambda mesh: {trainer_module.GRAPH_FLAG: "UNKNOWN"})
+    with pytest.raises(jax.errors.JaxRuntimeError, match="UNKNOWN"):  # The options reach the compiler.
+        _ = trainer_on(1, model="cnn-tiny").train_steps
+    assert len([result for result in results if not isinstance(result, jax.core.Tracer)]) == 1
 
 
 def test_training_donates_the_state_and_keeps_its_metric_sums(trainer, state):

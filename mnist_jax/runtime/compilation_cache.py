@@ -53,13 +53,14 @@ def write_digests() -> None:
 
 
 def _name_cpu_programs(cpu_threads: Callable[[], int]) -> None:
-    """Name programs for CPUs by the threads they are for, and those of several processes by what these have in common.
+    """Add the number of threads to the names of programs for CPUs, and give all processes of a run the same names.
 
-    JAX names a program by a digest of what it depends on. It leaves out the size of the thread pool (jax 0.12), for
-    which XLA splits loops: with two threads, `cnn` took 1.23 times as long in a program that was compiled with one, for
-    the same bits. And it includes a fingerprint of the topology, which differs between processes, so all but process 0
-    would compile at each start: 6 s instead of 2 s with two cores. JAX has no public setting for either. Where its
-    function has another name, it names the programs.
+    JAX names a program by a digest of what it depends on. The digest leaves out the size of XLA's thread pool (jax 0.10
+    to 0.12), for which XLA splits loops: with two threads, `cnn` took 1.23 times as long in a program that was compiled
+    with one; the bits were the same. It includes a fingerprint of the topology, which differs between processes, so all
+    but process 0 would compile at each start: 6 s instead of 2 s with two cores. A process with another number of
+    threads than process 0 still compiles. JAX has no public setting for either; where its private function is renamed,
+    JAX's own names apply.
     """
     try:
         from jax._src import cache_key

@@ -187,7 +187,8 @@ def allocate_on_demand() -> None:
     By default JAX allocates three quarters of it before the first computation. On an H200 that is 105 GB, which took
     1.8 s of each start, and other processes could not use them. Call it before JAX uses a device.
     """
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if not os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE"):
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 
 
 def use_cpu() -> None:
@@ -195,12 +196,12 @@ def use_cpu() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
-def initialize_cudnn() -> None:
-    """Have the GPUs of this process compute a convolution, so that cuDNN is initialized.
+def initialize_cudnn(device: jax.Device) -> None:
+    """Compute a convolution on a GPU, so that its cuDNN is initialized.
 
-    XLA initializes it for the first convolution, and fails if that is recorded as a part of a CUDA graph (jax 0.11).
+    XLA initializes it for the first convolution. If that is recorded as a part of a CUDA graph, it fails with "No DNN
+    support for stream" (jax 0.11).
     """
-    for device in jax.local_devices():
-        image, kernel = (jax.device_put(np.ones(shape, np.float32), device) for shape in ((1, 8, 8, 1), (3, 3, 1, 8)))
-        layout = ("NHWC", "HWIO", "NHWC")
-        jax.block_until_ready(jax.lax.conv_general_dilated(image, kernel, (1, 1), "SAME", dimension_numbers=layout))
+    image, kernel = (jax.device_put(np.ones(shape, np.float32), device) for shape in ((1, 8, 8, 1), (3, 3, 1, 8)))
+    layout = ("NHWC", "HWIO", "NHWC")
+    jax.block_until_ready(jax.lax.conv_general_dilated(image, kernel, (1, 1), "SAME", dimension_numbers=layout))

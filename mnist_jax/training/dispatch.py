@@ -230,10 +230,14 @@ class DispatchQueue:
     def __init__(self) -> None:
         """Start with one step per call."""
         self.steps_per_call = 1
-        self.seconds_per_step = CALL_S
-        self._mean_s = self._mean_steps = 0.0  # of a call: exponential moving averages
+        self._mean_s, self._mean_steps = CALL_S, 1.0  # of a call: exponential moving averages
         self._in_flight: deque[tuple[int, Any, float]] = deque()
         self._last_end_s = 0.0
+
+    @property
+    def seconds_per_step(self) -> float:
+        """The duration of a step in the recent calls."""
+        return self._mean_s / self._mean_steps
 
     def put(self, n: int, result: Any) -> Any:
         """Add a call of `n` steps. Wait for the call before it and return its result; None if there is no such call."""
@@ -248,7 +252,6 @@ class DispatchQueue:
         # Not the mean of the ratios: the few steps of a call that ends an epoch would count as much as the others.
         self._mean_s += 0.3 * (call_s - self._mean_s)
         self._mean_steps += 0.3 * (n - self._mean_steps)
-        self.seconds_per_step = self._mean_s / self._mean_steps
         fitting = max(1, round(CALL_S / self.seconds_per_step))
         self.steps_per_call = min(2 * self.steps_per_call, fitting)
         return result

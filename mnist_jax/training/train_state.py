@@ -22,6 +22,7 @@ class MetricSums(struct.PyTreeNode):
     @classmethod
     def zeros(cls) -> "MetricSums":
         """Return the sums over no images, on the host: a device would compute them after the calls in flight."""
+        # Any: the fields are typed as arrays of JAX.
         none: dict[str, Any] = {"loss": np.float32(0), "correct": np.int32(0), "images": np.int32(0)}
         return cls(**none)
 

@@ -124,7 +124,7 @@ def _gradient_over_devices(
     ) -> tuple[jax.Array, Any, Any, jax.Array]:
         # Parameters that vary over the devices, as far as JAX knows, have gradients that vary. The gradients of
         # replicated ones would be summed one by one.
-        params = jax.lax.pcast(variables["params"], axes, to="varying") if axes else variables["params"]
+        params = jax.lax.pcast(variables["params"], axes, to="varying")
         loss_and_gradient = jax.value_and_grad(partial(_mean_loss, model, label_smoothing), has_aux=True)
         (loss, (logits, batch_stats)), gradients = loss_and_gradient(
             params, variables["batch_stats"], images, labels, kept_units
