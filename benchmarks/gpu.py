@@ -51,6 +51,7 @@ def tests(bench: Bench) -> Iterator[Row]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", *paths]
     if find_spec("xdist") is not None:
         command += ["-n", str(min(len(paths), bench.threads))]
+    # They share the device, and most of them do not prepare JAX as a run does.
     variables = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **bench.environment}
     done = subprocess.run(command, cwd=root, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines = done.stdout.splitlines()

@@ -31,14 +31,13 @@ def race(bench: Bench, model: str, batch_size: int, *, device: str, goal: str) -
             raise BenchmarkError(
                 f"{model} has {jax.about['parameters']} parameters, and {torch.about['parameters']} in PyTorch"
             )
+        others = ("bfloat16", "compiled") if device == "cuda" else ("bfloat16",)
         # In this order and its reverse, ours is next to two of the others.
-        ours = {"ours": (jax, "train")}
-        compiled = {"compiled": (torch, "compiled")} if device == "cuda" else {}
-        contestants = {"float32": (torch, "float32"), **ours, "bfloat16": (torch, "bfloat16"), **compiled}
-        rates = compare(bench, contestants)
+        contestants = {"float32": (torch, "float32"), "ours": (jax, "train")}
+        rates = compare(bench, contestants | {name: (torch, name) for name in others})
         trials = ", ".join(f"{name} {report.number(rate)}" for name, rate in torch.about["images_per_s"].items())
     images_per_s = {name: [batch_size * rate for rate in windows] for name, windows in rates.items()}
-    for name in [name for name in contestants if name not in ours]:
+    for name in ("float32", *others):
         yield Row(
             what=f"{model} on {device}, batch {batch_size}, against PyTorch's {name}",
             unit="images/s",

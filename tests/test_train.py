@@ -314,12 +314,8 @@ def test_sigterm_while_jax_is_imported_stops_the_run(environment, tmp_path):
 
 def test_ctrl_c_twice_in_a_terminal_exits_at_once_with_130(new_run):
     run = new_run()
-    slow = (
-        Path(__file__).with_name("faults.py"),
-        "drive",
-        '[["slow_saves"]]',
-    )  # The second comes in the last save.
-    command = [sys.executable, *map(str, slow), "--workdir", str(run.workdir), *DIGITS, "--steps", "100000"]
+    slow = str(Path(__file__).with_name("faults.py")), "drive", '[["slow_saves"]]'  # The second comes in the last save.
+    command = [sys.executable, *slow, "--workdir", str(run.workdir), *DIGITS, "--steps", "100000"]
     # Ctrl-C is a signal to those whose controlling terminal it is typed on.
     in_terminal = (
         "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY); os.execv(sys.argv[1], sys.argv[1:])"
